@@ -4,8 +4,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{for_each_chunk, with_slice};
-use crate::kernels::{self, DenseWeights, Kernel};
+use super::{dot, for_each_chunk, with_slice};
+use crate::kernels::{self, DenseWeights, Kernel, Matrix};
 
 /// Attends `q` (batch, seq, heads, head_dim) over `k` and `v` (batch, kv_heads, context, head_dim):
 /// (batch, seq, heads, head_dim); f32.
@@ -96,9 +96,16 @@ impl Attention {
     }
 }
 
+/// `out[j] = x · rows[j]`.
+fn dots(kernel: &Kernel, x: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    let rows = Matrix::strided(rows, out.len(), x.len(), stride);
+    let count = out.len();
+    kernel.matmul_nt(Matrix::new(x, 1, x.len()), DenseWeights::F32(rows), out, count);
+}
+
 /// `p = softmax(q·kᵀ/√d)` of one query over the `p.len()` first rows of `keys`.
 fn probabilities(kernel: &Kernel, q: &[f32], keys: &[f32], stride: usize, p: &mut [f32]) {
-    kernel.dots(q, DenseWeights::F32(keys), stride, p);
+    dots(kernel, q, keys, stride, p);
     let scale = 1. / (q.len() as f32).sqrt();
     p.iter_mut().for_each(|score| *score *= scale);
     kernel.softmax(p);
@@ -228,8 +235,8 @@ fn backward_query(
     let kernel = kernels::active();
     let head_dim = q.len();
     probabilities(kernel, q, k, head_dim, p);
-    kernel.dots(dy, DenseWeights::F32(v), head_dim, ds); // dp
-    let mean = kernel.dot(p, ds);
+    dots(kernel, dy, v, head_dim, ds); // dp
+    let mean = dot(kernel, p, ds);
     for (ds, p) in ds.iter_mut().zip(p.iter()) {
         *ds = p * (*ds - mean) * scale;
     }

@@ -3,12 +3,14 @@
 //! Candle's own matmul picks its blocking by shape, so a row's last bits change with the number of
 //! rows beside it. Here they do not: see [`Kernel::matmul_nt`](crate::kernels::Kernel::matmul_nt).
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::{PARALLEL_ELEMENTS, contiguous, for_each_chunk};
-use crate::kernels::{self, DenseWeights};
+use crate::kernels::{self, DenseWeights, Matrix};
 
 /// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
 /// bf16: (…, out_features) f32. Differentiable in both when `weight` is f32.
@@ -43,11 +45,17 @@ impl CustomOp2 for DenseMatmul {
             DType::BF16 => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
                 let bits: &[u16] = weight.reinterpret_cast();
-                matmul(&x, DenseWeights::Bf16(bits), tokens, out_features, k)
+                let rows = |r: Range<usize>| {
+                    DenseWeights::Bf16(Matrix::new(&bits[r.start * k..r.end * k], r.len(), k))
+                };
+                matmul(&x, rows, tokens, out_features, k)
             }
             _ => {
                 let weight = contiguous::<f32>(weight, weight_layout)?;
-                matmul(&x, DenseWeights::F32(&weight), tokens, out_features, k)
+                let rows = |r: Range<usize>| {
+                    DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
+                };
+                matmul(&x, rows, tokens, out_features, k)
             }
         };
         Ok((CpuStorage::F32(y), (tokens, out_features).into()))
@@ -78,16 +86,24 @@ const OUT_BLOCK: usize = 64;
 /// Tokens of one task.
 const TOKEN_BLOCK: usize = 32;
 
-fn matmul(x: &[f32], weight: DenseWeights<'_>, tokens: usize, n: usize, k: usize) -> Vec<f32> {
+/// `x` (tokens, k) times the transpose of the n rows that `weight` hands out: (tokens, n).
+fn matmul<'a>(
+    x: &[f32],
+    weight: impl Fn(Range<usize>) -> DenseWeights<'a> + Sync,
+    tokens: usize,
+    n: usize,
+    k: usize,
+) -> Vec<f32> {
     let kernel = kernels::active();
     let mut y = vec![0f32; tokens * n];
     if tokens >= 2 * TOKEN_BLOCK {
         // Many tokens: a task owns whole rows of `y`.
         for_each_chunk(&mut y, TOKEN_BLOCK * n, x.len(), |block, y| {
-            let x = &x[block * TOKEN_BLOCK * k..][..y.len() / n * k];
+            let rows = y.len() / n;
+            let x = Matrix::new(&x[block * TOKEN_BLOCK * k..], rows, k);
             for first in (0..n).step_by(OUT_BLOCK) {
                 let last = n.min(first + OUT_BLOCK);
-                kernel.matmul_nt(x, weight.rows(first..last, k), k, &mut y[first..], n);
+                kernel.matmul_nt(x, weight(first..last), &mut y[first..], n);
             }
         });
     } else {
@@ -96,7 +112,7 @@ fn matmul(x: &[f32], weight: DenseWeights<'_>, tokens: usize, n: usize, k: usize
         let block = |block: usize| {
             let rows = block * OUT_BLOCK..n.min((block + 1) * OUT_BLOCK);
             let mut y = vec![0f32; tokens * rows.len()];
-            kernel.matmul_nt(x, weight.rows(rows.clone(), k), k, &mut y, rows.len());
+            kernel.matmul_nt(Matrix::new(x, tokens, k), weight(rows.clone()), &mut y, rows.len());
             y
         };
         let results: Vec<Vec<f32>> = match tokens * n * k < PARALLEL_ELEMENTS {

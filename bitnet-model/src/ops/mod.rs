@@ -8,6 +8,8 @@ use std::borrow::Cow;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType};
 
+use crate::kernels::{DenseWeights, Kernel, Matrix};
+
 mod attention;
 mod dense_matmul;
 mod gated;
@@ -26,7 +28,7 @@ pub use ternary_matmul::ternary_matmul;
 pub(crate) const PARALLEL_ELEMENTS: usize = 1 << 14;
 
 /// The elements in row-major order: borrowed when the layout allows it, gathered otherwise.
-pub(crate) fn contiguous<'a, T: WithDType>(
+pub fn contiguous<'a, T: WithDType>(
     storage: &'a CpuStorage,
     layout: &Layout,
 ) -> Result<Cow<'a, [T]>> {
@@ -65,4 +67,12 @@ pub(crate) fn for_each_chunk(
     } else {
         out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
     }
+}
+
+/// `Σ x·y`, in the kernels' fixed order.
+pub(crate) fn dot(kernel: &Kernel, x: &[f32], y: &[f32]) -> f32 {
+    let mut out = [0f32];
+    let y = DenseWeights::F32(Matrix::new(y, 1, y.len()));
+    kernel.matmul_nt(Matrix::new(x, 1, x.len()), y, &mut out, 1);
+    out[0]
 }

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{contiguous, for_each_chunk, with_slice};
+use super::{contiguous, dot, for_each_chunk, with_slice};
 use crate::kernels;
 
 /// Normalizes the last dimension of `x` (…, hidden) and multiplies it by `weight` (hidden); f32.
@@ -97,7 +97,7 @@ impl RmsNorm {
             for (dx, (dy, weight)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
                 *dx = dy * weight;
             }
-            let mean = kernels::active().dot(dx, x) / hidden as f32;
+            let mean = dot(kernels::active(), dx, x) / hidden as f32;
             let shrink = mean * r * r * r;
             for i in 0..hidden {
                 dx[i] = r * dx[i] - x[i] * shrink;
