@@ -1,0 +1,71 @@
+//! The exponential function and the softmax built on it.
+//!
+//! `eˣ = 2ⁿ · eʳ` with `n = round(x / ln 2)` and `|r| ≤ ½ ln 2`; ln 2 is split in two so that `r` is accurate, and
+//! `eʳ = 1 + r + r² · P(r)` with the degree-5 polynomial of Cephes' `expf.c` (S. L. Moshier).
+
+use super::{
+    dense::{max, pad, sum_lanes},
+    simd::{LANES, Simd},
+};
+
+/// Below it, `eˣ < 2⁻¹⁵⁰` rounds to zero.
+const LOWEST: f32 = -105.;
+/// Above it, `eˣ ≥ 2¹²⁸` is infinite.
+const HIGHEST: f32 = 89.5;
+/// The first 10 bits of ln 2: the product with `n` is exact.
+const LN_2_HIGH: f32 = 355. / 512.;
+/// ln 2 − `LN_2_HIGH`.
+const LN_2_LOW: f32 = -2.121_944_4e-4;
+/// P, highest power first.
+const P: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+
+/// `eˣ` in each lane.
+#[inline(always)]
+fn exp_lanes<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    // The second operand of `max` and `min` passes a NaN on.
+    let x = simd.min(simd.splat(HIGHEST), simd.max(simd.splat(LOWEST), x));
+    let n = simd.round(simd.mul(x, simd.splat(std::f32::consts::LOG2_E)));
+    let r = simd.mul_add(n, simd.splat(-LN_2_HIGH), x);
+    let r = simd.mul_add(n, simd.splat(-LN_2_LOW), r);
+    let mut p = simd.splat(P[0]);
+    for coefficient in &P[1..] {
+        p = simd.mul_add(p, r, simd.splat(*coefficient));
+    }
+    let e = simd.add(simd.mul_add(p, simd.mul(r, r), r), simd.splat(1.));
+    simd.scale(e, n)
+}
+
+/// Replaces each `x` by `f(x)`; the ragged end is padded with `fill`. Lanes of padding reach `f` too.
+#[inline(always)]
+fn map<S: Simd>(simd: S, x: &mut [f32], fill: f32, mut f: impl FnMut(S::F32) -> S::F32) {
+    let (groups, tail) = x.as_chunks_mut::<LANES>();
+    for group in groups {
+        simd.store(f(simd.load(group)), group);
+    }
+    if !tail.is_empty() {
+        let mut group = pad(tail, fill);
+        simd.store(f(simd.load(&group)), &mut group);
+        tail.copy_from_slice(&group[..tail.len()]);
+    }
+}
+
+#[inline(always)]
+pub(super) fn exp<S: Simd>(simd: S, x: &mut [f32]) {
+    map(simd, x, 0., |x| exp_lanes(simd, x));
+}
+
+#[inline(always)]
+pub(super) fn softmax<S: Simd>(simd: S, scores: &mut [f32]) {
+    let max = simd.splat(-max(simd, scores));
+    let mut sum = simd.splat(0.);
+    map(simd, scores, f32::NEG_INFINITY, |score| {
+        let e = exp_lanes(simd, simd.add(score, max));
+        sum = simd.add(sum, e);
+        e
+    });
+    let sum = sum_lanes(simd, sum);
+    for score in scores {
+        *score /= sum;
+    }
+}
