@@ -1,1 +1,3 @@
 //! x
+pub mod qat;
+pub mod parameters;

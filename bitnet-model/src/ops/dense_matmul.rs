@@ -41,8 +41,8 @@ impl CustomOp2 for DenseMatmul {
         let (tokens, k) = x_layout.shape().dims2()?;
         let (out_features, _) = weight_layout.shape().dims2()?;
         let x = contiguous::<f32>(x, x_layout)?;
-        let y = match weight.dtype() {
-            DType::BF16 => {
+        let y = match weight {
+            CpuStorage::BF16(_) => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
                 let bits: &[u16] = weight.reinterpret_cast();
                 let rows = |r: Range<usize>| {

@@ -35,8 +35,28 @@ pub fn contiguous<'a, T: WithDType>(
     let all = storage.as_slice::<T>()?;
     Ok(match layout.contiguous_offsets() {
         Some((start, end)) => Cow::Borrowed(&all[start..end]),
-        None => Cow::Owned(layout.strided_index().map(|i| all[i]).collect()),
+        None => Cow::Owned(gather(all, layout)),
     })
+}
+
+/// The elements of a strided layout in row-major order.
+fn gather<T: Copy>(all: &[T], layout: &Layout) -> Vec<T> {
+    let Some((&width, outer)) = layout.dims().split_last() else {
+        return vec![all[layout.start_offset()]];
+    };
+    let mut rows = vec![layout.start_offset()];
+    for (&dim, &stride) in outer.iter().zip(layout.stride()) {
+        rows = rows.iter().flat_map(|row| (0..dim).map(move |i| row + i * stride)).collect();
+    }
+    let stride = layout.stride()[outer.len()];
+    let mut elements = Vec::with_capacity(rows.len() * width);
+    for row in rows {
+        match stride {
+            1 => elements.extend_from_slice(&all[row..row + width]),
+            _ => elements.extend((0..width).map(|i| all[row + i * stride])),
+        }
+    }
+    elements
 }
 
 /// Calls `f` on a CPU tensor's elements in row-major order.
