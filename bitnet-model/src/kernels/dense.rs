@@ -4,6 +4,8 @@
 //! then the tree of [`Simd::sum4`]; a ragged end is padded with the operation's neutral element. So a value
 //! depends on its own operands alone, and not on the instruction set, the rows beside it or the blocking.
 
+use std::array;
+
 use super::simd::{LANES, Simd};
 
 /// A row-major matrix whose rows of `cols` values begin `stride` values apart.
@@ -209,14 +211,8 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
     #[inline(always)]
     fn block<const R: usize, const C: usize>(&mut self, i: usize, j: usize) {
         let simd = self.simd;
-        let mut x = [(&[] as &[[f32; LANES]], &[] as &[f32]); R];
-        for r in 0..R {
-            x[r] = self.x.row(i + r).as_chunks::<LANES>();
-        }
-        let mut w = [(&[] as &[[T; LANES]], &[] as &[T]); C];
-        for c in 0..C {
-            w[c] = self.w.row(j + c).as_chunks::<LANES>();
-        }
+        let x: [_; R] = array::from_fn(|r| self.x.row(i + r).as_chunks::<LANES>());
+        let w: [_; C] = array::from_fn(|c| self.w.row(j + c).as_chunks::<LANES>());
         let mut acc = [[simd.splat(0.); C]; R];
         let groups = self.x.cols / LANES;
         for g in 0..groups {
@@ -271,7 +267,7 @@ pub(super) fn weighted_sum<S: Simd, const W: usize>(
     }
     let done = wide.len() * W;
     for (group, out) in narrow.iter_mut().enumerate() {
-        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, std::array::from_mut(out));
+        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, array::from_mut(out));
     }
     let start = dims - tail.len();
     tail.fill(0.);

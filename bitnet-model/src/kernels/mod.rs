@@ -5,6 +5,10 @@
 
 #![allow(unsafe_code)] // the only module with intrinsics; every block states what it relies on
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
 mod dense;
 mod exp;
 mod quantize;
@@ -33,7 +37,13 @@ pub struct Kernel {
 }
 
 /// Fastest first. An instruction set is one file, one `mod` line and one line here.
-static KERNELS: &[&Kernel] = &[&scalar::KERNEL];
+static KERNELS: &[&Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512vnni::KERNEL,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::KERNEL,
+    &scalar::KERNEL,
+];
 
 /// The kernels this processor can run, fastest first.
 pub fn available() -> impl Iterator<Item = &'static Kernel> {

@@ -59,9 +59,9 @@ fn tile_row(rng: &mut ChaCha8Rng, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
 
 #[test]
 fn the_fastest_kernel_is_active_and_all_have_names() {
-    assert_eq!(active().name(), available().next().unwrap().name());
+    assert_eq!(available().next().map(Kernel::name), Some(active().name()));
     for kernel in available() {
-        assert_eq!(by_name(kernel.name()).unwrap().name(), kernel.name());
+        assert_eq!(by_name(kernel.name()).map(Kernel::name), Some(kernel.name()));
     }
     assert!(by_name("scalar").is_some());
     assert!(by_name("mmx").is_none());
