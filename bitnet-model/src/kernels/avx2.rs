@@ -11,7 +11,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     name: "avx2",
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
     accumulate,
-    routines: routines!(Avx2(()), 2 x 2, 4, #[target_feature(enable = "avx2,fma")]),
+    routines: routines!(Avx2(()), 2 x 2, #[target_feature(enable = "avx2,fma")]),
 };
 
 #[target_feature(enable = "avx2,fma")]

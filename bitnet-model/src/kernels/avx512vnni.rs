@@ -19,7 +19,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     },
     accumulate,
     routines: routines!(
-        Avx512(()), 4 x 4, 8,
+        Avx512(()), 4 x 4,
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
 };

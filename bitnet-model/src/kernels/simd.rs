@@ -55,10 +55,10 @@ pub(super) struct Routines {
     pub softmax: unsafe fn(&mut [f32]),
 }
 
-/// [`Routines`] whose functions carry the given `#[target_feature]`. `$rows` × `$cols` accumulators of a matrix
-/// product, and `$wide` of a weighted sum, are what the instruction set's registers hold.
+/// [`Routines`] whose functions carry the given `#[target_feature]`. The instruction set's registers hold `$rows` ×
+/// `$cols` accumulators of a matrix product.
 macro_rules! routines {
-    ($simd:expr, $rows:literal x $cols:literal, $wide:literal $(, #[$feature:meta])?) => {{
+    ($simd:expr, $rows:literal x $cols:literal $(, #[$feature:meta])?) => {{
         use crate::kernels::{dense, exp, quantize};
         $(#[$feature])?
         fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
@@ -82,7 +82,7 @@ macro_rules! routines {
         }
         $(#[$feature])?
         fn weighted_sum(p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
-            dense::weighted_sum::<_, $wide>($simd, p, v, v_stride, out)
+            dense::weighted_sum($simd, p, v, v_stride, out)
         }
         $(#[$feature])?
         fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
