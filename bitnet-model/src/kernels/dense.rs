@@ -1,8 +1,10 @@
 //! Full-precision products and reductions in a fixed order.
 //!
-//! Every reduction over `i` is sixteen partial sums, lane `l` taking `i = l, l + 16, l + 32, …` in that order, and
-//! then the tree of [`Simd::sum4`]; a ragged end is padded with the operation's neutral element. So a value
-//! depends on its own operands alone, and not on the instruction set, the rows beside it or the blocking.
+//! Every sum over `i` is sixteen partial sums, lane `l` taking `i = l, l + 16, l + 32, …` in that order, and then the
+//! tree of [`Simd::sum4`]; a ragged end is padded with zeros. Only [`weighted_sum`] and [`axpy`], whose lanes are
+//! separate outputs, take their terms one by one.
+
+use std::array;
 
 use super::simd::{LANES, Simd};
 
@@ -131,7 +133,7 @@ fn fold<S: Simd>(
 
 /// The tree of [`Simd::sum4`] for one vector.
 #[inline(always)]
-pub(super) fn sum_lanes<S: Simd>(simd: S, x: S::F32) -> f32 {
+fn sum_lanes<S: Simd>(simd: S, x: S::F32) -> f32 {
     simd.sum4([x; 4])[0]
 }
 
@@ -209,14 +211,8 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
     #[inline(always)]
     fn block<const R: usize, const C: usize>(&mut self, i: usize, j: usize) {
         let simd = self.simd;
-        let mut x = [(&[] as &[[f32; LANES]], &[] as &[f32]); R];
-        for r in 0..R {
-            x[r] = self.x.row(i + r).as_chunks::<LANES>();
-        }
-        let mut w = [(&[] as &[[T; LANES]], &[] as &[T]); C];
-        for c in 0..C {
-            w[c] = self.w.row(j + c).as_chunks::<LANES>();
-        }
+        let x: [_; R] = array::from_fn(|r| self.x.row(i + r).as_chunks::<LANES>());
+        let w: [_; C] = array::from_fn(|c| self.w.row(j + c).as_chunks::<LANES>());
         let mut acc = [[simd.splat(0.); C]; R];
         let groups = self.x.cols / LANES;
         for g in 0..groups {
@@ -253,10 +249,10 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
     }
 }
 
-/// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, each `d` one chain of fused products in the order of `j`, `W` vectors of
-/// `d` at a time.
+/// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, each `d` one chain of fused products in the order of `j`; four vectors of
+/// `d` at a time hide the latency.
 #[inline(always)]
-pub(super) fn weighted_sum<S: Simd, const W: usize>(
+pub(super) fn weighted_sum<S: Simd>(
     simd: S,
     p: &[f32],
     v: &[f32],
@@ -265,13 +261,13 @@ pub(super) fn weighted_sum<S: Simd, const W: usize>(
 ) {
     let dims = out.len();
     let (groups, tail) = out.as_chunks_mut::<LANES>();
-    let (wide, narrow) = groups.as_chunks_mut::<W>();
+    let (wide, narrow) = groups.as_chunks_mut::<4>();
     for (block, out) in wide.iter_mut().enumerate() {
-        weighted_columns(simd, p, v, v_stride, block * W * LANES, out);
+        weighted_columns(simd, p, v, v_stride, block * 4 * LANES, out);
     }
-    let done = wide.len() * W;
+    let done = wide.len() * 4;
     for (group, out) in narrow.iter_mut().enumerate() {
-        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, std::array::from_mut(out));
+        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, array::from_mut(out));
     }
     let start = dims - tail.len();
     tail.fill(0.);

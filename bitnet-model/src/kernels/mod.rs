@@ -1,10 +1,16 @@
 //! Compute kernels over plain slices: one tile row, one matrix, one vector. No tensors, allocation or threads.
 //!
 //! A [`Kernel`] is one instruction set's version of every routine. All versions give equal results, bit for bit:
-//! integer sums are exact, and floats are computed lane by lane in the order that [`dense`] defines.
+//! integer sums are exact, and a sum of floats over `i` is sixteen partial sums, the one numbered `l` taking
+//! `i = l, l + 16, l + 32, …` in order by fused multiply-add, which are then added in a fixed tree. So a value depends on
+//! its own operands alone, and not on the instruction set, the rows beside it or the blocking.
 
 #![allow(unsafe_code)] // the only module with intrinsics; every block states what it relies on
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
 mod dense;
 mod exp;
 mod quantize;
@@ -33,7 +39,13 @@ pub struct Kernel {
 }
 
 /// Fastest first. An instruction set is one file, one `mod` line and one line here.
-static KERNELS: &[&Kernel] = &[&scalar::KERNEL];
+static KERNELS: &[&Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512vnni::KERNEL,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::KERNEL,
+    &scalar::KERNEL,
+];
 
 /// The kernels this processor can run, fastest first.
 pub fn available() -> impl Iterator<Item = &'static Kernel> {
@@ -160,7 +172,8 @@ impl Kernel {
         unsafe { (self.routines.axpy)(a, x, y) }
     }
 
-    /// `eˣ` in place, within one unit in the last place; 0 below −104, ∞ above 88.73.
+    /// `eˣ` in place, off by less than 1.02 units in the last place (3 in 100 values are not the nearest float); 0 below
+    /// −104, ∞ above 88.73.
     pub fn exp(&self, x: &mut [f32]) {
         // SAFETY: `self` came from `available`, which checked the processor.
         unsafe { (self.routines.exp)(x) }

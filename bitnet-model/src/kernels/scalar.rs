@@ -1,5 +1,7 @@
 //! Portable code, left to the compiler's vectorizer: the baseline of every processor.
 
+use std::array;
+
 use super::{
     COLS, Kernel, ROWS, Tile,
     simd::{LANES, Simd, routines},
@@ -9,20 +11,32 @@ pub(super) static KERNEL: Kernel = Kernel {
     name: "scalar",
     is_available: || true,
     accumulate,
-    routines: routines!(Scalar, 2 x 2, 2),
+    routines: routines!(Scalar, 2 x 2),
 };
+
+/// Tiles whose products fit 16 bits: each of the 64 sums takes four of a tile, `31 · 4 · 2 · 128 = 31744 < 2¹⁵`.
+const RUN: usize = 31;
 
 fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     let cols = tiles.len() * COLS;
-    for (i, tile) in tiles.iter().enumerate() {
-        for (token, acc) in acc.iter_mut().enumerate() {
-            let x = &x[token * cols + i * COLS..][..COLS];
-            for (codes, sum) in tile.as_chunks::<4>().0.iter().zip(acc) {
-                for (lane, x) in x.as_chunks::<4>().0.iter().enumerate() {
-                    for (code, x) in codes.iter().zip(x) {
-                        *sum += i32::from(code >> (2 * lane) & 3) * i32::from(*x);
+    for (token, acc) in acc.iter_mut().enumerate() {
+        let x = &x[token * cols..][..cols];
+        for (tiles, x) in tiles.chunks(RUN).zip(x.chunks(RUN * COLS)) {
+            let mut sums = [0i16; 64];
+            for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
+                for lane in 0..4 {
+                    let x: [i16; 8] = array::from_fn(|i| i16::from(x[4 * lane + i % 4]));
+                    let codes = tile.map(|byte| byte >> (2 * lane) & 3);
+                    let codes = codes.as_chunks::<8>().0;
+                    for (sums, codes) in sums.as_chunks_mut::<8>().0.iter_mut().zip(codes) {
+                        for i in 0..8 {
+                            sums[i] += i16::from(codes[i]) * x[i];
+                        }
                     }
                 }
+            }
+            for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<4>().0) {
+                *acc += sums.iter().map(|sum| i32::from(*sum)).sum::<i32>();
             }
         }
     }
@@ -34,7 +48,7 @@ struct Scalar;
 
 #[inline(always)]
 fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
-    std::array::from_fn(|l| f(a[l], b[l]))
+    array::from_fn(|l| f(a[l], b[l]))
 }
 
 impl Simd for Scalar {
@@ -72,7 +86,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
-        std::array::from_fn(|l| a[l].mul_add(b[l], c[l]))
+        array::from_fn(|l| a[l].mul_add(b[l], c[l]))
     }
 
     #[inline(always)]

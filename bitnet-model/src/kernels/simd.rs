@@ -4,6 +4,8 @@
 //! over [`Simd`]. Every method is one correctly rounded operation on each lane, so a routine gives the same bits
 //! on every instruction set.
 
+use super::dense::{DenseWeights, Matrix};
+
 /// Lanes of a vector; partial sums of a reduction.
 pub(super) const LANES: usize = 16;
 
@@ -38,9 +40,11 @@ pub(super) trait Simd: Copy {
     fn sum4(self, a: [Self::F32; 4]) -> [f32; 4];
 }
 
+type QuantizeRow = unsafe fn(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32);
+
 /// The routines written over [`Simd`], compiled for one instruction set, which the caller must know to be present.
 pub(super) struct Routines {
-    pub quantize_row: unsafe fn(&[f32], bool, &mut [i8]) -> (f32, i32),
+    pub quantize_row: QuantizeRow,
     pub matmul_nt: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32], usize),
     pub sum: unsafe fn(&[f32]) -> f32,
     pub sum_squares: unsafe fn(&[f32]) -> f32,
@@ -51,46 +55,44 @@ pub(super) struct Routines {
     pub softmax: unsafe fn(&mut [f32]),
 }
 
-use super::dense::{DenseWeights, Matrix};
-
-/// [`Routines`] whose functions carry the given `#[target_feature]`. `$rows` × `$cols` accumulators of a matrix
-/// product, and `$wide` of a weighted sum, are what the instruction set's registers hold.
+/// [`Routines`] whose functions carry the given `#[target_feature]`. The instruction set's registers hold `$rows` ×
+/// `$cols` accumulators of a matrix product.
 macro_rules! routines {
-    ($(#[$feature:meta])* $simd:expr, $rows:literal x $cols:literal, $wide:literal) => {{
+    ($simd:expr, $rows:literal x $cols:literal $(, #[$feature:meta])?) => {{
         use crate::kernels::{dense, exp, quantize};
-        $(#[$feature])*
+        $(#[$feature])?
         fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
             quantize::quantize_row(x, half_up, codes)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn matmul_nt(x: dense::Matrix<'_, f32>, w: dense::DenseWeights<'_>, y: &mut [f32], y_stride: usize) {
             dense::matmul_nt::<_, $rows, $cols>($simd, x, w, y, y_stride)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn sum(x: &[f32]) -> f32 {
             dense::sum($simd, x)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn sum_squares(x: &[f32]) -> f32 {
             dense::sum_squares($simd, x)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn max(x: &[f32]) -> f32 {
             dense::max($simd, x)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn weighted_sum(p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
-            dense::weighted_sum::<_, $wide>($simd, p, v, v_stride, out)
+            dense::weighted_sum($simd, p, v, v_stride, out)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
             dense::axpy(a, x, y)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn exp(x: &mut [f32]) {
             exp::exp($simd, x)
         }
-        $(#[$feature])*
+        $(#[$feature])?
         fn softmax(scores: &mut [f32]) {
             exp::softmax($simd, scores)
         }

@@ -59,9 +59,9 @@ fn tile_row(rng: &mut ChaCha8Rng, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
 
 #[test]
 fn the_fastest_kernel_is_active_and_all_have_names() {
-    assert_eq!(active().name(), available().next().unwrap().name());
+    assert_eq!(available().next().map(Kernel::name), Some(active().name()));
     for kernel in available() {
-        assert_eq!(by_name(kernel.name()).unwrap().name(), kernel.name());
+        assert_eq!(by_name(kernel.name()).map(Kernel::name), Some(kernel.name()));
     }
     assert!(by_name("scalar").is_some());
     assert!(by_name("mmx").is_none());
@@ -132,10 +132,10 @@ fn extreme_codes_do_not_saturate() {
     for (code, weight) in [(0u8, -1), (1, 0), (2, 1)] {
         let tile = [code * 0b01_01_01_01; 64];
         for value in [-128i8, 127] {
-            let x = [value; 4 * COLS];
-            let sum = 64 * i32::from(value);
+            let x = [value; 67 * COLS];
+            let sum = x.len() as i32 * i32::from(value);
             for kernel in available() {
-                let dot = kernel.ternary_dot(&[tile; 4], &x, sum);
+                let dot = kernel.ternary_dot(&[tile; 67], &x, sum);
                 assert_eq!(dot, [weight * sum; ROWS], "{}", kernel.name());
             }
         }
@@ -329,7 +329,7 @@ fn exp_is_accurate_and_equal_everywhere() {
         let mut e = x.clone();
         kernel.exp(&mut e);
         for (e, x) in e.iter().zip(&x) {
-            assert!(ulps(*e, f64::from(*x).exp()) <= 1., "{}: exp({x}) = {e}", kernel.name());
+            assert!(ulps(*e, f64::from(*x).exp()) < 1.02, "{}: exp({x}) = {e}", kernel.name());
         }
         let first = first.get_or_insert_with(|| e.clone());
         assert!(bits(first) == bits(&e), "{}", kernel.name());
