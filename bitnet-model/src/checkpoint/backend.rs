@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Error as CandleError, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::{Init, var_builder::SimpleBackend};
 
 use super::{Checkpoint, Dtype, is_float};
+use crate::error::Error;
 
 /// A shared checkpoint; shapes and element types are checked here, by name.
 pub(super) struct Backend(pub Arc<Checkpoint>);
@@ -23,7 +24,7 @@ impl SimpleBackend for Backend {
             && info.shape != shape.dims()
         {
             let reason = format!("expected shape {:?}, found {:?}", shape.dims(), info.shape);
-            return Err(CandleError::wrap(self.0.wrong(name, reason)));
+            return Err(wrap(self.0.wrong(name, reason)));
         }
         self.get_unchecked(name, dtype, device)
     }
@@ -35,13 +36,18 @@ impl SimpleBackend for Backend {
             && !(is_float(stored) && dtype.is_float())
         {
             let reason = format!("holds {stored}, which cannot be read as {requested}");
-            return Err(CandleError::wrap(self.0.wrong(name, reason)));
+            return Err(wrap(self.0.wrong(name, reason)));
         }
-        let tensor = self.0.read(name).map_err(CandleError::wrap)?;
+        let tensor = self.0.read(name).map_err(wrap)?;
         tensor.to_device(device)?.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
         self.0.get(name).is_some()
     }
+}
+
+/// Our error inside Candle's, without the backtrace `candle_core::Error::wrap` appends: the message says where.
+fn wrap(error: Error) -> candle_core::Error {
+    candle_core::Error::Wrapped(Box::new(error))
 }

@@ -6,6 +6,8 @@
 mod backend;
 mod header;
 mod source;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::{
