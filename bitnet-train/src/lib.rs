@@ -1,3 +1,20 @@
-//! x
-pub mod qat;
+//! Quantization-aware training of BitNet b1.58 language models.
+//!
+//! ```text
+//! dataset → batch → model → loss → backward → optimizer → checkpoint → (packed) checkpoint
+//! ```
+//!
+//! A run is described by a [`recipe::Recipe`]. [`dataset`] reads text and turns it into tokens, [`batch`] cuts them
+//! into windows, the caller's model makes logits of them, [`loss`] compares those with the next tokens, Candle walks
+//! back to the parameters, [`optimizer`] updates them, [`metrics`] writes down what happened and [`checkpoint`] makes
+//! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop.
+pub mod batch;
+pub mod checkpoint;
+pub mod dataset;
+mod error;
+pub mod loss;
+pub mod optimizer;
 pub mod parameters;
+pub mod qat;
+
+pub use error::{Error, Result};

@@ -1,0 +1,297 @@
+//! The state of a run on disk: what it takes to resume with the same bits.
+//!
+//! ```text
+//! OUTPUT/step-N/model.safetensors       latent weights, f32
+//!               optimizer.safetensors   moments
+//!               trainer_state.json      step, position in the data, best evaluation, recipe
+//! OUTPUT/best.safetensors               latent weights of the best evaluation
+//! ```
+//!
+//! A checkpoint is written to `.step-N`, forced to the disk and then renamed: a directory `step-N` is complete,
+//! whenever the process dies.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, batch::Position, optimizer::AdamW};
+
+pub mod tensors;
+
+use tensors::{TensorFile, write_tensors};
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "trainer_state.json";
+const BEST: &str = "best.safetensors";
+const PREFIX: &str = "step-";
+
+/// Everything of a run that is neither a weight nor a moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainerState {
+    /// Updates made.
+    pub step: usize,
+    /// Where the next batch is drawn.
+    pub position: Position,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since the best one.
+    pub evaluations_since_best: usize,
+    /// The recipe, to refuse a resume that would silently be another run.
+    pub recipe: serde_json::Value,
+    /// Fingerprint of the training and validation tokens, for the same reason.
+    pub dataset: [u64; 2],
+}
+
+/// The best evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// The step after which it was made.
+    pub step: usize,
+    /// Held-out loss.
+    pub nats_per_byte: f64,
+}
+
+/// The checkpoints of one output directory.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    limit: Option<usize>,
+}
+
+impl Checkpoints {
+    /// Creates the directory if need be and clears away what a killed process left half-written. At most `limit`
+    /// checkpoints are kept.
+    pub fn open(dir: &Path, limit: Option<usize>) -> Result<Self> {
+        fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+            let entry = entry.map_err(Error::io(dir))?;
+            let half_written = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| step_of(name.strip_prefix('.')?))
+                .is_some();
+            if half_written {
+                fs::remove_dir_all(entry.path()).map_err(Error::io(entry.path()))?;
+            }
+        }
+        Ok(Self { dir: dir.to_owned(), limit })
+    }
+
+    /// Writes the checkpoint of `state.step` and removes the oldest beyond the limit.
+    pub fn save(
+        &self,
+        state: &TrainerState,
+        parameters: &[(String, Var)],
+        optimizer: &AdamW,
+    ) -> Result<PathBuf> {
+        let name = format!("{PREFIX}{}", state.step);
+        let (path, partial) = (self.dir.join(&name), self.dir.join(format!(".{name}")));
+        fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
+        if let Err(error) = write(&partial, state, parameters, optimizer) {
+            // The disk may be full: give back what was taken. The first error is the one to report.
+            let _ = fs::remove_dir_all(&partial);
+            return Err(error);
+        }
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(Error::io(&path))?; // one that lacks a file, or `latest` had found it
+        }
+        fs::rename(&partial, &path).map_err(Error::io(&path))?;
+        sync_dir(&self.dir)?;
+        self.prune()?;
+        Ok(path)
+    }
+
+    /// Writes the weights of the best evaluation, replacing earlier ones at one stroke.
+    pub fn save_best(&self, parameters: &[(String, Var)]) -> Result<()> {
+        let (path, partial) = (self.best(), self.dir.join(format!(".{BEST}")));
+        if let Err(error) = write_weights(&partial, parameters) {
+            let _ = fs::remove_file(&partial);
+            return Err(error);
+        }
+        fs::rename(&partial, &path).map_err(Error::io(&path))?;
+        sync_dir(&self.dir)
+    }
+
+    /// The file of the best weights.
+    pub fn best(&self) -> PathBuf {
+        self.dir.join(BEST)
+    }
+
+    /// The newest complete checkpoint.
+    pub fn latest(&self) -> Result<Option<PathBuf>> {
+        let complete =
+            |path: &PathBuf| [MODEL, OPTIMIZER, STATE].iter().all(|file| path.join(file).is_file());
+        Ok(self.list()?.into_iter().rev().find(complete))
+    }
+
+    /// All checkpoints, oldest first.
+    fn list(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
+            let entry = entry.map_err(Error::io(&self.dir))?;
+            if let Some(step) = entry.file_name().to_str().and_then(step_of) {
+                found.push((step, entry.path()));
+            }
+        }
+        found.sort();
+        Ok(found.into_iter().map(|(_, path)| path).collect())
+    }
+
+    fn prune(&self) -> Result<()> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let mut paths = self.list()?;
+        paths.truncate(paths.len().saturating_sub(limit));
+        paths.iter().try_for_each(|path| fs::remove_dir_all(path).map_err(Error::io(path)))
+    }
+}
+
+/// `N` of `step-N`.
+fn step_of(name: &str) -> Option<usize> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+/// Reads the state of a checkpoint, and nothing else.
+pub fn read_state(checkpoint: &Path) -> Result<TrainerState> {
+    let path = checkpoint.join(STATE);
+    let json = fs::read_to_string(&path).map_err(Error::io(&path))?;
+    serde_json::from_str(&json)
+        .map_err(|error| Error::Checkpoint { path, reason: error.to_string() })
+}
+
+/// Sets parameters and optimizer to those of a checkpoint.
+pub fn load(checkpoint: &Path, parameters: &[(String, Var)], optimizer: &mut AdamW) -> Result<()> {
+    load_weights(&checkpoint.join(MODEL), parameters)?;
+    optimizer.load(&checkpoint.join(OPTIMIZER))
+}
+
+/// Sets parameters to the f32 tensors of their names in a safetensors file.
+pub fn load_weights(path: &Path, parameters: &[(String, Var)]) -> Result<()> {
+    let bytes = tensors::read(path)?;
+    let file = TensorFile::parse(path, &bytes)?;
+    parameters.iter().try_for_each(|(name, var)| file.load_var(name, var))
+}
+
+fn write(
+    dir: &Path,
+    state: &TrainerState,
+    parameters: &[(String, Var)],
+    optimizer: &AdamW,
+) -> Result<()> {
+    write_weights(&dir.join(MODEL), parameters)?;
+    optimizer.save(&dir.join(OPTIMIZER))?;
+    let path = dir.join(STATE);
+    let json = serde_json::to_string_pretty(state)
+        .map_err(|error| Error::Checkpoint { path: path.clone(), reason: error.to_string() })?;
+    fs::write(&path, json + "\n").map_err(Error::io(&path))?;
+    tensors::sync(&path)?;
+    sync_dir(dir)
+}
+
+fn write_weights(path: &Path, parameters: &[(String, Var)]) -> Result<()> {
+    let tensors = parameters.iter().map(|(name, var)| -> (String, &Tensor) { (name.clone(), var) });
+    write_tensors(path, tensors, ("format", "pt".into()))
+}
+
+/// Waits until renames in a directory are on the disk. Windows has no such call, and orders them itself.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::optimizer::{AdamWConfig, Decay};
+
+    fn state(step: usize) -> TrainerState {
+        TrainerState {
+            step,
+            position: Position { epoch: 2, index: 5 },
+            tokens: 1 << 40,
+            best: Some(Best { step: 3, nats_per_byte: 0.1 + 0.2 }),
+            evaluations_since_best: 1,
+            recipe: serde_json::json!({"train": {"seed": 1}}),
+            dataset: [u64::MAX, 1],
+        }
+    }
+
+    fn parameters(value: f32) -> Vec<(String, Var)> {
+        vec![("w".into(), Var::new(&[[value, 2.]], &Device::Cpu).unwrap())]
+    }
+
+    fn adamw(parameters: &[(String, Var)]) -> AdamW {
+        let config = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: Decay::Matrices };
+        AdamW::new(parameters, config).unwrap()
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(dir.path(), None).unwrap();
+        assert_eq!(checkpoints.latest().unwrap(), None);
+        let saved = parameters(1.5);
+        let path = checkpoints.save(&state(9), &saved, &adamw(&saved)).unwrap();
+        assert_eq!(checkpoints.latest().unwrap().as_ref(), Some(&path));
+        assert_eq!(read_state(&path).unwrap(), state(9));
+        let loaded = parameters(0.);
+        load(&path, &loaded, &mut adamw(&loaded)).unwrap();
+        assert_eq!(loaded[0].1.to_vec2::<f32>().unwrap(), [[1.5, 2.]]);
+    }
+
+    #[test]
+    fn the_oldest_go_and_the_incomplete_do_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join(".step-5")).unwrap();
+        let checkpoints = Checkpoints::open(dir.path(), Some(2)).unwrap();
+        let parameters = parameters(1.);
+        for step in [8, 9, 10, 11] {
+            checkpoints.save(&state(step), &parameters, &adamw(&parameters)).unwrap();
+        }
+        checkpoints.save_best(&parameters).unwrap();
+        assert_eq!(names(dir.path()), ["best.safetensors", "step-10", "step-11"]);
+        fs::remove_file(dir.path().join("step-11").join(STATE)).unwrap();
+        assert!(checkpoints.latest().unwrap().unwrap().ends_with("step-10"));
+        // The damaged one is replaced when the resumed run comes to it again.
+        let path = checkpoints.save(&state(11), &parameters, &adamw(&parameters)).unwrap();
+        assert_eq!(checkpoints.latest().unwrap(), Some(path));
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(dir.path(), None).unwrap();
+        let parameters = parameters(1.);
+        let path = checkpoints.save(&state(1), &parameters, &adamw(&parameters)).unwrap();
+        let other = vec![("w".to_owned(), Var::new(&[1f32], &Device::Cpu).unwrap())];
+        let message = load(&path, &other, &mut adamw(&other)).unwrap_err().to_string();
+        assert!(message.contains("model.safetensors: tensor `w`: is F32 [1, 2]"), "{message}");
+        fs::write(path.join(MODEL), "short").unwrap();
+        let message = load(&path, &parameters, &mut adamw(&parameters)).unwrap_err().to_string();
+        assert!(message.contains("model.safetensors"), "{message}");
+        fs::write(path.join(STATE), r#"{"step": 1}"#).unwrap();
+        let message = read_state(&path).unwrap_err().to_string();
+        assert!(message.contains("trainer_state.json: missing field `position`"), "{message}");
+    }
+}

@@ -1,0 +1,165 @@
+//! Safetensors files of a training run: written durably, read with every name and shape checked.
+
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fs::{self, OpenOptions},
+    path::Path,
+    str::FromStr,
+};
+
+use candle_core::{Tensor, Var};
+use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
+
+use crate::{Error, Result};
+
+/// A tensor of f32 that lies in a slice.
+pub struct F32View<'a> {
+    /// Its dimensions.
+    pub shape: &'a [usize],
+    /// Its elements, row-major.
+    pub values: &'a [f32],
+}
+
+impl View for F32View<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
+/// Writes tensors and one metadata entry, and waits until they are on the disk. Equal contents make equal bytes.
+pub fn write_tensors<V: View>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, V)>,
+    (key, value): (&str, String),
+) -> Result<()> {
+    let metadata = HashMap::from([(key.to_owned(), value)]);
+    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(error) => Error::io(path)(error),
+        error => Error::Checkpoint { path: path.to_owned(), reason: error.to_string() },
+    })?;
+    sync(path)
+}
+
+/// Waits until a file is on the disk.
+pub(super) fn sync(path: &Path) -> Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::io(path))
+}
+
+/// The bytes of a file, for [`TensorFile::parse`].
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(Error::io(path))
+}
+
+/// A safetensors file in memory.
+pub struct TensorFile<'a> {
+    path: &'a Path,
+    tensors: SafeTensors<'a>,
+    metadata: HashMap<String, String>,
+}
+
+impl<'a> TensorFile<'a> {
+    /// Checks the file's header and length; `path` is for messages.
+    pub fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+        let refuse = |error: safetensors::SafeTensorError| Error::Checkpoint {
+            path: path.to_owned(),
+            reason: format!("{error}; delete this checkpoint to resume from the one before"),
+        };
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(refuse)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        Ok(Self { path, tensors: SafeTensors::deserialize(bytes).map_err(refuse)?, metadata })
+    }
+
+    /// The value of a metadata entry.
+    pub fn metadata<T: FromStr>(&self, key: &str) -> Result<T> {
+        self.metadata.get(key).and_then(|value| value.parse().ok()).ok_or_else(|| {
+            Error::Checkpoint {
+                path: self.path.to_owned(),
+                reason: format!("metadata `{key}` is missing or malformed"),
+            }
+        })
+    }
+
+    /// Copies an f32 tensor of exactly this shape into a slice of as many elements.
+    pub fn copy_to(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
+        let view = self.view(name, shape)?;
+        for (value, bytes) in values.iter_mut().zip(view.data().as_chunks().0) {
+            *value = f32::from_le_bytes(*bytes);
+        }
+        Ok(())
+    }
+
+    /// Sets a variable to an f32 tensor of exactly its shape.
+    pub fn load_var(&self, name: &str, var: &Var) -> Result<()> {
+        let mut values = vec![0.; var.elem_count()];
+        self.copy_to(name, var.dims(), &mut values)?;
+        Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
+    }
+
+    fn view(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
+        let refuse = |reason: String| Error::Tensor {
+            path: self.path.to_owned(),
+            name: name.to_owned(),
+            reason,
+        };
+        let view = self.tensors.tensor(name).map_err(|_| refuse("is missing".into()))?;
+        if view.dtype() != Dtype::F32 || view.shape() != shape {
+            return Err(refuse(format!(
+                "is {:?} {:?}, the model has F32 {shape:?}",
+                view.dtype(),
+                view.shape()
+            )));
+        }
+        Ok(view)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_is_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let values = [1f32, f32::MIN_POSITIVE, -0., 4., 5., f32::MAX];
+        let tensor = || [("a.b".to_owned(), F32View { shape: &[2, 3], values: &values })];
+        write_tensors(&path, tensor(), ("updates", "7".into())).unwrap();
+        let mut bytes = read(&path).unwrap();
+        let file = TensorFile::parse(&path, &bytes).unwrap();
+        let mut found = [0f32; 6];
+        file.copy_to("a.b", &[2, 3], &mut found).unwrap();
+        assert_eq!(found.map(f32::to_bits), values.map(f32::to_bits));
+        assert_eq!(file.metadata::<u64>("updates").unwrap(), 7);
+
+        let message = |result: Result<()>| result.unwrap_err().to_string();
+        assert!(
+            message(file.copy_to("a", &[2, 3], &mut found))
+                .ends_with("x.safetensors: tensor `a`: is missing")
+        );
+        assert!(
+            message(file.copy_to("a.b", &[3, 2], &mut found))
+                .contains("F32 [2, 3], the model has F32 [3, 2]")
+        );
+        assert!(file.metadata::<u64>("format").is_err());
+        bytes.pop();
+        assert!(TensorFile::parse(&path, &bytes).is_err());
+        assert!(TensorFile::parse(&path, b"").is_err());
+    }
+}

@@ -1,0 +1,334 @@
+//! Cross-entropy of next-token logits, fused: softmax, logarithm, gather and mean in one pass over the logits forward
+//! and one backward.
+//!
+//! `loss = Σ_rows (log Σ_j exp(x_j) − x_label) / n` over the rows whose label is not [`IGNORED`], where `n` is their
+//! number, or `num_items` when one update is accumulated from several batches (`transformers`' `ForCausalLMLoss`).
+//! Backward: `dx = (softmax(x) − onehot(label)) · g / n`, and zero for ignored rows. Beside the gradient, which is as
+//! large as the logits, only one number a row is kept.
+//!
+//! A row's sums have one fixed order, whatever the number of threads.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// The label of a position that does not count.
+pub const IGNORED: i64 = -100;
+
+/// Mean cross-entropy of `logits` `(rows, vocab)` in nats: a scalar that can be differentiated.
+///
+/// `labels` holds one token id a row, or [`IGNORED`]; it is already shifted, as [`Batch::labels`](crate::batch::Batch)
+/// and [`shift_labels`] are. The sum over rows is divided by `num_items`, by default the number of labels that count.
+pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) -> Result<Tensor> {
+    let targets = targets(logits, labels)?;
+    let items = num_items.unwrap_or_else(|| targets.iter().flatten().count());
+    if items == 0 {
+        return Err(Error::Input(
+            "cross-entropy over no label at all: every label is ignored".into(),
+        ));
+    }
+    let op =
+        CrossEntropy { targets: targets.into(), items: items as f64, log_sums: Arc::default() };
+    Ok(logits.to_dtype(DType::F32)?.contiguous()?.apply_op1(op)?)
+}
+
+/// Cross-entropy of every row in nats, 0 where the label is [`IGNORED`]; for evaluation.
+pub fn row_nats(logits: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
+    let targets = targets(logits, labels)?;
+    let nats = RowNats { targets: targets.into() };
+    Ok(logits.detach().to_dtype(DType::F32)?.contiguous()?.apply_op1(nats)?.to_vec1()?)
+}
+
+/// The labels of `(batch, seq)` token ids under a causal model: each row moved left by one, [`IGNORED`] at its end.
+pub fn shift_labels(tokens: &[u32], sequence_length: usize) -> Vec<i64> {
+    tokens
+        .chunks(sequence_length)
+        .flat_map(|row| row[1..].iter().map(|&token| i64::from(token)).chain([IGNORED]))
+        .collect()
+}
+
+/// Labels as indices into a row, checked against the logits' shape.
+fn targets(logits: &Tensor, labels: &[i64]) -> Result<Vec<Option<usize>>> {
+    let (rows, vocab) = logits.dims2()?;
+    if rows != labels.len() {
+        return Err(Error::Input(format!("{rows} rows of logits for {} labels", labels.len())));
+    }
+    let target = |(row, &label): (usize, &i64)| match usize::try_from(label) {
+        Ok(target) if target < vocab => Ok(Some(target)),
+        _ if label == IGNORED => Ok(None),
+        _ => Err(Error::Input(format!(
+            "label {label} of row {row} is not in a vocabulary of {vocab}"
+        ))),
+    };
+    labels.iter().enumerate().map(target).collect()
+}
+
+type Targets = Arc<[Option<usize>]>;
+
+struct CrossEntropy {
+    targets: Targets,
+    items: f64,
+    /// `log Σ_j exp(x_j)` of every row, left by the forward pass for the backward pass.
+    log_sums: Arc<OnceLock<Vec<f32>>>,
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (logits, vocab) = rows(self.name(), logits, layout)?;
+        let log_sums: Vec<f32> = logits.par_chunks(vocab).map(log_sum_exp).collect();
+        let nats: f64 = (logits.chunks(vocab).zip(&log_sums).zip(self.targets.iter()))
+            .filter_map(|((row, &log_sum), &target)| Some(f64::from(log_sum - row[target?])))
+            .sum();
+        // A second forward pass of the same op cannot happen: `cross_entropy` makes one op a call.
+        self.log_sums.get_or_init(|| log_sums);
+        Ok((CpuStorage::F32(vec![(nats / self.items) as f32]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        logits: &Tensor,
+        _loss: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let Some(log_sums) = self.log_sums.get() else {
+            bail!("{} went backward before forward", self.name())
+        };
+        let scale = (f64::from(grad.to_scalar::<f32>()?) / self.items) as f32;
+        let op =
+            SoftmaxMinusOnehot { targets: self.targets.clone(), log_sums: log_sums.clone(), scale };
+        Ok(Some(logits.detach().apply_op1(op)?))
+    }
+}
+
+/// `(softmax(x) − onehot) · scale`, the gradient of [`CrossEntropy`].
+struct SoftmaxMinusOnehot {
+    targets: Targets,
+    log_sums: Vec<f32>,
+    scale: f32,
+}
+
+impl CustomOp1 for SoftmaxMinusOnehot {
+    fn name(&self) -> &'static str {
+        "cross-entropy-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (logits, vocab) = rows(self.name(), logits, layout)?;
+        let mut grad = vec![0f32; logits.len()];
+        let rows = grad.par_chunks_mut(vocab).zip(logits.par_chunks(vocab));
+        rows.zip(self.targets.par_iter().zip(&self.log_sums)).for_each(
+            |((grad, row), (&target, &log_sum))| {
+                let Some(target) = target else { return };
+                for (grad, &x) in grad.iter_mut().zip(row) {
+                    *grad = exp(x - log_sum) * self.scale;
+                }
+                grad[target] -= self.scale;
+            },
+        );
+        Ok((CpuStorage::F32(grad), layout.shape().clone()))
+    }
+}
+
+struct RowNats {
+    targets: Targets,
+}
+
+impl CustomOp1 for RowNats {
+    fn name(&self) -> &'static str {
+        "cross-entropy-rows"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (logits, vocab) = rows(self.name(), logits, layout)?;
+        let nats: Vec<f32> = (logits.par_chunks(vocab).zip(self.targets.par_iter()))
+            .map(|(row, target)| target.map_or(0., |target| log_sum_exp(row) - row[target]))
+            .collect();
+        let shape = Shape::from(nats.len());
+        Ok((CpuStorage::F32(nats), shape))
+    }
+}
+
+/// The contiguous f32 values of a matrix and the length of its rows.
+fn rows<'a>(
+    op: &str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<(&'a [f32], usize)> {
+    let (_, columns) = layout.shape().dims2()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok((&storage.as_slice::<f32>()?[start..end], columns)),
+        None => bail!("{op} needs contiguous logits"),
+    }
+}
+
+/// Independent partial sums, as many as fill a vector register of any width in use.
+const LANES: usize = 16;
+
+/// `log Σ_j exp(x_j)`, shifted by the greatest value so that nothing overflows. NaN if a value is NaN.
+fn log_sum_exp(row: &[f32]) -> f32 {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut greatest = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (greatest, &x) in greatest.iter_mut().zip(chunk) {
+            *greatest = if x > *greatest { x } else { *greatest };
+        }
+    }
+    let shift = greatest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0f32; LANES];
+    for chunk in chunks {
+        for (sum, &x) in sums.iter_mut().zip(chunk) {
+            *sum += exp(x - shift);
+        }
+    }
+    let sum = sums
+        .iter()
+        .map(|&sum| f64::from(sum))
+        .chain(rest.iter().map(|&x| f64::from(exp(x - shift))))
+        .sum::<f64>();
+    (f64::from(shift) + sum.ln()) as f32
+}
+
+/// `exp(x)` for `x ≤ 0` (and a little above) within 2 ulp, without a branch or a call, so that loops over it vectorize.
+///
+/// `exp(x) = 2^n · exp(r)` with `n = round(x / ln 2)` and `|r| ≤ ln 2 / 2`, `exp(r)` by Cephes' polynomial. Below −87,
+/// where `2^n` would leave the normal range, it is `exp(−87) ≈ 1.6e-38` instead of a smaller number.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    /// Adding it rounds to an integer, which is then in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.; // 1.5 · 2^23
+    // `max` would turn NaN into −87.
+    let x = if x < -87. { -87. } else { x };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    // ln 2 in two parts, the first with few enough bits that `n` times it is exact.
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_2e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let exponent = (rounded.to_bits() << 23).wrapping_add(1f32.to_bits()); // n + 127 in the exponent field
+    (p * r * r + r + 1.) * f32::from_bits(exponent)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn exp_is_within_2_ulp() {
+        let mut x = -87f32;
+        while x <= 1. {
+            let expected = f64::from(x).exp();
+            let ulp = f64::from(f32::EPSILON) * expected;
+            assert!((f64::from(exp(x)) - expected).abs() <= 2. * ulp, "exp({x}) = {}", exp(x));
+            x += 1.7e-4;
+        }
+        assert_eq!(exp(0.), 1.);
+        assert!(exp(f32::NEG_INFINITY) < 2e-38);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    fn values(rows: usize, vocab: usize) -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-30f32..30., rows * vocab)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn equals_candle_forward_and_backward(
+            (rows, vocab, values, labels) in (1..7usize, 2..70usize).prop_flat_map(|(rows, vocab)| {
+                (Just(rows), Just(vocab), values(rows, vocab), prop::collection::vec(0..vocab as i64, rows))
+            })
+        ) {
+            let device = Device::Cpu;
+            let logits = Var::from_vec(values, (rows, vocab), &device).unwrap();
+            let loss = cross_entropy(&logits, &labels, None).unwrap();
+            let candle_labels = Tensor::new(labels.as_slice(), &device).unwrap();
+            let expected = candle_nn::loss::cross_entropy(&logits, &candle_labels).unwrap();
+            let difference = (&loss - &expected).unwrap().to_scalar::<f32>().unwrap();
+            prop_assert!(difference.abs() < 2e-5, "{difference}"); // 1 ulp at 30 is 2e-6
+
+            // A factor on the way back tells a wrong use of the incoming gradient.
+            let grad = |loss: &Tensor| {
+                let grads = (loss * 3.).unwrap().backward().unwrap();
+                grads.get(&logits).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            for (grad, expected) in grad(&loss).iter().zip(grad(&expected)) {
+                prop_assert!((grad - expected).abs() < 1e-5, "{grad} {expected}");
+            }
+            let nats = row_nats(&logits, &labels).unwrap();
+            let mean = nats.iter().sum::<f32>() / rows as f32;
+            prop_assert!((mean - loss.to_scalar::<f32>().unwrap()).abs() < 2e-5);
+        }
+    }
+
+    #[test]
+    fn ignored_rows_have_no_part_and_items_divide() {
+        let device = Device::Cpu;
+        let logits = Var::randn(0f32, 1., (3, 40), &device).unwrap();
+        let labels = [5, IGNORED, 7];
+        let nats = row_nats(&logits, &labels).unwrap();
+        assert_eq!(nats[1], 0.);
+        for (num_items, divisor) in [(None, 2.), (Some(8), 8.)] {
+            let loss = cross_entropy(&logits, &labels, num_items).unwrap();
+            let expected = (nats[0] + nats[2]) / divisor;
+            assert!((loss.to_scalar::<f32>().unwrap() - expected).abs() < 1e-6);
+            let grads = loss.backward().unwrap();
+            let grad = grads.get(&logits).unwrap().to_vec2::<f32>().unwrap();
+            assert!(grad[1].iter().all(|&g| g == 0.));
+            // Each row's gradient sums to zero: softmax sums to one, as does the one-hot row.
+            assert!(grad.iter().all(|row| row.iter().sum::<f32>().abs() < 1e-6));
+        }
+    }
+
+    #[test]
+    fn extreme_logits_stay_finite_and_nan_shows() {
+        let logits =
+            Tensor::new(&[[1e30f32, -1e30, 0.], [-1e30, -1e30, -1e30]], &Device::Cpu).unwrap();
+        let nats = row_nats(&logits, &[0, 1]).unwrap();
+        assert_eq!(nats[0], 0.);
+        assert!(nats[1].is_finite());
+        for width in [3, 40] {
+            let mut row = vec![0f32; width];
+            row[1] = f32::NAN;
+            let logits = Tensor::from_vec(row, (1, width), &Device::Cpu).unwrap();
+            assert!(row_nats(&logits, &[0]).unwrap()[0].is_nan());
+        }
+    }
+
+    #[test]
+    fn wrong_labels_are_refused() {
+        let logits = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).unwrap();
+        for labels in [&[0][..], &[0, 4], &[0, -1], &[IGNORED, IGNORED]] {
+            assert!(cross_entropy(&logits, labels, None).is_err(), "{labels:?}");
+        }
+    }
+
+    #[test]
+    fn shifted_labels_end_ignored() {
+        assert_eq!(shift_labels(&[1, 2, 3, 4, 5, 6], 3), [2, 3, IGNORED, 5, 6, IGNORED]);
+    }
+}
