@@ -7,7 +7,6 @@ use candle_nn::VarBuilder;
 
 use super::{LinearFactory, LinearSpec, Projection, RmsNorm};
 use crate::{
-    Error,
     config::{Quantization, ScaleConvention, WeightForm},
     ops::{ternary_matmul, with_slice},
     quant::Rounding,
@@ -34,8 +33,7 @@ impl BitLinear {
         let Quantization { weights, rounding, input_norm_eps } = quantization;
         let (out_features, in_features) = (spec.out_features, spec.in_features);
         let refuse = |reason: String| {
-            let name = format!("{}.weight", vb.prefix());
-            candle_core::Error::wrap(Error::Tensor { path: Default::default(), name, reason })
+            candle_core::Error::Msg(format!("tensor `{}.weight`: {reason}", vb.prefix()))
         };
         let weight = match weights {
             WeightForm::Latent => {
