@@ -1,5 +1,5 @@
-//! Hostile and damaged safetensors files: refused with a message that names the file and the tensor, without a panic and
-//! without an allocation larger than the file.
+//! Hostile and damaged safetensors files: refused with a message that names the file and the
+//! tensor, without a panic and without an allocation larger than the file.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ fn tensor(name: &str, dtype: &str, shape: &str, begin: u64, end: u64) -> String 
 
 fn open(folder: &Path, bytes: &[u8]) -> Result<Checkpoint> {
     let path = folder.join("hostile.safetensors");
-    fs::write(&path, bytes).unwrap();
+    fs::write(&path, bytes).expect("the temporary folder is writable");
     Checkpoint::open(&[path])
 }
 
@@ -53,6 +53,16 @@ fn headers_that_lie() {
             file("{}", &[]).iter().map(|&b| if b > 8 { 0xff } else { b }).collect(),
             &["header is not valid"],
         ),
+        (
+            "not UTF-8 in the metadata",
+            {
+                let mut bytes = file(r#"{"__metadata__":{"format":"pt"}}"#, &[]);
+                bytes[8 + 28] = 0xff;
+                bytes
+            },
+            &["header is not valid"],
+        ),
+        ("metadata that is no text", file(r#"{"__metadata__":{"x":[1]}}"#, &[]), &["not valid"]),
         ("not JSON", file("PK\u{3}\u{4}", &[]), &["header is not valid"]),
         ("not an object", file("[1, 2]", &[]), &["an object of tensors"]),
         ("deep JSON", file(&deep, &[]), &["tensor `x`"]),

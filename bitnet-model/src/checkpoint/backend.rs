@@ -47,7 +47,8 @@ impl SimpleBackend for Backend {
     }
 }
 
-/// Our error inside Candle's, without the backtrace `candle_core::Error::wrap` appends: the message says where.
+/// Our error inside Candle's, without the backtrace `candle_core::Error::wrap` appends: the message
+/// says where.
 fn wrap(error: Error) -> candle_core::Error {
     candle_core::Error::Wrapped(Box::new(error))
 }

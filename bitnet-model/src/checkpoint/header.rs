@@ -1,13 +1,19 @@
-//! The header of a safetensors file: `n: u64 LE`, then `n` bytes of JSON, then the data it describes.
+//! The header of a safetensors file: `n: u64 LE`, then `n` bytes of JSON, then the data it
+//! describes.
 //!
-//! The rules are those of the `safetensors` crate (its `Metadata::validate`): offsets start at zero, are contiguous and end
-//! with the file, and every tensor's bytes are exactly `shape × dtype`. They are checked here because the crate needs the
-//! whole file in memory, does not say which tensor is wrong, and lets the last of two tensors of one name win.
+//! The rules are those of the `safetensors` crate (its `Metadata::validate`): offsets start at
+//! zero, are contiguous and end with the file, and every tensor's bytes are exactly `shape ×
+//! dtype`. They are checked here because the crate needs the whole file in memory, does not say
+//! which tensor is wrong, and lets the last of two tensors of one name win.
 
-use std::{fmt, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    path::Path,
+};
 
 use safetensors::{Dtype, tensor::TensorInfo};
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use super::source::Source;
 use crate::error::{Error, Result};
@@ -47,8 +53,11 @@ pub(super) fn read(path: &Path, source: &Source) -> Result<Vec<(String, Entry)>>
     }
     let mut json = vec![0; header_bytes as usize];
     source.read_exact_at(&mut json, PREFIX_BYTES).map_err(Error::io(path))?;
-    let Header(mut tensors) = serde_json::from_slice(&json)
-        .map_err(|e| malformed(format!("the safetensors header is not valid: {e}")))?;
+    let invalid =
+        |e: &dyn fmt::Display| malformed(format!("the safetensors header is not valid: {e}"));
+    // As text: from bytes, serde_json does not look into the strings it skips.
+    let json = str::from_utf8(&json).map_err(|e| invalid(&e))?;
+    let Header(mut tensors) = serde_json::from_str(json).map_err(|e| invalid(&e))?;
 
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let data_start = PREFIX_BYTES + header_bytes;
@@ -59,7 +68,8 @@ pub(super) fn read(path: &Path, source: &Source) -> Result<Vec<(String, Entry)>>
             |reason: String| Error::Tensor { path: path.into(), name: name.clone(), reason };
         if begin != expected_begin || end < begin {
             return Err(wrong(format!(
-                "data offsets [{begin}, {end}] leave a gap or overlap; expected to begin at {expected_begin}"
+                "data offsets [{begin}, {end}] leave a gap or overlap; \
+                 expected to begin at {expected_begin}"
             )));
         }
         let bytes = data_bytes(dtype, &shape).ok_or_else(|| {
@@ -87,8 +97,8 @@ pub(super) fn read(path: &Path, source: &Source) -> Result<Vec<(String, Entry)>>
     Ok(entries)
 }
 
-/// Bytes of a tensor; `None` for a fraction of a byte or when any partial product of the dimensions overflows, also with
-/// a zero among them (strides are such products).
+/// Bytes of a tensor; `None` for a fraction of a byte or when any partial product of the dimensions
+/// overflows, also with a zero among them (strides are such products).
 pub(super) fn data_bytes(dtype: Dtype, shape: &[usize]) -> Option<usize> {
     let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &dim| bits.checked_mul(dim.max(1)))?;
     let bits = if shape.contains(&0) { 0 } else { bits };
@@ -112,7 +122,7 @@ impl<'de> Deserialize<'de> for Header {
                 self,
                 mut map: A,
             ) -> std::result::Result<Header, A::Error> {
-                let mut names = std::collections::HashSet::new();
+                let mut names = HashSet::new();
                 let mut tensors = Vec::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if !names.insert(name.clone()) {
@@ -121,7 +131,7 @@ impl<'de> Deserialize<'de> for Header {
                         )));
                     }
                     if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
+                        map.next_value::<Option<HashMap<String, String>>>()?;
                         continue;
                     }
                     let info = map

@@ -1,7 +1,9 @@
-//! Checkpoints on disk: [safetensors](https://huggingface.co/docs/safetensors) files, one or many shards.
+//! Checkpoints on disk: [safetensors](https://huggingface.co/docs/safetensors) files, one or many
+//! shards.
 //!
-//! [`Checkpoint`] validates every header once and then hands out one tensor at a time, so that a model is never in memory
-//! twice. [`SafetensorsWriter`] is its mirror. What the tensors mean is [`Config`](crate::config::Config)'s matter.
+//! [`Checkpoint`] validates every header once and then hands out one tensor at a time, so that a
+//! model is never in memory twice. [`SafetensorsWriter`] is its mirror. What the tensors mean is
+//! [`Config`](crate::config::Config)'s matter.
 
 mod backend;
 mod header;
@@ -57,7 +59,8 @@ pub struct TensorInfo<'a> {
 }
 
 impl Checkpoint {
-    /// Opens the shards of one model. Fails unless every header is consistent with its file and no name appears twice.
+    /// Opens the shards of one model. Fails unless every header is consistent with its file and no
+    /// name appears twice.
     pub fn open(paths: &[PathBuf]) -> Result<Self> {
         let origin = match paths {
             [] => return Err(Error::Input("a checkpoint needs at least one file".into())),
@@ -156,8 +159,9 @@ impl Checkpoint {
 
     /// A builder over this checkpoint for tensors of `dtype` on `device`.
     ///
-    /// Floats are converted to the requested float type (widening is exact). Anything else must be asked for as what it
-    /// is: packed codes come with `get_with_hints_dtype(.., DType::U8)` only, never as numbers.
+    /// Floats are converted to the requested float type (widening is exact). Anything else must be
+    /// asked for as what it is: packed codes come with `get_with_hints_dtype(.., DType::U8)` only,
+    /// never as numbers.
     pub fn var_builder(self: &Arc<Self>, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(Backend(Arc::clone(self))), dtype, device.clone())
     }
@@ -178,13 +182,14 @@ impl Checkpoint {
 
     /// The data straight into numbers of the stored width: no second copy.
     fn read_vec<T: Pod + Send>(&self, name: &str, shard: usize, entry: &Entry) -> Result<Vec<T>> {
-        let mut data = Vec::new();
         let len = entry.bytes / size_of::<T>();
-        // A sparse file can honestly claim more than this machine has: an error, not an abort.
-        data.try_reserve_exact(len).map_err(|_| {
+        // Asked for first: a sparse file can claim more than this machine has, which is an error
+        // and not an abort.
+        Vec::<T>::new().try_reserve_exact(len).map_err(|_| {
             self.wrong(name, format!("not enough memory for its {} bytes", entry.bytes))
         })?;
-        data.resize(len, T::zeroed());
+        // Zeroed by the system, so that every page is first touched by the read itself.
+        let mut data = vec![T::zeroed(); len];
         let source = &self.shards[shard].1;
         bytemuck::cast_slice_mut(&mut data)
             .par_chunks_mut(READ_BYTES)

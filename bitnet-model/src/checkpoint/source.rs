@@ -1,7 +1,7 @@
 //! Bytes at a position: of a file, or of a model built into the program.
 //!
-//! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error, where a map gives SIGBUS,
-//! and the pages of a tensor already read do not stay in the process.
+//! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error,
+//! where a map gives SIGBUS, and the pages of a tensor already read do not stay in the process.
 
 use std::{fs::File, io, path::Path};
 

@@ -31,10 +31,12 @@ impl TensorSpec {
     }
 }
 
-/// Writes a safetensors file whose tensors are declared first and delivered one at a time, in any order.
+/// Writes a safetensors file whose tensors are declared first and delivered one at a time, in any
+/// order.
 ///
-/// The file is byte for byte what the `safetensors` crate writes with the metadata `{"format": "pt"}`, which transformers
-/// demands. It appears under its name with [`finish`](Self::finish), complete, or not at all.
+/// The file is byte for byte what the `safetensors` crate writes with the metadata `{"format":
+/// "pt"}`, which transformers demands. It appears under its name with [`finish`](Self::finish),
+/// complete, or not at all.
 #[derive(Debug)]
 pub struct SafetensorsWriter {
     file: AtomicFile,
@@ -45,7 +47,8 @@ pub struct SafetensorsWriter {
 impl SafetensorsWriter {
     /// Declares the contents of `path` and writes the header.
     pub fn create(path: &Path, mut tensors: Vec<TensorSpec>) -> Result<Self> {
-        // The crate's order: widest element first, so that every tensor is aligned to its element; then by name.
+        // The crate's order: widest element first, so that every tensor is aligned to its element;
+        // then by name.
         tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
         let mut pending = HashMap::with_capacity(tensors.len());
         let mut infos = Vec::with_capacity(tensors.len());
@@ -144,7 +147,8 @@ impl AtomicFile {
     fn create(path: &Path) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".").suffix(".tmp");
-        // Temporary files are private by default; this one ends as an ordinary file, subject to the umask.
+        // Temporary files are private by default; this one ends as an ordinary file, subject to the
+        // umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temporary = builder.tempfile_in(parent(path)).map_err(Error::io(path))?;

@@ -7,7 +7,8 @@ use serde_json::{Map, Value, json};
 use super::fields::{Fields, parse_object, read_text};
 use crate::error::Result;
 
-/// The fields of `generation_config.json` that are honoured; others are ignored. `None`: not stated.
+/// The fields of `generation_config.json` that are honoured; others are ignored. `None`: not
+/// stated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
     /// Sample, or take the most likely token.

@@ -48,7 +48,8 @@ pub(super) fn config(config: &Config) -> Value {
         "use_cache": true,
     });
     if packed {
-        // The Hub's packed layout: BF16 scales, norms and embeddings. Elsewhere transformers takes the type from the tensors.
+        // The Hub's packed layout: BF16 scales, norms and embeddings. Elsewhere transformers takes
+        // the type from the tensors.
         json["torch_dtype"] = json!("bfloat16");
     }
     match (family, config.quantization) {

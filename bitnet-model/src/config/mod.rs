@@ -1,13 +1,15 @@
 //! `config.json` and `generation_config.json` of the Hub, validated once.
 //!
-//! | family | `config.json` | linear layers |
-//! |---|---|---|
-//! | [`Family::BitNet`] | `model_type` bitnet (microsoft/bitnet-b1.58-2B-4T, -bf16) | sub-norms, relu², packed or latent |
-//! | [`Family::Llama`] | `model_type` llama (HF1BitLLM, Falcon3-1.58bit, Falcon-E; plain Llama) | packed, latent or full precision |
-//! | [`Family::OneBitLlm`] | `architectures` BitnetForCausalLM (1bitLLM/bitnet_b1_58-\*) | sub-norms under their own names, latent |
+//! - [`Family::BitNet`]: `model_type` bitnet (microsoft/bitnet-b1.58-2B-4T and -bf16); sub-norms,
+//!   relu², packed or latent weights.
+//! - [`Family::Llama`]: `model_type` llama (HF1BitLLM, Falcon3-1.58bit, Falcon-E, plain Llama); packed,
+//!   latent or full-precision weights.
+//! - [`Family::OneBitLlm`]: `architectures` BitnetForCausalLM (1bitLLM/bitnet_b1_58-\*); sub-norms under
+//!   their own names, latent weights.
 //!
-//! Defaults of absent fields are those of transformers' `BitNetConfig` and `LlamaConfig`, except for the geometry, which must
-//! be stated. What would change the numbers and is not implemented is an error, never ignored.
+//! Defaults of absent fields are those of transformers' `BitNetConfig` and `LlamaConfig`, except
+//! for the geometry, which must be stated. What would change the numbers and is not implemented is
+//! an error, never ignored.
 
 mod fields;
 mod generation;
@@ -71,12 +73,14 @@ pub struct Quantization {
     pub weights: WeightForm,
     /// Of activations, and of latent weights.
     pub rounding: Rounding,
-    /// `use_rms_norm`: every quantized linear layer first applies an RMSNorm of its own, with this epsilon.
+    /// `use_rms_norm`: every quantized linear layer first applies an RMSNorm of its own, with this
+    /// epsilon.
     pub input_norm_eps: Option<f64>,
 }
 
-/// A model's architecture, from its `config.json`. Every value is within bounds that make the sizes of all tensors
-/// representable; [`check_tensors`](Self::check_tensors) compares them with a checkpoint.
+/// A model's architecture, from its `config.json`. Every value is within bounds that make the sizes
+/// of all tensors representable; [`check_tensors`](Self::check_tensors) compares them with a
+/// checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Which tensor names and sub-norms.
@@ -128,9 +132,10 @@ impl Config {
 
     /// The same model with its float weights taken for latent ones.
     ///
-    /// For checkpoints trained with quantization in the loop but published under a plain configuration (Falcon-E's
-    /// `prequantized` revisions). A Llama gets the arithmetic of onebitllms, which trained it and rounds halves up. Errors name
-    /// `path`, the configuration file.
+    /// For checkpoints trained with quantization in the loop but published under a plain
+    /// configuration (Falcon-E's `prequantized` revisions). A Llama gets the arithmetic of
+    /// onebitllms, which trained it and rounds halves up. Errors name `path`, the configuration
+    /// file.
     pub fn ternarize(mut self, path: &Path) -> Result<Self> {
         let refuse = |field: &str, reason: &str| {
             Err(Error::Config { path: path.into(), field: field.into(), reason: reason.into() })
@@ -153,7 +158,8 @@ impl Config {
         Ok(self)
     }
 
-    /// Names of the norms inside `self_attn` (before `o_proj`) and inside `mlp` (before `down_proj`), if the family has them.
+    /// Names of the norms inside `self_attn` (before `o_proj`) and inside `mlp` (before
+    /// `down_proj`), if the family has them.
     pub fn sub_norm_names(&self) -> Option<(&'static str, &'static str)> {
         match self.family {
             Family::BitNet => Some(("attn_sub_norm", "ffn_sub_norm")),
@@ -162,17 +168,19 @@ impl Config {
         }
     }
 
-    /// Checks that every tensor of the model is there, with the shape and element type this configuration implies. Tensors
-    /// it does not know are ignored, as transformers does.
+    /// Checks that every tensor of the model is there, with the shape and element type this
+    /// configuration implies. Tensors it does not know are ignored, as transformers does.
     pub fn check_tensors(&self, checkpoint: &Checkpoint) -> Result<()> {
         tensors::check(self, checkpoint)
     }
 
-    /// The `config.json` that describes this model to transformers; [`from_json`](Self::from_json) reads it back.
+    /// The `config.json` that describes this model to transformers; [`from_json`](Self::from_json)
+    /// reads it back.
     ///
-    /// Two things have no place in that format. A latent Llama that rounds halves up becomes the plain configuration it came
-    /// from (see [`ternarize`](Self::ternarize)). A packed 1bitLLM model is described as [`Family::BitNet`], under whose
-    /// names its sub-norms must then be written.
+    /// Two things have no place in that format. A latent Llama that rounds halves up becomes the
+    /// plain configuration it came from (see [`ternarize`](Self::ternarize)). A packed 1bitLLM
+    /// model is described as [`Family::BitNet`], under whose names its sub-norms must then be
+    /// written.
     pub fn to_json(&self) -> serde_json::Value {
         json::config(self)
     }

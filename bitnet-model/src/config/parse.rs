@@ -6,7 +6,8 @@ use super::fields::{Fields, parse_object};
 use super::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm};
 use crate::{error::Result, quant::Rounding};
 
-/// Bound on the width of any activation: `127 · 2²⁰ < 2³¹`, so the integer dot product of every row fits an `i32`.
+/// Bound on the width of any activation: `127 · 2²⁰ < 2³¹`, so the integer dot product of every row
+/// fits an `i32`.
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_LAYERS: usize = 1 << 12;
@@ -46,7 +47,8 @@ pub(super) fn config(path: &Path, json: &str) -> Result<Config> {
         let reason = format!("{head_dim} is odd: rotary embeddings need pairs");
         return Err(fields.error("head_dim", reason));
     }
-    // Both are at most 2²⁰, so the product is representable wherever usize has 64 bits; on 32 bits it may not be.
+    // Both are at most 2²⁰, so the product is representable wherever usize has 64 bits; on 32 bits
+    // it may not be.
     let attention_width = num_attention_heads.saturating_mul(head_dim);
     if attention_width > MAX_WIDTH {
         let reason =
@@ -205,7 +207,8 @@ fn quantization(fields: &Fields, family: Family) -> Result<Option<Quantization>>
     Ok(Some(Quantization { weights, rounding: Rounding::HalfEven, input_norm_eps }))
 }
 
-/// The base of the rotary embedding, from where transformers 5 writes it or where its predecessors did.
+/// The base of the rotary embedding, from where transformers 5 writes it or where its predecessors
+/// did.
 fn rope_theta(fields: &Fields) -> Result<Option<f64>> {
     let mut theta = positive(fields, "rope_theta")?;
     let parameters = fields.object("rope_parameters", "rope_parameters.")?;

@@ -82,8 +82,8 @@ impl Checker<'_> {
             WeightForm::Packed(_) => {
                 // A multiple of four: `Config` is validated.
                 let shape = [out_features / 4, in_features];
-                let hint = "; float weights need linear_class autobitlinear with quantization_mode online, \
-                            or no quantization_config";
+                let hint = "; float weights need linear_class autobitlinear with \
+                            quantization_mode online, or no quantization_config";
                 self.tensor(weight, &[&shape], "U8", |dtype| dtype == Dtype::U8, hint)?;
                 let scale = format!("{linear}.weight_scale");
                 self.tensor(scale, &[&[1], &[]], FLOAT, is_float, "")
