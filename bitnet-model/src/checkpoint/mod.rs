@@ -6,6 +6,7 @@
 //! [`Config`](crate::config::Config)'s matter.
 
 mod backend;
+pub mod export;
 mod header;
 mod source;
 #[cfg(test)]
