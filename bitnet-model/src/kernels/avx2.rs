@@ -11,7 +11,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     name: "avx2",
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
     accumulate,
-    routines: routines!(Avx2(()), 2 x 2, #[target_feature(enable = "avx2,fma")]),
+    routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma")]),
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -97,9 +97,8 @@ impl Simd for Avx2 {
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F32 {
         // SAFETY: `self` proves AVX2; x is twice 128 bits.
         unsafe {
-            let widen = |x| _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(x)));
             let x: *const __m128i = x.as_ptr().cast();
-            [_mm256_castsi256_ps(widen(x)), _mm256_castsi256_ps(widen(x.add(1)))]
+            [widen(_mm_loadu_si128(x)), widen(_mm_loadu_si128(x.add(1)))]
         }
     }
 
@@ -156,10 +155,24 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sum4(self, a: [Self::F32; 4]) -> [f32; 4] {
+    fn sum4(self, [a, b, c, d]: [Self::F32; 4]) -> [f32; 4] {
         // SAFETY: `self` proves AVX2.
-        unsafe { sum4(a.map(|[low, high]| _mm256_add_ps(low, high))) }
+        unsafe {
+            sum4([
+                _mm256_add_ps(a[0], a[1]),
+                _mm256_add_ps(b[0], b[1]),
+                _mm256_add_ps(c[0], c[1]),
+                _mm256_add_ps(d[0], d[1]),
+            ])
+        }
     }
+}
+
+/// Eight bfloat16 to f32.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn widen(x: __m128i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
 }
 
 /// [`Simd::scale`] of eight lanes by two factors, each a normal number; the first product is exact.
@@ -184,9 +197,6 @@ fn power_of_two(n: __m256i) -> __m256 {
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn sum4([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
     // l + 4: [a | b] and [c | d], four partial sums in each 128-bit half.
-    let add_halves = |a, b| {
-        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
-    };
     let (ab, cd) = (add_halves(a, b), add_halves(c, d));
     // l + 2: [a a c c | b b d d]; l + 1: the even ones.
     let pairs = _mm256_add_ps(
@@ -202,4 +212,11 @@ pub(super) fn sum4([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
     // SAFETY: four f32 are one register.
     unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
     out
+}
+
+/// The 128-bit halves of each vector added: `[a | b]`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_halves(a: __m256, b: __m256) -> __m256 {
+    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
 }

@@ -161,12 +161,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn sum4(self, a: [Self::F32; 4]) -> [f32; 4] {
+    fn sum4(self, [a, b, c, d]: [Self::F32; 4]) -> [f32; 4] {
         // SAFETY: `self` proves AVX-512, and with it AVX2 and FMA.
-        unsafe {
-            avx2::sum4(
-                a.map(|a| _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))),
-            )
-        }
+        unsafe { avx2::sum4([add_halves(a), add_halves(b), add_halves(c), add_halves(d)]) }
     }
+}
+
+/// Lane `l` plus lane `l + 8`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn add_halves(a: __m512) -> __m256 {
+    _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
 }

@@ -112,23 +112,11 @@ pub(super) fn pad<T: Copy>(x: &[T], fill: T) -> [T; LANES] {
     lanes
 }
 
-/// `combine`s the groups of sixteen of `x`, the last padded with `fill`, into one accumulator.
+/// The groups of sixteen of `x`, and the last one padded with `fill` if it is ragged.
 #[inline(always)]
-fn fold<S: Simd>(
-    simd: S,
-    x: &[f32],
-    fill: f32,
-    combine: impl Fn(S::F32, S::F32) -> S::F32,
-) -> S::F32 {
+fn groups(x: &[f32], fill: f32) -> (&[[f32; LANES]], Option<[f32; LANES]>) {
     let (groups, tail) = x.as_chunks::<LANES>();
-    let mut acc = simd.splat(fill);
-    for group in groups {
-        acc = combine(acc, simd.load(group));
-    }
-    if !tail.is_empty() {
-        acc = combine(acc, simd.load(&pad(tail, fill)));
-    }
-    acc
+    (groups, (!tail.is_empty()).then(|| pad(tail, fill)))
 }
 
 /// The tree of [`Simd::sum4`] for one vector.
@@ -139,21 +127,35 @@ fn sum_lanes<S: Simd>(simd: S, x: S::F32) -> f32 {
 
 #[inline(always)]
 pub(super) fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    sum_lanes(simd, fold(simd, x, 0., |acc, x| simd.add(acc, x)))
+    let (groups, last) = groups(x, 0.);
+    let mut acc = simd.splat(0.);
+    for group in groups.iter().chain(&last) {
+        acc = simd.add(acc, simd.load(group));
+    }
+    sum_lanes(simd, acc)
 }
 
 #[inline(always)]
 pub(super) fn sum_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    sum_lanes(simd, fold(simd, x, 0., |acc, x| simd.mul_add(x, x, acc)))
+    let (groups, last) = groups(x, 0.);
+    let mut acc = simd.splat(0.);
+    for group in groups.iter().chain(&last) {
+        let x = simd.load(group);
+        acc = simd.mul_add(x, x, acc);
+    }
+    sum_lanes(simd, acc)
 }
 
 #[inline(always)]
 pub(super) fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    // `max(x, acc)` is `acc` where x is NaN.
-    let lanes = fold(simd, x, f32::NEG_INFINITY, |acc, x| simd.max(x, acc));
-    let mut out = [0.; LANES];
-    simd.store(lanes, &mut out);
-    out.into_iter().fold(f32::NEG_INFINITY, |acc, x| if x > acc { x } else { acc })
+    let (groups, last) = groups(x, f32::NEG_INFINITY);
+    let mut acc = simd.splat(f32::NEG_INFINITY);
+    for group in groups.iter().chain(&last) {
+        acc = simd.max(simd.load(group), acc); // acc where the group holds NaN
+    }
+    let mut lanes = [0.; LANES];
+    simd.store(acc, &mut lanes);
+    lanes.into_iter().fold(f32::NEG_INFINITY, |acc, x| if x > acc { x } else { acc })
 }
 
 /// `y[i · y_stride + j] = Σ x[i][·] · w[j][·]`, `R` × `C` accumulators at a time.
@@ -237,14 +239,10 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
             }
         }
         for r in 0..R {
+            const { assert!(0 < C && C <= 4) }
+            let four = [acc[r][0], acc[r][1 % C], acc[r][2 % C], acc[r][3 % C]];
             let y = &mut self.y[(i + r) * self.y_stride + j..][..C];
-            let (fours, rest) = acc[r].as_chunks::<4>();
-            for (y, fours) in y.chunks_exact_mut(4).zip(fours) {
-                y.copy_from_slice(&simd.sum4(*fours));
-            }
-            for (y, acc) in y[C - rest.len()..].iter_mut().zip(rest) {
-                *y = sum_lanes(simd, *acc);
-            }
+            y.copy_from_slice(&simd.sum4(four)[..C]);
         }
     }
 }
