@@ -75,9 +75,9 @@ pub enum Error {
         last_good.as_ref().map(|path| format!("; last good checkpoint: {}", path.display())).unwrap_or_default()
     )]
     Diverged {
-        /// The step that failed, counted from 1. Its update was not applied.
+        /// The step that failed, counted from 1. An update with such a gradient is not applied.
         step: usize,
-        /// `loss` or `gradient norm`.
+        /// `loss`, `gradient norm` or `held-out loss`.
         what: &'static str,
         /// NaN or an infinity.
         value: f64,

@@ -13,6 +13,9 @@ pub mod checkpoint;
 pub mod dataset;
 mod error;
 pub mod loss;
+pub mod metrics;
 pub mod optimizer;
+pub mod recipe;
+pub mod trainer;
 
 pub use error::{Error, Result};

@@ -107,11 +107,13 @@ impl Vocabulary {
         Ok(Self { tokenizer, bos, eos })
     }
 
-    /// Writes `tokenizer.json` and `tokenizer_config.json` into a directory.
+    /// Writes `tokenizer.json` and `tokenizer_config.json` into a directory, each at one stroke.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let write = |name: &str, text: String| {
-            let path = dir.join(name);
-            fs::write(&path, text + "\n").map_err(Error::io(path))
+            let (path, partial) = (dir.join(name), dir.join(format!(".{name}")));
+            fs::write(&partial, text + "\n")
+                .and_then(|()| fs::rename(&partial, &path))
+                .map_err(Error::io(path))
         };
         write("tokenizer.json", self.tokenizer.to_string(true).map_err(tokenizer_error)?)?;
         let config = json!({

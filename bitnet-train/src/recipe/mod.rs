@@ -1,0 +1,456 @@
+//! The recipe of a training run: a TOML file that says everything but where the processor stands.
+//!
+//! ```toml
+//! [model]
+//! hidden_size = 256
+//! intermediate_size = 768
+//! num_hidden_layers = 6
+//! num_attention_heads = 4
+//! num_key_value_heads = 2
+//! vocab_size = 2048
+//! max_position_embeddings = 512
+//!
+//! [data]
+//! sequence_length = 256
+//! [[data.train]]
+//! path = "stories.txt"
+//! documents = "separator:<|endoftext|>"
+//! [[data.validation]]
+//! path = "held_out.txt"
+//! documents = "line"
+//!
+//! [train]
+//! batch_size = 8
+//! epochs = 4
+//!
+//! [optimizer]
+//! peak_lr = 1e-3
+//!
+//! [output]
+//! dir = "run"
+//! ```
+//!
+//! Paths are relative to the recipe. Unknown keys are errors. Fields may be changed after reading; [`Recipe::validate`]
+//! then says whether they still make sense.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    Error, Result,
+    dataset::Source,
+    optimizer::{AdamWConfig, Decay, Schedule, ScheduleKind},
+};
+
+mod validate;
+
+/// A training run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// `[model]`: the model's geometry.
+    pub model: Model,
+    /// `[data]`: what it is trained and evaluated on.
+    pub data: Data,
+    /// `[train]`: how long and how.
+    pub train: Train,
+    /// `[optimizer]`: the update.
+    pub optimizer: Optimizer,
+    /// `[output]`: where the results go.
+    pub output: Output,
+}
+
+/// What the projections compute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// Ternary weights and 8-bit activations.
+    Bitnet,
+    /// The twin of the same architecture with f32 projections, for comparison.
+    Full,
+}
+
+/// `[model]`: sizes as in the Hub's `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Number of query heads.
+    pub num_attention_heads: usize,
+    /// Number of key and value heads.
+    pub num_key_value_heads: usize,
+    /// Tokens of the vocabulary that is trained, or of `data.tokenizer`.
+    pub vocab_size: usize,
+    /// The longest sequence the model is made for.
+    pub max_position_embeddings: usize,
+    /// Logits use the embedding.
+    #[serde(default = "default_true")]
+    pub tie_word_embeddings: bool,
+    /// Base of the rotary embedding.
+    #[serde(default = "default_rope_theta")]
+    pub rope_theta: f64,
+    /// Epsilon of the norms.
+    #[serde(default = "default_rms_norm_eps")]
+    pub rms_norm_eps: f64,
+    /// What the projections compute with.
+    #[serde(default = "default_precision")]
+    pub precision: Precision,
+}
+
+/// `[data]`: text files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// `[[data.train]]`: what is trained on, and what the vocabulary is trained on.
+    pub train: Vec<Source>,
+    /// `[[data.validation]]`: held-out text.
+    pub validation: Vec<Source>,
+    /// Only about this many bytes of held-out text are used.
+    pub validation_bytes: Option<usize>,
+    /// Tokens in a window.
+    pub sequence_length: usize,
+    /// A `tokenizer.json` to use instead of training a vocabulary.
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// `[train]`: the loop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// Windows in a forward pass.
+    pub batch_size: usize,
+    /// Forward passes in an update.
+    #[serde(default = "default_one")]
+    pub gradient_accumulation: usize,
+    /// Updates in all; either this or `epochs`.
+    pub steps: Option<usize>,
+    /// Passes over the training data; either this or `steps`.
+    pub epochs: Option<f64>,
+    /// Seed of the initial weights and of the order of the data.
+    #[serde(default)]
+    pub seed: u64,
+    /// The norm of all gradients together is clipped to this.
+    #[serde(default = "default_one_f64")]
+    pub max_grad_norm: f64,
+    /// Updates between evaluations; the last update is always followed by one.
+    #[serde(default = "default_eval_every")]
+    pub eval_every: usize,
+    /// Updates between checkpoints; the last update is always followed by one.
+    #[serde(default = "default_eval_every")]
+    pub save_every: usize,
+    /// Checkpoints that are kept.
+    #[serde(default = "default_save_total_limit")]
+    pub save_total_limit: usize,
+    /// Stop after this many evaluations in a row that were not the best.
+    pub early_stop_patience: Option<usize>,
+}
+
+/// `[optimizer]`: AdamW and its schedule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Optimizer {
+    /// Learning rate after the warm-up. Below 100 M parameters 5e-4 to 1e-3 is sound.
+    pub peak_lr: f64,
+    /// Peak of the second stage of the two-stage schedule; two thirds of `peak_lr` if absent.
+    pub second_peak_lr: Option<f64>,
+    /// Shape of the learning rate.
+    #[serde(default = "default_schedule")]
+    pub schedule: ScheduleKind,
+    /// Updates over which the learning rate rises to its peak.
+    #[serde(default)]
+    pub warmup_steps: usize,
+    /// Decoupled weight decay.
+    #[serde(default = "default_weight_decay")]
+    pub weight_decay: f64,
+    /// Which parameters decay.
+    #[serde(default = "default_decay")]
+    pub decay: Decay,
+    /// Decay rate of the first moment.
+    #[serde(default = "default_beta1")]
+    pub beta1: f64,
+    /// Decay rate of the second moment.
+    #[serde(default = "default_beta2")]
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    #[serde(default = "default_eps")]
+    pub eps: f64,
+}
+
+/// `[output]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    /// Directory of checkpoints, metrics and tokenizer.
+    pub dir: PathBuf,
+}
+
+fn default_true() -> bool {
+    true
+}
+
+fn default_one() -> usize {
+    1
+}
+
+fn default_one_f64() -> f64 {
+    1.
+}
+
+fn default_rope_theta() -> f64 {
+    10_000.
+}
+
+fn default_rms_norm_eps() -> f64 {
+    1e-5
+}
+
+fn default_precision() -> Precision {
+    Precision::Bitnet
+}
+
+fn default_eval_every() -> usize {
+    100
+}
+
+fn default_save_total_limit() -> usize {
+    2
+}
+
+fn default_schedule() -> ScheduleKind {
+    ScheduleKind::TwoStage
+}
+
+fn default_weight_decay() -> f64 {
+    0.1
+}
+
+fn default_decay() -> Decay {
+    Decay::Matrices
+}
+
+fn default_beta1() -> f64 {
+    0.9
+}
+
+fn default_beta2() -> f64 {
+    0.95
+}
+
+fn default_eps() -> f64 {
+    1e-8
+}
+
+impl Recipe {
+    /// Reads and validates a recipe; relative paths start at the recipe's directory.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(Error::io(path))?;
+        let mut recipe: Self = toml::from_str(&text).map_err(|error| Error::RecipeSyntax {
+            path: path.to_owned(),
+            reason: error.to_string().trim_end().to_owned(),
+        })?;
+        let dir = path.parent().unwrap_or(Path::new(""));
+        let sources = recipe.data.train.iter_mut().chain(&mut recipe.data.validation);
+        let paths = sources.map(|source| &mut source.path).chain(&mut recipe.data.tokenizer);
+        for path in paths.chain([&mut recipe.output.dir]) {
+            *path = dir.join(&*path);
+        }
+        recipe.validate()?;
+        Ok(recipe)
+    }
+
+    /// Updates in all, where an epoch has `per_epoch` batches.
+    pub fn steps(&self, per_epoch: usize) -> Result<usize> {
+        let steps = match (self.train.steps, self.train.epochs) {
+            (Some(steps), None) => steps,
+            (None, Some(epochs)) => {
+                // A float-to-integer cast saturates.
+                (epochs * per_epoch as f64 / self.train.gradient_accumulation as f64) as usize
+            }
+            _ => {
+                return Err(Error::recipe(
+                    "train.steps",
+                    "give either `train.steps` or `train.epochs`",
+                ));
+            }
+        };
+        if steps == 0 {
+            return Err(Error::recipe("train.epochs", "the run would have no update; lengthen it"));
+        }
+        if self.optimizer.warmup_steps > steps {
+            let reason = format!(
+                "{} is more than the {steps} updates of the run",
+                self.optimizer.warmup_steps
+            );
+            return Err(Error::recipe("optimizer.warmup_steps", reason));
+        }
+        Ok(steps)
+    }
+
+    /// The learning rate and weight decay of a run of `steps` updates.
+    pub fn schedule(&self, steps: usize) -> Schedule {
+        let Optimizer { peak_lr, second_peak_lr, schedule, warmup_steps, weight_decay, .. } =
+            self.optimizer;
+        let second_peak_lr = second_peak_lr.unwrap_or(peak_lr * 2. / 3.);
+        Schedule { kind: schedule, peak_lr, second_peak_lr, warmup_steps, steps, weight_decay }
+    }
+
+    /// The optimizer's constants.
+    pub fn adamw(&self) -> AdamWConfig {
+        let Optimizer { beta1, beta2, eps, decay, .. } = self.optimizer;
+        AdamWConfig { beta1, beta2, eps, decay }
+    }
+
+    /// The part of the recipe that decides every bit of the run, for the checkpoint. Paths are not in it (the contents
+    /// of the dataset are compared instead), nor is what only decides when something is written.
+    pub(crate) fn identity(&self) -> Result<Value> {
+        let mut value = serde_json::to_value(self).map_err(|error| {
+            Error::Input(format!("the recipe cannot be written as JSON: {error}"))
+        })?;
+        if let Some(recipe) = value.as_object_mut() {
+            recipe.remove("output");
+            for (table, keys) in [
+                ("data", ["train", "validation", "tokenizer", "validation_bytes"].as_slice()),
+                ("train", &["save_every", "save_total_limit", "early_stop_patience"]),
+            ] {
+                if let Some(table) = recipe.get_mut(table).and_then(Value::as_object_mut) {
+                    table.retain(|key, _| !keys.contains(&key.as_str()));
+                }
+            }
+        }
+        Ok(value)
+    }
+}
+
+/// The first key, dotted, in which two JSON trees differ, with both values.
+pub(crate) fn difference(old: &Value, new: &Value) -> Option<String> {
+    fn walk(key: &str, old: &Value, new: &Value) -> Option<String> {
+        let (Value::Object(olds), Value::Object(news)) = (old, new) else {
+            return (old != new).then(|| format!("`{key}` was {old} and is {new}"));
+        };
+        let missing = olds.keys().find(|key| !news.contains_key(*key)).into_iter();
+        missing.chain(news.keys()).find_map(|name| {
+            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+            walk(
+                &key,
+                olds.get(name).unwrap_or(&Value::Null),
+                news.get(name).unwrap_or(&Value::Null),
+            )
+        })
+    }
+    walk("", old, new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"
+        [model]
+        hidden_size = 256
+        intermediate_size = 768
+        num_hidden_layers = 6
+        num_attention_heads = 4
+        num_key_value_heads = 2
+        vocab_size = 2048
+        max_position_embeddings = 512
+        [data]
+        sequence_length = 256
+        train = [{ path = "a.txt", documents = "line" }]
+        validation = [{ path = "/b.txt", documents = "separator:<|endoftext|>" }]
+        [train]
+        batch_size = 8
+        epochs = 1.5
+        [optimizer]
+        peak_lr = 1e-3
+        [output]
+        dir = "run"
+    "#;
+
+    fn read(text: &str) -> Result<Recipe> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.toml");
+        fs::write(&path, text).unwrap();
+        let recipe = Recipe::from_file(&path)?;
+        assert_eq!(recipe.data.train[0].path, dir.path().join("a.txt"));
+        assert_eq!(recipe.data.validation[0].path, Path::new("/b.txt"));
+        assert_eq!(recipe.output.dir, dir.path().join("run"));
+        Ok(recipe)
+    }
+
+    #[test]
+    fn defaults_are_the_published_ones() {
+        let recipe = read(TEXT).unwrap();
+        assert_eq!(recipe.model.precision, Precision::Bitnet);
+        assert_eq!(recipe.steps(100).unwrap(), 150);
+        let schedule = recipe.schedule(150);
+        assert_eq!((schedule.kind, schedule.weight_decay), (ScheduleKind::TwoStage, 0.1));
+        assert_eq!((recipe.adamw().beta1, recipe.adamw().beta2), (0.9, 0.95));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        for (from, to, key) in [
+            ("epochs = 1.5", "epochs = 1.5\nepoch = 2", "`epoch`"),
+            ("hidden_size = 256", "", "`hidden_size`"),
+            ("batch_size = 8", "batch_size = -8", "batch_size"),
+            ("batch_size = 8", "batch_size = 0", "`train.batch_size`"),
+            ("epochs = 1.5", "epochs = nan", "`train.epochs`"),
+            ("epochs = 1.5", "epochs = 1\nsteps = 1", "`train.steps`"),
+            ("epochs = 1.5", "", "`train.steps`"),
+            ("hidden_size = 256", "hidden_size = 260", "`model.hidden_size`"),
+            ("num_key_value_heads = 2", "num_key_value_heads = 3", "`model.num_key_value_heads`"),
+            ("intermediate_size = 768", "intermediate_size = 770", "`model.intermediate_size`"),
+            ("vocab_size = 2048", "vocab_size = 100", "`model.vocab_size`"),
+            ("sequence_length = 256", "sequence_length = 513", "`data.sequence_length`"),
+            ("\"line\"", "\"lines\"", "unknown kind of documents `lines`"),
+            ("peak_lr = 1e-3", "peak_lr = inf", "`optimizer.peak_lr`"),
+            ("peak_lr = 1e-3", "peak_lr = 1e-3\nbeta2 = 1", "`optimizer.beta2`"),
+            ("peak_lr = 1e-3", "peak_lr = 1e-3\nschedule = \"two\"", "two-stage"),
+            ("dir = \"run\"", "dir = 5", "dir"),
+            ("[model]", "[model", "recipe.toml"),
+        ] {
+            assert!(TEXT.contains(from));
+            let message = read(&TEXT.replace(from, to)).unwrap_err().to_string();
+            assert!(message.contains(key), "{to}: {message}");
+        }
+    }
+
+    #[test]
+    fn lengths_that_make_no_run_are_refused() {
+        let mut recipe = read(TEXT).unwrap();
+        assert!(recipe.steps(0).unwrap_err().to_string().contains("no update"));
+        recipe.optimizer.warmup_steps = 151;
+        let message = recipe.steps(100).unwrap_err().to_string();
+        assert!(
+            message.contains("`optimizer.warmup_steps`: 151 is more than the 150"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn the_identity_is_what_decides_the_bits() {
+        let recipe = read(TEXT).unwrap();
+        let mut other = recipe.clone();
+        other.output.dir = "elsewhere".into();
+        other.data.train[0].path = "moved.txt".into();
+        other.train.save_every = 7;
+        let identity = |recipe: &Recipe| recipe.identity().unwrap();
+        assert_eq!(difference(&identity(&recipe), &identity(&other)), None);
+        other.optimizer.peak_lr = 2e-3;
+        let found = difference(&identity(&recipe), &identity(&other)).unwrap();
+        assert_eq!(found, "`optimizer.peak_lr` was 0.001 and is 0.002");
+        let found =
+            difference(&serde_json::json!({"model": {"bias": true}}), &identity(&other)).unwrap();
+        assert!(found.starts_with("`model."), "{found}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Which values of a recipe make sense. Messages name the key.
+
+use super::{Data, Model, Optimizer, Recipe, Train};
+use crate::{Error, Result, dataset::vocabulary};
+
+impl Recipe {
+    /// Says which key has a value that cannot be used.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.data.validate(&self.model)?;
+        self.train.validate()?;
+        self.optimizer.validate()
+    }
+}
+
+fn at_least_one(key: &'static str, value: usize) -> Result<()> {
+    if value == 0 {
+        return Err(Error::recipe(key, "must be at least 1"));
+    }
+    Ok(())
+}
+
+fn within(key: &'static str, value: f64, is_valid: bool, expected: &str) -> Result<()> {
+    if !is_valid {
+        return Err(Error::recipe(key, format!("is {value}; must be {expected}")));
+    }
+    Ok(())
+}
+
+fn positive(key: &'static str, value: f64) -> Result<()> {
+    within(key, value, value.is_finite() && value > 0., "a positive number")
+}
+
+impl Model {
+    fn validate(&self) -> Result<()> {
+        for (key, value) in [
+            ("model.hidden_size", self.hidden_size),
+            ("model.intermediate_size", self.intermediate_size),
+            ("model.num_hidden_layers", self.num_hidden_layers),
+            ("model.num_attention_heads", self.num_attention_heads),
+            ("model.num_key_value_heads", self.num_key_value_heads),
+            ("model.vocab_size", self.vocab_size),
+            ("model.max_position_embeddings", self.max_position_embeddings),
+        ] {
+            at_least_one(key, value)?;
+        }
+        let Self {
+            hidden_size: hidden,
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            ..
+        } = *self;
+        if hidden % (2 * heads) != 0 {
+            let reason = format!(
+                "{hidden} is not {heads} heads (`model.num_attention_heads`) of an even size"
+            );
+            return Err(Error::recipe("model.hidden_size", reason));
+        }
+        if heads % kv_heads != 0 {
+            let reason =
+                format!("{kv_heads} does not divide the {heads} of `model.num_attention_heads`");
+            return Err(Error::recipe("model.num_key_value_heads", reason));
+        }
+        let packed = [
+            ("model.hidden_size", hidden),
+            ("model.intermediate_size", self.intermediate_size),
+            ("model.num_key_value_heads", hidden / heads * kv_heads),
+        ];
+        if let Some((key, rows)) = packed.into_iter().find(|(_, rows)| rows % 4 != 0) {
+            let reason =
+                format!("gives a matrix of {rows} rows; ternary matrices are packed by 4 rows");
+            return Err(Error::recipe(key, reason));
+        }
+        positive("model.rope_theta", self.rope_theta)?;
+        positive("model.rms_norm_eps", self.rms_norm_eps)
+    }
+}
+
+impl Data {
+    fn validate(&self, model: &Model) -> Result<()> {
+        at_least_one("data.sequence_length", self.sequence_length)?;
+        if self.sequence_length > model.max_position_embeddings {
+            let (sequence, most) = (self.sequence_length, model.max_position_embeddings);
+            let reason = format!("{sequence} is more than `model.max_position_embeddings`, {most}");
+            return Err(Error::recipe("data.sequence_length", reason));
+        }
+        if self.train.is_empty() {
+            return Err(Error::recipe("data.train", "names no text"));
+        }
+        if self.validation.is_empty() {
+            return Err(Error::recipe("data.validation", "names no text"));
+        }
+        if self.validation_bytes == Some(0) {
+            return Err(Error::recipe("data.validation_bytes", "must be at least 1"));
+        }
+        if self.tokenizer.is_none() && model.vocab_size < vocabulary::MIN_SIZE {
+            let reason =
+                format!("{} is less than {}, the least", model.vocab_size, vocabulary::MIN_SIZE);
+            return Err(Error::recipe("model.vocab_size", reason));
+        }
+        Ok(())
+    }
+}
+
+impl Train {
+    fn validate(&self) -> Result<()> {
+        at_least_one("train.batch_size", self.batch_size)?;
+        at_least_one("train.gradient_accumulation", self.gradient_accumulation)?;
+        at_least_one("train.eval_every", self.eval_every)?;
+        at_least_one("train.save_every", self.save_every)?;
+        at_least_one("train.save_total_limit", self.save_total_limit)?;
+        match (self.steps, self.epochs) {
+            (Some(steps), None) => at_least_one("train.steps", steps)?,
+            (None, Some(epochs)) => positive("train.epochs", epochs)?,
+            _ => {
+                return Err(Error::recipe(
+                    "train.steps",
+                    "give either `train.steps` or `train.epochs`",
+                ));
+            }
+        }
+        if let Some(patience) = self.early_stop_patience {
+            at_least_one("train.early_stop_patience", patience)?;
+        }
+        positive("train.max_grad_norm", self.max_grad_norm)
+    }
+}
+
+impl Optimizer {
+    fn validate(&self) -> Result<()> {
+        positive("optimizer.peak_lr", self.peak_lr)?;
+        if let Some(lr) = self.second_peak_lr {
+            positive("optimizer.second_peak_lr", lr)?;
+        }
+        positive("optimizer.eps", self.eps)?;
+        for (key, beta) in [("optimizer.beta1", self.beta1), ("optimizer.beta2", self.beta2)] {
+            within(key, beta, (0. ..1.).contains(&beta), "at least 0 and less than 1")?;
+        }
+        let decay = self.weight_decay;
+        within("optimizer.weight_decay", decay, (0. ..=1.).contains(&decay), "between 0 and 1")
+    }
+}
