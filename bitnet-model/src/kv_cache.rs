@@ -1,1 +1,168 @@
-//! (in progress)
+//! The key/value cache: keys and values of all positions seen, so that each token is computed once.
+//!
+//! Preallocated for a while and doubled when it fills up, never beyond the model's maximum. Rows of a
+//! batch share their slots; a row that is padded on the left starts later.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use crate::model::Model;
+
+/// Slots allocated at first.
+const INITIAL_CAPACITY: usize = 256;
+
+/// Keys and values of every layer, f32.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<Layer>,
+    /// First slot of each row that is not padding.
+    starts: Vec<usize>,
+    len: usize,
+    max_len: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    device: Device,
+}
+
+/// One layer's storage, each (batch, kv_heads, capacity, head_dim); absent until the first token.
+#[derive(Debug, Default)]
+struct Layer {
+    kv: Option<(Tensor, Tensor)>,
+}
+
+/// One layer's view of a cache, handed to its attention.
+#[derive(Debug)]
+pub struct LayerCache<'a> {
+    layer: &'a mut Layer,
+    starts: &'a [usize],
+    len: usize,
+    max_len: usize,
+}
+
+impl KvCache {
+    /// A cache for `batch` sequences of at most the model's `max_position_embeddings` tokens.
+    pub fn new(model: &Model, batch: usize) -> Self {
+        Self::with_starts(model, vec![0; batch])
+    }
+
+    /// A cache for rows padded on the left: row `i` begins at slot `starts[i]`.
+    pub fn with_starts(model: &Model, starts: Vec<usize>) -> Self {
+        let config = model.config();
+        Self {
+            layers: (0..config.num_hidden_layers).map(|_| Layer::default()).collect(),
+            starts,
+            len: 0,
+            max_len: config.max_position_embeddings,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            device: model.device().clone(),
+        }
+    }
+
+    /// Rows of the batch.
+    pub fn batch(&self) -> usize {
+        self.starts.len()
+    }
+
+    /// Tokens held, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is held yet.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The most tokens it can hold.
+    pub fn max_len(&self) -> usize {
+        self.max_len
+    }
+
+    /// Forgets everything from slot `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Bytes allocated now.
+    pub fn bytes(&self) -> usize {
+        let tensors = self.layers.iter().filter_map(|layer| layer.kv.as_ref());
+        tensors.map(|(k, v)| (k.elem_count() + v.elem_count()) * size_of::<f32>()).sum()
+    }
+
+    /// The positions of `seq` new tokens in every row, row-major: slots counted from the row's start.
+    pub(crate) fn positions(&self, seq: usize) -> Vec<usize> {
+        let slots = self.len..self.len + seq;
+        self.starts
+            .iter()
+            .flat_map(|&start| slots.clone().map(move |slot| slot.saturating_sub(start)))
+            .collect()
+    }
+
+    /// Makes room for `seq` more tokens in every layer.
+    pub(crate) fn reserve(&mut self, seq: usize) -> Result<()> {
+        let needed = self.len + seq;
+        if needed > self.max_len {
+            bail!(
+                "the context is full: {} tokens and {seq} more exceed the model's \
+                 max_position_embeddings of {}; shorten the prompt or ask for fewer new tokens",
+                self.len,
+                self.max_len
+            );
+        }
+        for layer in &mut self.layers {
+            let capacity = match &layer.kv {
+                Some((k, _)) => k.dim(2)?,
+                None => 0,
+            };
+            if needed <= capacity {
+                continue;
+            }
+            let doubled = needed.max(2 * capacity).max(INITIAL_CAPACITY).min(self.max_len);
+            let shape = (self.starts.len(), self.kv_heads, doubled, self.head_dim);
+            let grow = |old: Option<&Tensor>| -> Result<Tensor> {
+                let new = Tensor::zeros(shape, DType::F32, &self.device)?;
+                if let Some(old) = old {
+                    new.slice_set(old, 2, 0)?;
+                }
+                Ok(new)
+            };
+            let old = layer.kv.take();
+            layer.kv = Some((grow(old.as_ref().map(|kv| &kv.0))?, grow(old.as_ref().map(|kv| &kv.1))?));
+        }
+        Ok(())
+    }
+
+    /// The view of layer `index`.
+    pub(crate) fn layer(&mut self, index: usize) -> LayerCache<'_> {
+        LayerCache {
+            layer: &mut self.layers[index],
+            starts: &self.starts,
+            len: self.len,
+            max_len: self.max_len,
+        }
+    }
+
+    /// Counts `seq` tokens that every layer has appended.
+    pub(crate) fn advance(&mut self, seq: usize) {
+        self.len += seq;
+    }
+}
+
+impl<'a> LayerCache<'a> {
+    /// First slot of each row that is not padding.
+    pub(crate) fn starts(&self) -> &'a [usize] {
+        self.starts
+    }
+
+    /// Stores `k` and `v` (batch, kv_heads, seq, head_dim) behind what is there and returns all of it,
+    /// (batch, kv_heads, context, head_dim) views.
+    pub(crate) fn append(self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Some((keys, values)) = &self.layer.kv else {
+            bail!("the cache has no room reserved for {} tokens", self.max_len)
+        };
+        keys.slice_set(&k.contiguous()?, 2, self.len)?;
+        values.slice_set(&v.contiguous()?, 2, self.len)?;
+        let context = self.len + k.dim(2)?;
+        Ok((keys.narrow(2, 0, context)?, values.narrow(2, 0, context)?))
+    }
+}

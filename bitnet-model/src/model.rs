@@ -1,1 +1,131 @@
-//! (in progress)
+//! The model: `embed_tokens → blocks → norm → lm_head`. One type for inference, training and
+//! adapters; what differs is the [`LinearFactory`] it is loaded with.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, bail};
+use candle_nn::{Init, VarBuilder};
+
+use crate::{
+    config::Config,
+    kv_cache::KvCache,
+    nn::{Angles, Block, DenseLinear, LinearFactory, Projection, RmsNorm, RotaryEmbedding},
+};
+
+/// A decoder-only language model. Immutable and shared; state lives in a [`KvCache`].
+pub struct Model {
+    config: Config,
+    embed_tokens: Tensor,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    lm_head: Projection,
+    rope: RotaryEmbedding,
+    device: Device,
+}
+
+impl Model {
+    /// Loads all weights. Embedding and head keep the dtype of `vb` (f32 or bf16), everything else
+    /// computes in f32.
+    pub fn load(config: &Config, linears: &dyn LinearFactory, vb: VarBuilder) -> Result<Self> {
+        let model = vb.pp("model");
+        let shape = (config.vocab_size, config.hidden_size);
+        let init = Init::Randn { mean: 0., stdev: 0.02 };
+        let embed_tokens = model.pp("embed_tokens").get_with_hints(shape, "weight", init)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => embed_tokens.clone(),
+            false => vb.pp("lm_head").get_with_hints(shape, "weight", init)?,
+        };
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| Block::load(config, linears, model.pp("layers").pp(layer)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            config: config.clone(),
+            embed_tokens,
+            blocks,
+            norm: RmsNorm::load(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?,
+            lm_head: Arc::new(DenseLinear::new(lm_head, None)),
+            rope: RotaryEmbedding::new(config.head_dim, config.rope_theta),
+            device: vb.device().clone(),
+        })
+    }
+
+    /// The validated configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The blocks, for looking at the residual stream between them.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Rotary angles for `positions`, (rows, seq) row-major.
+    pub fn angles(&self, positions: &[usize], rows: usize) -> Result<Angles> {
+        self.rope.angles(positions, rows, &self.device)
+    }
+
+    /// Embeds `tokens` (batch, seq) u32: (batch, seq, hidden_size) f32.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary.
+    pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, seq) = tokens.dims2()?;
+        let ids = tokens.flatten_all()?;
+        let vocab_size = self.config.vocab_size;
+        if let Some(id) = ids.to_vec1::<u32>()?.into_iter().find(|&id| id as usize >= vocab_size) {
+            bail!("token id {id} is outside the model's vocabulary of {vocab_size}");
+        }
+        let rows = self.embed_tokens.index_select(&ids, 0)?.to_dtype(DType::F32)?;
+        rows.reshape((batch, seq, self.config.hidden_size))
+    }
+
+    /// The final norm's output for `tokens` (batch, seq) u32: (batch, seq, hidden_size) f32.
+    ///
+    /// With a cache the tokens continue what it holds, which they then extend; without, they are whole
+    /// sequences and gradients flow.
+    pub fn hidden_states(&self, tokens: &Tensor, cache: Option<&mut KvCache>) -> Result<Tensor> {
+        let (batch, seq) = tokens.dims2()?;
+        if batch == 0 || seq == 0 {
+            bail!("there are no tokens to run: the input is {batch} × {seq}");
+        }
+        let mut x = self.embed(tokens)?;
+        match cache {
+            Some(cache) => {
+                if cache.batch() != batch {
+                    bail!("{batch} rows of tokens, but the cache holds {}", cache.batch());
+                }
+                cache.reserve(seq)?;
+                let angles = self.angles(&cache.positions(seq), batch)?;
+                for (index, block) in self.blocks.iter().enumerate() {
+                    x = block.forward(&x, &angles, Some(cache.layer(index)))?;
+                }
+                cache.advance(seq);
+            }
+            None => {
+                let angles = self.angles(&Vec::from_iter(0..seq), 1)?;
+                for block in &self.blocks {
+                    x = block.forward(&x, &angles, None)?;
+                }
+            }
+        }
+        self.norm.forward(&x)
+    }
+
+    /// The head: hidden states (…, hidden_size) → logits (…, vocab_size), f32.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden)
+    }
+
+    /// Runs `tokens` (batch, seq) and returns the logits of each row's last position,
+    /// (batch, vocab_size) f32.
+    pub fn forward(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let hidden = self.hidden_states(tokens, Some(cache))?;
+        let last = hidden.dim(1)? - 1;
+        self.logits(&hidden.i((.., last))?.contiguous()?)
+    }
+}

@@ -1,1 +1,164 @@
-//! (in progress)
+//! The mathematics of BitNet b1.58 quantization, written once and to be read.
+//!
+//! - weights: ternary by absolute mean, `clip(round(w / β), -1, 1)`, `β = max(mean|w|, ε)`
+//!   (arXiv:2402.17764, equations 1–3);
+//! - activations: int8 by absolute maximum per token, `clip(round(x · a), -128, 127)`,
+//!   `a = 127 / max(max|x|, ε)` (equation 4);
+//! - both are trained straight through: the gradient passes the rounding unchanged, and none flows
+//!   through `β` or `a`.
+//!
+//! All arithmetic is f32. As in the reference implementation the weight is multiplied by the
+//! reciprocal `1/β`, not divided by `β`, and `ε` clamps the mean instead of being added to it.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use crate::ops::contiguous;
+
+/// Smallest `mean|w|` and `max|x|`: below it, everything rounds to 0.
+pub const EPSILON: f32 = 1e-5;
+
+/// Where a value exactly between two integers goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To the even neighbour (`torch.round`): Microsoft's and 1bitLLM's checkpoints.
+    HalfEven,
+    /// Upwards, `floor(x + 0.5)`: models trained with onebitllms (Falcon-E).
+    HalfUp,
+}
+
+impl Rounding {
+    /// Rounds `x` to an integer value.
+    #[inline]
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::HalfEven => x.round_ties_even(),
+            Self::HalfUp => (x + 0.5).floor(),
+        }
+    }
+}
+
+/// `β = max(mean|w|, ε)`: the scale of a ternary matrix. Summed in f64, so the f32 result does not
+/// depend on the order of the sum.
+pub fn weight_scale(weights: &[f32]) -> f32 {
+    // Fixed chunks, added up in order: the same bits whatever the number of threads.
+    let chunks: Vec<f64> = weights
+        .par_chunks(1 << 16)
+        .map(|chunk| chunk.iter().map(|w| f64::from(w.abs())).sum::<f64>())
+        .collect();
+    let mean = chunks.iter().sum::<f64>() / weights.len().max(1) as f64;
+    (mean as f32).max(EPSILON)
+}
+
+/// The ternary value, −1, 0 or 1, of one weight; `inverse_scale` is `1/β`.
+#[inline]
+pub fn ternary(weight: f32, inverse_scale: f32, rounding: Rounding) -> i8 {
+    rounding.round(weight * inverse_scale).clamp(-1., 1.) as i8
+}
+
+/// `a = 127 / max(max|x|, ε)` of one token's activations.
+pub fn activation_factor(row: &[f32]) -> f32 {
+    127. / row.iter().fold(0f32, |max, x| max.max(x.abs())).max(EPSILON)
+}
+
+/// The int8 code of one activation; `factor` is `a`.
+#[inline]
+pub fn int8(x: f32, factor: f32, rounding: Rounding) -> i8 {
+    rounding.round(x * factor).clamp(-128., 127.) as i8
+}
+
+/// The weight as the matrix product sees it, on the grid `{-β, 0, β}`. Shape and dtype (f32) of
+/// `weight`; its gradient is identity.
+pub fn fake_quantize_weight(weight: &Tensor, rounding: Rounding) -> Result<Tensor> {
+    straight_through(weight, "fake-quantize-weight", move |w, _| {
+        let scale = weight_scale(w);
+        let inverse = 1. / scale;
+        w.par_iter().map(|&w| f32::from(ternary(w, inverse, rounding)) * scale).collect()
+    })
+}
+
+/// Activations as the matrix product sees them, `code / a` per row of the last dimension. Shape
+/// and dtype (f32) of `x`; its gradient is identity.
+pub fn fake_quantize_activation(x: &Tensor, rounding: Rounding) -> Result<Tensor> {
+    straight_through(x, "fake-quantize-activation", move |x, width| {
+        let mut quantized = x.to_vec();
+        quantized.par_chunks_mut(width).for_each(|row| {
+            let factor = activation_factor(row);
+            row.iter_mut().for_each(|x| *x = f32::from(int8(*x, factor, rounding)) / factor);
+        });
+        quantized
+    })
+}
+
+/// Forward `f(x, size of the last dimension)`, backward identity: the straight-through estimator.
+pub fn straight_through(
+    x: &Tensor,
+    name: &'static str,
+    f: impl Fn(&[f32], usize) -> Vec<f32> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    x.apply_op1(StraightThrough { name, f })
+}
+
+struct StraightThrough<F> {
+    name: &'static str,
+    f: F,
+}
+
+impl<F: Fn(&[f32], usize) -> Vec<f32>> CustomOp1 for StraightThrough<F> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = contiguous::<f32>(x, layout)?;
+        let width = layout.dims().last().copied().unwrap_or(1).max(1);
+        Ok((CpuStorage::F32((self.f)(&x, width)), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor, Var};
+
+    use super::*;
+
+    #[test]
+    fn halves_round_as_named() {
+        let halves = [-1.5f32, -0.5, 0.5, 1.5, 2.5];
+        assert_eq!(halves.map(|x| Rounding::HalfEven.round(x)), [-2., 0., 0., 2., 2.]);
+        assert_eq!(halves.map(|x| Rounding::HalfUp.round(x)), [-1., 0., 1., 2., 3.]);
+    }
+
+    #[test]
+    fn a_matrix_becomes_three_values() {
+        // mean|w| = (0.2 + 0.6 + 0 + 1.2) / 4 = 0.5
+        let w = Tensor::new(&[[0.2f32, -0.6], [0., 1.2]], &Device::Cpu).unwrap();
+        let q = fake_quantize_weight(&w, Rounding::HalfEven).unwrap();
+        assert_eq!(q.to_vec2::<f32>().unwrap(), [[0., -0.5], [0., 0.5]]);
+    }
+
+    #[test]
+    fn a_zero_row_stays_zero() {
+        assert_eq!(activation_factor(&[0., 0.]), 127. / EPSILON);
+        let x = Tensor::zeros((2, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let q = fake_quantize_activation(&x, Rounding::HalfEven).unwrap();
+        assert_eq!(q.to_vec2::<f32>().unwrap(), [[0.; 4]; 2]);
+    }
+
+    #[test]
+    fn gradients_pass_straight_through() {
+        let x = Var::new(&[0.3f32, -0.7, 2.], &Device::Cpu).unwrap();
+        let seed = Tensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
+        for y in [
+            fake_quantize_weight(&x, Rounding::HalfEven).unwrap(),
+            fake_quantize_activation(&x, Rounding::HalfUp).unwrap(),
+        ] {
+            let grads = (y * &seed).unwrap().sum_all().unwrap().backward().unwrap();
+            assert_eq!(grads.get(&x).unwrap().to_vec1::<f32>().unwrap(), [1., 2., 3.]);
+        }
+    }
+}

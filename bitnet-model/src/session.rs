@@ -1,1 +1,205 @@
-//! (in progress)
+//! A session: one sequence, its cache, and the loop that continues it.
+
+use std::{
+    ops::ControlFlow,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use candle_core::Tensor;
+use rand::Rng;
+
+use crate::{Error, Result, kv_cache::KvCache, model::Model, sampler::Sampler};
+
+/// Prompt tokens run at once: bounds the memory of the activations.
+const PREFILL_CHUNK: usize = 512;
+
+/// One sequence of tokens and what the model remembers of it.
+pub struct Session {
+    model: Arc<Model>,
+    cache: KvCache,
+    /// The tokens the cache holds.
+    tokens: Vec<u32>,
+}
+
+/// How to continue a prompt.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Chooses each token.
+    pub sampler: Sampler,
+    /// The most tokens to add.
+    pub max_new_tokens: usize,
+    /// Tokens that end the text; the one met is not part of the result.
+    pub eos_token_ids: Vec<u32>,
+    /// Set from elsewhere to stop before the next token or chunk of the prompt.
+    pub interrupt: Arc<AtomicBool>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended its text.
+    Eos,
+    /// `max_new_tokens` were added.
+    Length,
+    /// The model's context is full.
+    Context,
+    /// The caller stopped it.
+    Stopped,
+}
+
+/// The result of [`Session::generate`].
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// The new tokens.
+    pub tokens: Vec<u32>,
+    /// Why they end where they end.
+    pub finish: Finish,
+    /// Prompt tokens that had to be run, the others were in the cache.
+    pub prompt_tokens: usize,
+    /// Time to run them.
+    pub prompt_time: Duration,
+    /// Time from then until the last token.
+    pub decode_time: Duration,
+}
+
+impl Session {
+    /// An empty session.
+    pub fn new(model: Arc<Model>) -> Self {
+        let cache = KvCache::new(&model, 1);
+        Self { model, cache, tokens: Vec::new() }
+    }
+
+    /// The tokens run so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Bytes of the key/value cache.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+
+    /// Forgets all tokens from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.truncate(len);
+    }
+
+    /// Runs `tokens` behind those already there and returns the logits after the last one.
+    ///
+    /// # Errors
+    /// No tokens, an id outside the vocabulary, or more tokens than the model's context holds.
+    pub fn append(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let mut logits = None;
+        for chunk in tokens.chunks(PREFILL_CHUNK) {
+            logits = Some(self.run(chunk)?);
+        }
+        match logits {
+            Some(logits) => Ok(logits.flatten_all()?.to_vec1()?),
+            None => Err(Error::Input("the prompt has no tokens".into())),
+        }
+    }
+
+    fn run(&mut self, chunk: &[u32]) -> Result<Tensor> {
+        let input = Tensor::new(chunk, self.model.device())?.unsqueeze(0)?;
+        let logits = self.model.forward(&input, &mut self.cache)?;
+        self.tokens.extend_from_slice(chunk);
+        Ok(logits)
+    }
+
+    /// Makes the session hold `prompt` and returns the logits after it; only what differs from the
+    /// tokens already there is run. `None` if interrupted.
+    fn prefill(&mut self, prompt: &[u32], interrupt: &AtomicBool) -> Result<Option<Vec<f32>>> {
+        let context = self.cache.max_len();
+        if prompt.is_empty() {
+            return Err(Error::Input("the prompt has no tokens".into()));
+        }
+        if prompt.len() > context {
+            return Err(Error::Input(format!(
+                "the prompt has {} tokens, but the model's context holds {context}; shorten it",
+                prompt.len()
+            )));
+        }
+        let shared = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        self.truncate(shared.min(prompt.len() - 1)); // the last one runs for its logits
+        let mut logits = Vec::new();
+        for chunk in prompt[self.tokens.len()..].chunks(PREFILL_CHUNK) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            logits = self.append(chunk)?;
+        }
+        Ok(Some(logits))
+    }
+
+    /// Continues `prompt`, the whole text so far: what the session already holds of it is not run
+    /// again. `on_token` sees every new token at once and may stop there.
+    ///
+    /// # Errors
+    /// An empty prompt, one longer than the context, an id outside the vocabulary, or logits that
+    /// are no numbers.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        rng: &mut impl Rng,
+        mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generation> {
+        let start = Instant::now();
+        let before = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let prompt_tokens = prompt.len() - before.min(prompt.len().saturating_sub(1));
+        let prefilled = self.prefill(prompt, &options.interrupt)?;
+        let decode_start = Instant::now();
+        let mut generated = Vec::new();
+        let finish = match prefilled {
+            Some(logits) => self.decode(prompt, logits, options, rng, &mut |token| {
+                generated.push(token);
+                on_token(token)
+            })?,
+            None => Finish::Stopped,
+        };
+        Ok(Generation {
+            tokens: generated,
+            finish,
+            prompt_tokens,
+            prompt_time: decode_start - start,
+            decode_time: decode_start.elapsed(),
+        })
+    }
+
+    fn decode(
+        &mut self,
+        prompt: &[u32],
+        mut logits: Vec<f32>,
+        options: &GenerateOptions,
+        rng: &mut impl Rng,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Finish> {
+        let mut generated = Vec::new();
+        while generated.len() < options.max_new_tokens {
+            if options.interrupt.load(Ordering::Relaxed) {
+                return Ok(Finish::Stopped);
+            }
+            let token = options.sampler.sample(&logits, prompt, &generated, rng)?;
+            if options.eos_token_ids.contains(&token) {
+                return Ok(Finish::Eos);
+            }
+            generated.push(token);
+            if on_token(token).is_break() {
+                return Ok(Finish::Stopped);
+            }
+            if generated.len() == options.max_new_tokens {
+                break;
+            }
+            if self.tokens.len() == self.cache.max_len() {
+                return Ok(Finish::Context);
+            }
+            logits = self.append(&[token])?;
+        }
+        Ok(Finish::Length)
+    }
+}

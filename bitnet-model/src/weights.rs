@@ -1,1 +1,296 @@
-//! (in progress)
+//! `TernaryWeight`: one ternary matrix in memory, and the only owner of packed data.
+//!
+//! Files keep the Hub's order; here the codes lie in [`Tile`]s, made once at load, in the order in
+//! which the kernels read them: all tiles of sixteen output rows, then the next sixteen. Shapes that
+//! are not multiples of the tile are padded with code 1 (weight 0), here and nowhere else.
+
+use rayon::prelude::*;
+
+use crate::{
+    kernels::{self, Kernel, tile::{self, COLS, ROWS, Tile}},
+    quant::{self, Rounding},
+};
+
+/// A ternary matrix (out_features, in_features): 2 bits a weight and one scale.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TernaryWeight {
+    /// Row of tiles after row of tiles.
+    tiles: Vec<Tile>,
+    out_features: usize,
+    in_features: usize,
+    /// Multiplies: `W = scale · code − scale`.
+    scale: f32,
+}
+
+/// What is wrong with packed data.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum PackedError {
+    /// The byte count does not belong to the shape.
+    #[error("{found} bytes of packed codes, but {out_features} × {in_features} weights take {expected}")]
+    Length {
+        /// Rows of the matrix.
+        out_features: usize,
+        /// Columns of the matrix.
+        in_features: usize,
+        /// `out_features / 4 · in_features`.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// Four rows share a byte.
+    #[error("{out_features} output features are not divisible by 4, so they cannot be packed")]
+    Rows {
+        /// Rows of the matrix.
+        out_features: usize,
+    },
+    /// Codes are 0, 1 and 2.
+    #[error("row {row}, column {col} holds code 3, which is no ternary value: the file is damaged")]
+    Code {
+        /// Output row of the first bad code.
+        row: usize,
+        /// Input column of the first bad code.
+        col: usize,
+    },
+}
+
+impl TernaryWeight {
+    /// Ternarizes float weights (out_features, in_features) by absolute mean
+    /// ([`quant`](crate::quant)).
+    ///
+    /// # Panics
+    /// If `weights` does not have `out_features · in_features` elements.
+    pub fn from_latent(
+        weights: &[f32],
+        out_features: usize,
+        in_features: usize,
+        rounding: Rounding,
+    ) -> Self {
+        assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
+        let scale = quant::weight_scale(weights);
+        let inverse = 1. / scale;
+        Self::from_fn(out_features, in_features, scale, |row, col| {
+            (quant::ternary(weights[row * in_features + col], inverse, rounding) + 1) as u8
+        })
+    }
+
+    /// Reads the Hub's packing: byte (r, c) holds rows r, R + r, 2R + r, 3R + r of column c, low
+    /// bits first, R = out_features / 4.
+    ///
+    /// # Errors
+    /// A wrong length, rows not divisible by four, or a code 3.
+    pub fn from_packed(
+        bytes: &[u8],
+        out_features: usize,
+        in_features: usize,
+        scale: f32,
+    ) -> Result<Self, PackedError> {
+        if !out_features.is_multiple_of(4) {
+            return Err(PackedError::Rows { out_features });
+        }
+        let quarter = out_features / 4;
+        let expected = quarter * in_features;
+        if bytes.len() != expected {
+            let found = bytes.len();
+            return Err(PackedError::Length { out_features, in_features, expected, found });
+        }
+        // Both bits of a field set: v & (v >> 1) keeps a 1 in the field's low bit.
+        if let Some(at) = bytes.par_iter().position_first(|v| v & (v >> 1) & 0x55 != 0) {
+            let field = ((bytes[at] & (bytes[at] >> 1) & 0x55).trailing_zeros() / 2) as usize;
+            let row = field * quarter + at / in_features;
+            return Err(PackedError::Code { row, col: at % in_features });
+        }
+        Ok(Self::from_fn(out_features, in_features, scale, |row, col| {
+            bytes[row % quarter * in_features + col] >> (2 * (row / quarter)) & 3
+        }))
+    }
+
+    fn from_fn(
+        out_features: usize,
+        in_features: usize,
+        scale: f32,
+        code: impl Fn(usize, usize) -> u8 + Send + Sync,
+    ) -> Self {
+        let width = in_features.div_ceil(COLS);
+        let mut tiles = vec![tile::EMPTY; out_features.div_ceil(ROWS) * width];
+        tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
+            for row in 0..ROWS.min(out_features - band * ROWS) {
+                for (i, tile) in tiles.iter_mut().enumerate() {
+                    for col in 0..COLS.min(in_features - i * COLS) {
+                        tile::set_code(tile, row, col, code(band * ROWS + row, i * COLS + col));
+                    }
+                }
+            }
+        });
+        Self { tiles, out_features, in_features, scale }
+    }
+
+    /// The Hub's packing of the codes: (out_features / 4, in_features) bytes, row-major.
+    ///
+    /// # Errors
+    /// Rows not divisible by four.
+    pub fn to_packed(&self) -> Result<Vec<u8>, PackedError> {
+        if !self.out_features.is_multiple_of(4) {
+            return Err(PackedError::Rows { out_features: self.out_features });
+        }
+        let quarter = self.out_features / 4;
+        let mut bytes = vec![0u8; quarter * self.in_features];
+        bytes.par_chunks_mut(self.in_features.max(1)).enumerate().for_each(|(r, bytes)| {
+            for (col, byte) in bytes.iter_mut().enumerate() {
+                *byte = (0..4).fold(0, |byte, i| byte | self.code(i * quarter + r, col) << (2 * i));
+            }
+        });
+        Ok(bytes)
+    }
+
+    /// The code, weight + 1, at (row, col).
+    pub fn code(&self, row: usize, col: usize) -> u8 {
+        let tile = &self.band(row / ROWS)[col / COLS];
+        tile::code(tile, row % ROWS, col % COLS)
+    }
+
+    /// The tiles of output rows `16·index ..`.
+    fn band(&self, index: usize) -> &[Tile] {
+        let width = self.in_features.div_ceil(COLS);
+        &self.tiles[index * width..][..width]
+    }
+
+    /// Rows of the matrix.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Columns of the matrix.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// The absmean scale; it multiplies.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Bytes at rest.
+    pub fn bytes(&self) -> usize {
+        self.tiles.len() * size_of::<Tile>()
+    }
+
+    /// The weights `scale · (code − 1)` as f32 (out_features, in_features), for gradients and export.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut weights = vec![0f32; self.out_features * self.in_features];
+        let band_elements = (ROWS * self.in_features).max(1);
+        weights.par_chunks_mut(band_elements).enumerate().for_each(|(band, out)| {
+            self.decode_band(band, out);
+        });
+        weights
+    }
+
+    /// `out[row][col] = weight · scale` for up to sixteen rows.
+    pub(crate) fn decode_band(&self, band: usize, out: &mut [f32]) {
+        let mut block = [[0f32; COLS]; ROWS];
+        for (i, tile) in self.band(band).iter().enumerate() {
+            tile::decode(tile, &mut block);
+            let width = COLS.min(self.in_features - i * COLS);
+            for (out, block) in out.chunks_mut(self.in_features).zip(&block) {
+                for (out, weight) in out[i * COLS..][..width].iter_mut().zip(block) {
+                    *out = weight * self.scale;
+                }
+            }
+        }
+    }
+
+    /// `y = x·Wᵀ` for quantized rows, with the kernel given: `y[token][row] = scale[token] · Σ`.
+    /// The integer sum is exact, so every kernel gives the same bits.
+    pub(crate) fn matmul(&self, kernel: &Kernel, x: &QuantizedRows, y: &mut [f32]) {
+        let bands = self.out_features.div_ceil(ROWS);
+        let n = self.out_features;
+        if x.tokens() == 1 {
+            let task = |band: usize, y: &mut [f32]| {
+                let sums = kernel.ternary_dot(self.band(band), &x.codes, x.sums[0]);
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum as f32 * x.scales[0]);
+            };
+            // A task of 16 rows · 2560 columns takes about 1 µs: give a thread several.
+            let bands_a_task = (PARALLEL_CODES / (ROWS * self.in_features).max(1)).max(1);
+            y.par_chunks_mut(ROWS * bands_a_task).enumerate().for_each(|(i, y)| {
+                for (j, y) in y.chunks_mut(ROWS).enumerate() {
+                    task(i * bands_a_task + j, y);
+                }
+            });
+            return;
+        }
+        // A task owns whole rows of y: every band passes over its tokens while they are in cache.
+        y.par_chunks_mut(TOKEN_BLOCK * n).enumerate().for_each(|(i, y)| {
+            let first = i * TOKEN_BLOCK;
+            let tokens = first..first + y.len() / n;
+            let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
+            let sums = &mut sums[..tokens.len()];
+            for band in 0..bands {
+                let rows = ROWS.min(n - band * ROWS);
+                kernel.ternary_dots(self.band(band), x.rows(&tokens), &x.sums[tokens.clone()], sums);
+                for (token, sums) in sums.iter().enumerate() {
+                    let y = &mut y[token * n + band * ROWS..][..rows];
+                    let scale = x.scales[first + token];
+                    y.iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
+                }
+            }
+        });
+    }
+}
+
+/// Codes a thread should read before another one is worth waking.
+const PARALLEL_CODES: usize = 1 << 18;
+/// Tokens that pass over one band of tiles together.
+const TOKEN_BLOCK: usize = 32;
+
+/// Rows of activations as int8 codes, each with its sum and the factor that scales its results.
+pub(crate) struct QuantizedRows {
+    /// (tokens, columns padded to whole tiles); the padding is 0.
+    codes: Vec<i8>,
+    /// Σ codes of each row.
+    sums: Vec<i32>,
+    /// `weight_scale / a` of each row.
+    scales: Vec<f32>,
+    padded: usize,
+}
+
+impl QuantizedRows {
+    /// Quantizes rows of `in_features` values for a product with a matrix scaled by `weight_scale`.
+    pub(crate) fn new(
+        kernel: &Kernel,
+        x: &[f32],
+        in_features: usize,
+        weight_scale: f32,
+        rounding: Rounding,
+    ) -> Self {
+        let tokens = x.len().checked_div(in_features).unwrap_or(0);
+        let padded = in_features.next_multiple_of(COLS);
+        let mut codes = vec![0i8; tokens * padded];
+        let (scales, sums) = codes
+            .par_chunks_mut(padded.max(1))
+            .zip(x.par_chunks(in_features.max(1)))
+            .with_min_len((1 << 14) / padded.max(1) + 1)
+            .map(|(codes, x)| {
+                let (factor, sum) = kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
+                (weight_scale / factor, sum)
+            })
+            .unzip();
+        Self { codes, sums, scales, padded }
+    }
+
+    fn tokens(&self) -> usize {
+        self.sums.len()
+    }
+
+    fn rows(&self, tokens: &std::ops::Range<usize>) -> &[i8] {
+        &self.codes[tokens.start * self.padded..tokens.end * self.padded]
+    }
+}
+
+/// Quantizes `x` (tokens, in_features) and multiplies it with the kernel chosen for this machine:
+/// (tokens, out_features).
+pub fn ternary_product(x: &[f32], weight: &TernaryWeight, rounding: Rounding) -> Vec<f32> {
+    let kernel = kernels::active();
+    let x = QuantizedRows::new(kernel, x, weight.in_features, weight.scale, rounding);
+    let mut y = vec![0f32; x.tokens() * weight.out_features];
+    weight.matmul(kernel, &x, &mut y);
+    y
+}

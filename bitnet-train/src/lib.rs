@@ -12,9 +12,12 @@ pub mod batch;
 pub mod checkpoint;
 pub mod dataset;
 mod error;
+pub mod experiment;
 pub mod loss;
 pub mod metrics;
 pub mod optimizer;
+pub mod parameters;
+pub mod qat;
 pub mod recipe;
 pub mod trainer;
 

@@ -1,1 +1,188 @@
-//! (in progress)
+//! Compute kernels over plain slices: one tile row, one matrix, one vector. No tensors, allocation or threads.
+//!
+//! A [`Kernel`] is one instruction set's version of every routine. All versions give equal results, bit for bit:
+//! integer sums are exact, and a sum of floats over `i` is sixteen partial sums, the one numbered `l` taking
+//! `i = l, l + 16, l + 32, …` in order by fused multiply-add, which are then added in a fixed tree. So a value depends on
+//! its own operands alone, and not on the instruction set, the rows beside it or the blocking.
+
+#![allow(unsafe_code)] // the only module with intrinsics; every block states what it relies on
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
+mod dense;
+mod exp;
+mod quantize;
+mod scalar;
+mod simd;
+#[cfg(test)]
+mod tests;
+pub mod tile;
+
+use std::{fmt, sync::OnceLock};
+
+use self::simd::Routines;
+pub use self::{
+    dense::{DenseWeights, Matrix},
+    tile::{COLS, ROWS, Tile},
+};
+
+/// One instruction set's routines. Only this module makes kernels and only [`available`] hands them out, so a
+/// reference is the proof that the processor has the instructions.
+pub struct Kernel {
+    name: &'static str,
+    is_available: fn() -> bool,
+    /// `acc[token][row] += Σ code[row][col] · x[token][col]` over one row of tiles.
+    accumulate: unsafe fn(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]),
+    routines: Routines,
+}
+
+/// Fastest first. An instruction set is one file, one `mod` line and one line here.
+static KERNELS: &[&Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512vnni::KERNEL,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::KERNEL,
+    &scalar::KERNEL,
+];
+
+/// The kernels this processor can run, fastest first.
+pub fn available() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().copied().filter(|kernel| (kernel.is_available)())
+}
+
+/// The fastest kernel this processor can run, chosen once.
+pub fn active() -> &'static Kernel {
+    static ACTIVE: OnceLock<&'static Kernel> = OnceLock::new();
+    ACTIVE.get_or_init(|| available().next().unwrap_or(&scalar::KERNEL))
+}
+
+/// The kernel with this [name](Kernel::name), if the processor can run it.
+pub fn by_name(name: &str) -> Option<&'static Kernel> {
+    available().find(|kernel| kernel.name == name)
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Kernel").field(&self.name).finish()
+    }
+}
+
+impl Kernel {
+    /// The instruction set: `avx512vnni`, `avx2` or `scalar`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// `Σ weight[row][col] · x[col]` for the sixteen rows of one row of tiles; `x_sum` is `Σ x[col]`.
+    ///
+    /// # Panics
+    /// Unless `x` has [`COLS`] values a tile, at most [`tile::MAX_COLS`] in all.
+    pub fn ternary_dot(&self, tiles: &[Tile], x: &[i8], x_sum: i32) -> [i32; ROWS] {
+        let mut out = [[0; ROWS]];
+        self.ternary_dots(tiles, x, &[x_sum], &mut out);
+        out[0]
+    }
+
+    /// [`Self::ternary_dot`] of one row of tiles with every row of `x` (tokens × cols), decoding each tile once for
+    /// a block of tokens.
+    ///
+    /// # Panics
+    /// Unless `x_sums` and `out` have one value a token and `x` has [`COLS`] values a token and tile, at most
+    /// [`tile::MAX_COLS`] a token.
+    pub fn ternary_dots(&self, tiles: &[Tile], x: &[i8], x_sums: &[i32], out: &mut [[i32; ROWS]]) {
+        assert!(tiles.len() <= tile::MAX_COLS / COLS, "too many columns for 32-bit sums");
+        assert_eq!(x.len(), out.len() * tiles.len() * COLS, "activations do not match the tiles");
+        assert_eq!(x_sums.len(), out.len(), "one sum of activations a token");
+        for (acc, x_sum) in out.iter_mut().zip(x_sums) {
+            *acc = [-x_sum; ROWS]; // codes are weight + 1: take Σx away once
+        }
+        // SAFETY: `self` came from `available`, which checked the processor; the lengths are checked above.
+        unsafe { (self.accumulate)(tiles, x, out) }
+    }
+
+    /// One row of activations to int8: `a = 127 / max(max|x|, 1e-5)` and `codes[i] = round(x[i] · a)`, a half going to
+    /// the even neighbour, or upwards (`floor(y + 0.5)`) if `half_up`. Codes behind the row are set to 0.
+    /// Returns `a` and `Σ codes`.
+    ///
+    /// A row that holds NaN or an infinity has no codes: they are 0 and `a` is NaN, so that what is computed from them
+    /// is NaN as well.
+    ///
+    /// # Panics
+    /// If there are fewer codes than values.
+    pub fn quantize_row(&self, x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
+        assert!(codes.len() >= x.len(), "{} codes for {} values", codes.len(), x.len());
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.quantize_row)(x, half_up, codes) }
+    }
+
+    /// `y[i · y_stride + j] = Σ x[i][·] · w[j][·]`: x times the transpose of w.
+    ///
+    /// # Panics
+    /// If `x` and `w` differ in columns or `y` cannot hold the result.
+    pub fn matmul_nt(
+        &self,
+        x: Matrix<'_, f32>,
+        w: DenseWeights<'_>,
+        y: &mut [f32],
+        y_stride: usize,
+    ) {
+        assert_eq!(x.cols(), w.cols(), "inner dimensions of a product");
+        assert!(dense::fits(y.len(), x.rows(), w.rows(), y_stride), "product outside its slice");
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.matmul_nt)(x, w, y, y_stride) }
+    }
+
+    /// `Σ x`.
+    pub fn sum(&self, x: &[f32]) -> f32 {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.sum)(x) }
+    }
+
+    /// `Σ x²`.
+    pub fn sum_squares(&self, x: &[f32]) -> f32 {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.sum_squares)(x) }
+    }
+
+    /// The largest value, passing over NaN; −∞ if there is none.
+    pub fn max(&self, x: &[f32]) -> f32 {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.max)(x) }
+    }
+
+    /// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, fused, in the order of `j`.
+    ///
+    /// # Panics
+    /// If `v` is shorter than that, or its rows overlap.
+    pub fn weighted_sum(&self, p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
+        assert!(dense::fits(v.len(), p.len(), out.len(), v_stride), "values outside their slice");
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.weighted_sum)(p, v, v_stride, out) }
+    }
+
+    /// `y[d] = a · x[d] + y[d]`, fused.
+    ///
+    /// # Panics
+    /// If `x` and `y` differ in length.
+    pub fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "vectors of different length");
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.axpy)(a, x, y) }
+    }
+
+    /// `eˣ` in place, off by less than 1.02 units in the last place (3 in 100 values are not the nearest float); 0 below
+    /// −104, ∞ above 88.73.
+    pub fn exp(&self, x: &mut [f32]) {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.exp)(x) }
+    }
+
+    /// `exp(s − max) / Σ exp(s − max)` in place. A score of −∞ becomes 0; if all are −∞, or one is NaN or ∞, the result
+    /// is NaN.
+    pub fn softmax(&self, scores: &mut [f32]) {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.softmax)(scores) }
+    }
+}

@@ -1,0 +1,244 @@
+//! Packed ⇄ latent: a checkpoint rewritten in the other form, one matrix at a time.
+//!
+//! - **packed**: 2-bit codes and a bf16 `weight_scale`, everything else bf16, as the Hub has 2B-4T
+//!   (BitNet, 1bitLLM under BitNet's names) or Falcon3-1.58bit (Llama);
+//! - **latent**: bf16 masters that quantize online to the same codes and the same scale.
+
+use std::{fs, path::Path};
+
+use candle_core::{DType, Tensor};
+
+use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
+use crate::{
+    Error, Result,
+    config::{Config, Family, Quantization, ScaleConvention, WeightForm},
+    ops::with_slice,
+    quant::Rounding,
+    weights::TernaryWeight,
+};
+
+/// The seven projections of a block.
+const PROJECTIONS: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// The form to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// 2-bit codes.
+    Packed,
+    /// Float masters.
+    Latent,
+}
+
+/// Writes `config.json` and `model.safetensors` of `checkpoint` to the folder `out` in the form
+/// `target`; `on_tensor` hears of each tensor written and how many there are. Returns the new
+/// configuration.
+///
+/// The weights appear only when complete, and the configuration after them.
+///
+/// # Errors
+/// A full-precision model, which is not ternary in either form; tensors that do not fit the
+/// configuration; a folder that cannot be written.
+pub fn convert(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    out: &Path,
+    target: Target,
+    mut on_tensor: impl FnMut(usize, usize),
+) -> Result<Config> {
+    config.check_tensors(checkpoint)?;
+    let Some(quantization) = config.quantization else {
+        return Err(Error::Config {
+            path: checkpoint.path().into(),
+            field: "quantization_config".into(),
+            reason: "is absent: a full-precision model has no ternary weights to convert".into(),
+        });
+    };
+    let converted = converted(config, quantization, target);
+    let tensors: Vec<Plan> = checkpoint
+        .names()
+        .filter(|name| !name.ends_with(".weight_scale"))
+        .filter(|name| !(config.tie_word_embeddings && *name == "lm_head.weight"))
+        .map(|name| Plan::new(name, config, converted.family, checkpoint))
+        .collect();
+    let specs = tensors.iter().flat_map(|plan| plan.specs(target)).collect();
+    fs::create_dir_all(out).map_err(Error::io(out))?;
+    let mut writer = SafetensorsWriter::create(&out.join("model.safetensors"), specs)?;
+    for (index, plan) in tensors.iter().enumerate() {
+        plan.write(&mut writer, checkpoint, quantization, converted.quantization, target)?;
+        on_tensor(index + 1, tensors.len());
+    }
+    writer.finish()?;
+    let json = format!("{:#}\n", converted.to_json());
+    write_atomic(&out.join("config.json"), json.as_bytes())?;
+    Ok(converted)
+}
+
+/// The configuration of the converted model.
+fn converted(config: &Config, quantization: Quantization, target: Target) -> Config {
+    let weights = match (target, config.family) {
+        (Target::Latent, _) => WeightForm::Latent,
+        // Llama's packed files divide by their scale, BitNet's multiply.
+        (Target::Packed, Family::Llama) => WeightForm::Packed(ScaleConvention::Divide),
+        (Target::Packed, _) => WeightForm::Packed(ScaleConvention::Multiply),
+    };
+    // Kept as they are: the rounding of a file that is in this form already.
+    let rounding = match (target, config.family) {
+        (Target::Packed, _) => Rounding::HalfEven,
+        (Target::Latent, Family::Llama) => Rounding::HalfUp,
+        (Target::Latent, _) => quantization.rounding,
+    };
+    let family = match (target, config.family) {
+        (Target::Packed, Family::OneBitLlm) => Family::BitNet,
+        (_, family) => family,
+    };
+    let quantization = Some(Quantization { weights, rounding, ..quantization });
+    Config { family, quantization, ..config.clone() }
+}
+
+/// One tensor of the source and what becomes of it.
+struct Plan {
+    source: String,
+    name: String,
+    kind: Kind,
+}
+
+enum Kind {
+    Projection { out_features: usize, in_features: usize },
+    Other { shape: Vec<usize> },
+}
+
+impl Plan {
+    fn new(source: &str, config: &Config, family: Family, checkpoint: &Checkpoint) -> Self {
+        let mut name = source.to_string();
+        if family == Family::BitNet && config.family == Family::OneBitLlm {
+            name = name.replace(".inner_attn_ln.", ".attn_sub_norm.");
+            name = name.replace(".ffn_layernorm.", ".ffn_sub_norm.");
+        }
+        let shape = checkpoint.get(source).map(|info| info.shape.to_vec()).unwrap_or_default();
+        let is_projection = source.strip_suffix(".weight").is_some_and(|path| {
+            PROJECTIONS.iter().any(|projection| path.ends_with(&format!(".{projection}")))
+        });
+        let kind = match *shape {
+            [rows, in_features] if is_projection => {
+                let is_packed = checkpoint.get(source).is_some_and(|i| i.dtype == Dtype::U8);
+                let out_features = if is_packed { 4 * rows } else { rows };
+                Kind::Projection { out_features, in_features }
+            }
+            _ => Kind::Other { shape },
+        };
+        Self { source: source.into(), name, kind }
+    }
+
+    fn scale_name(name: &str) -> String {
+        format!("{name}_scale")
+    }
+
+    fn specs(&self, target: Target) -> Vec<TensorSpec> {
+        match (&self.kind, target) {
+            (Kind::Other { shape }, _) => {
+                vec![TensorSpec::new(&self.name, Dtype::BF16, shape.clone())]
+            }
+            (Kind::Projection { out_features, in_features }, Target::Packed) => vec![
+                TensorSpec::new(&self.name, Dtype::U8, [out_features.div_ceil(4), *in_features]),
+                TensorSpec::new(Self::scale_name(&self.name), Dtype::BF16, [1]),
+            ],
+            (Kind::Projection { out_features, in_features }, Target::Latent) => {
+                vec![TensorSpec::new(&self.name, Dtype::BF16, [*out_features, *in_features])]
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        writer: &mut SafetensorsWriter,
+        checkpoint: &Checkpoint,
+        from: Quantization,
+        to: Option<Quantization>,
+        target: Target,
+    ) -> Result<()> {
+        let Kind::Projection { out_features, in_features } = self.kind else {
+            let tensor = checkpoint.read(&self.source)?.to_dtype(DType::BF16)?;
+            return writer.write_tensor(&self.name, &tensor);
+        };
+        let refuse = |reason: String| Error::Tensor {
+            path: checkpoint.path().into(),
+            name: self.source.clone(),
+            reason,
+        };
+        let weight = match from.weights {
+            WeightForm::Latent => {
+                let latent = checkpoint.read(&self.source)?;
+                if target == Target::Latent {
+                    return writer.write_tensor(&self.name, &latent.to_dtype(DType::BF16)?);
+                }
+                with_slice::<f32, _>(&latent.to_dtype(DType::F32)?, |w| {
+                    Ok(TernaryWeight::from_latent(w, out_features, in_features, from.rounding))
+                })?
+            }
+            WeightForm::Packed(convention) => {
+                let scale = checkpoint.read_scale(&Self::scale_name(&self.source))?;
+                let scale = match convention {
+                    ScaleConvention::Multiply => scale,
+                    ScaleConvention::Divide => 1. / scale,
+                };
+                let bytes = checkpoint.read_bytes(&self.source)?;
+                TernaryWeight::from_packed(&bytes, out_features, in_features, scale)
+                    .map_err(|e| refuse(e.to_string()))?
+            }
+        };
+        match to.map(|to| to.weights) {
+            Some(WeightForm::Packed(convention)) => {
+                let codes = weight.to_packed().map_err(|e| refuse(e.to_string()))?;
+                writer.write(&self.name, &codes)?;
+                let scale = match convention {
+                    ScaleConvention::Multiply => weight.scale(),
+                    ScaleConvention::Divide => 1. / weight.scale(),
+                };
+                let scale = half::bf16::from_f32(scale);
+                writer.write(&Self::scale_name(&self.name), &scale.to_le_bytes())
+            }
+            _ => {
+                let shape = (out_features, in_features);
+                let latent = Tensor::from_vec(latent(&weight), shape, &candle_core::Device::Cpu)?;
+                writer.write_tensor(&self.name, &latent)
+            }
+        }
+    }
+}
+
+/// Masters that ternarize to the codes and the scale of `weight`.
+///
+/// The mean of `|w|` must be the scale s, so with a fraction d of non-zero codes those are ±s/d. As
+/// s/d is rarely a bf16 number, its two neighbours alternate so that the mean comes out.
+fn latent(weight: &TernaryWeight) -> Vec<half::bf16> {
+    let codes = || {
+        (0..weight.out_features())
+            .flat_map(|row| (0..weight.in_features()).map(move |col| weight.code(row, col)))
+    };
+    let total = weight.out_features() * weight.in_features();
+    let nonzero = codes().filter(|&code| code != 1).count();
+    let value = f64::from(weight.scale()) * total as f64 / nonzero.max(1) as f64;
+    let (low, high) = neighbours(value);
+    let mut owed = 0.; // what the values so far fall short of `value` each
+    codes()
+        .map(|code| {
+            if code == 1 {
+                return half::bf16::ZERO;
+            }
+            owed += value;
+            let next = if owed - low.to_f64() > (high.to_f64() - low.to_f64()) / 2. { high } else { low };
+            owed -= next.to_f64();
+            if code == 2 { next } else { -next }
+        })
+        .collect()
+}
+
+/// The bf16 numbers on both sides of a positive `value`.
+fn neighbours(value: f64) -> (half::bf16, half::bf16) {
+    let near = half::bf16::from_f64(value);
+    match near.to_f64() <= value {
+        true => (near, half::bf16::from_bits(near.to_bits() + 1)),
+        false => (half::bf16::from_bits(near.to_bits() - 1), near),
+    }
+}

@@ -1,0 +1,175 @@
+//! AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned codes and signed activations to 32-bit sums.
+
+use std::arch::x86_64::*;
+
+use super::{
+    COLS, Kernel, ROWS, Tile, avx2,
+    simd::{LANES, Simd, routines},
+};
+
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "avx512vnni",
+    is_available: || {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("fma")
+    },
+    accumulate,
+    routines: routines!(
+        Avx512(()), 4 x 4,
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
+    ),
+};
+
+/// Tokens that share a decoded tile.
+const BLOCK: usize = 8;
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * COLS;
+    let (blocks, rest) = acc.as_chunks_mut::<BLOCK>();
+    let (x, x_rest) = x.split_at(blocks.len() * BLOCK * cols);
+    for (i, acc) in blocks.iter_mut().enumerate() {
+        block::<BLOCK, 1>(tiles, &x[i * BLOCK * cols..][..BLOCK * cols], acc);
+    }
+    // With few tokens, one sum for each lane of codes hides the latency of the products.
+    match rest.len() {
+        0 => {}
+        1 => block::<1, 4>(tiles, x_rest, rest),
+        2 => block::<2, 4>(tiles, x_rest, rest),
+        3 => block::<3, 4>(tiles, x_rest, rest),
+        4 => block::<4, 2>(tiles, x_rest, rest),
+        5 => block::<5, 2>(tiles, x_rest, rest),
+        6 => block::<6, 2>(tiles, x_rest, rest),
+        _ => block::<7, 2>(tiles, x_rest, rest),
+    }
+}
+
+/// `N` tokens with `CHAINS` sums each: the sums stay in registers, and a tile is decoded once for all tokens.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn block<const N: usize, const CHAINS: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * COLS;
+    assert_eq!((x.len(), acc.len()), (N * cols, N));
+    let low2 = _mm512_set1_epi8(3);
+    let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
+    for (i, tile) in tiles.iter().enumerate() {
+        // SAFETY: a `Tile` is 64 bytes.
+        let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
+        let lanes = [
+            _mm512_and_si512(codes, low2),
+            _mm512_and_si512(_mm512_srli_epi32::<2>(codes), low2),
+            _mm512_and_si512(_mm512_srli_epi32::<4>(codes), low2),
+            _mm512_and_si512(_mm512_srli_epi32::<6>(codes), low2),
+        ];
+        for (lane, codes) in lanes.into_iter().enumerate() {
+            for (token, sums) in sums.iter_mut().enumerate() {
+                let start = token * cols + i * COLS + 4 * lane;
+                // SAFETY: token < N, i < tiles.len() and lane < 4, so these four values end within the N · cols of x.
+                let x = unsafe { x.as_ptr().add(start).cast::<i32>().read_unaligned() };
+                let sum = &mut sums[lane % CHAINS];
+                *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(x));
+            }
+        }
+    }
+    for (acc, sums) in acc.iter_mut().zip(sums) {
+        for sum in sums {
+            let acc = acc.as_mut_ptr().cast();
+            // SAFETY: sixteen i32 are one register.
+            unsafe { _mm512_storeu_si512(acc, _mm512_add_epi32(_mm512_loadu_si512(acc), sum)) };
+        }
+    }
+}
+
+/// Proof of AVX-512 F, BW, DQ and VL: made only in functions that have these features.
+#[derive(Clone, Copy)]
+struct Avx512(());
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512; x is one register long.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512; x is 256 bits.
+        unsafe {
+            let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, x: Self::F32, out: &mut [f32; LANES]) {
+        // SAFETY: `self` proves AVX-512; out is one register long.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn round(self, a: Self::F32) -> Self::F32 {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_roundscale_ps::<NEAREST>(a) }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: Self::F32, n: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [Self::F32; 4]) -> [f32; 4] {
+        // SAFETY: `self` proves AVX-512, and with it AVX2 and FMA.
+        unsafe { avx2::sum4([add_halves(a), add_halves(b), add_halves(c), add_halves(d)]) }
+    }
+}
+
+/// Lane `l` plus lane `l + 8`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn add_halves(a: __m512) -> __m256 {
+    _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
+}

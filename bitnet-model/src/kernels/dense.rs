@@ -1,0 +1,306 @@
+//! Full-precision products and reductions in a fixed order.
+//!
+//! Every sum over `i` is sixteen partial sums, lane `l` taking `i = l, l + 16, l + 32, …` in that order, and then the
+//! tree of [`Simd::sum4`]; a ragged end is padded with zeros. Only [`weighted_sum`] and [`axpy`], whose lanes are
+//! separate outputs, take their terms one by one.
+
+use std::array;
+
+use super::simd::{LANES, Simd};
+
+/// A row-major matrix whose rows of `cols` values begin `stride` values apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// `rows` rows of `cols` values, one behind the other.
+    ///
+    /// # Panics
+    /// If `data` is shorter than that.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// `rows` rows of `cols` values, row `i` at `data[i · stride..]`.
+    ///
+    /// # Panics
+    /// If `data` is shorter than that, or the rows overlap.
+    pub fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(fits(data.len(), rows, cols, stride), "{rows} × {cols} matrix outside its slice");
+        Self { data, rows, cols, stride }
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the matrix.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [T] {
+        &self.data[row * self.stride..][..self.cols]
+    }
+}
+
+/// Whether `len` values hold `rows` rows of `cols` values, `stride` apart.
+pub(super) fn fits(len: usize, rows: usize, cols: usize, stride: usize) -> bool {
+    let Some(last) = rows.checked_sub(1) else { return true };
+    let end = last.checked_mul(stride).and_then(|start| start.checked_add(cols));
+    cols <= stride && end.is_some_and(|end| end <= len)
+}
+
+/// The right-hand side of [`Kernel::matmul_nt`](super::Kernel::matmul_nt), one output a row.
+#[derive(Clone, Copy, Debug)]
+pub enum DenseWeights<'a> {
+    /// Single precision.
+    F32(Matrix<'a, f32>),
+    /// The bits of bfloat16 values, widened exactly.
+    Bf16(Matrix<'a, u16>),
+}
+
+impl DenseWeights<'_> {
+    /// Rows of the matrix: outputs of the product.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::F32(w) => w.rows,
+            Self::Bf16(w) => w.rows,
+        }
+    }
+
+    /// Columns of the matrix: inputs of the product.
+    pub fn cols(&self) -> usize {
+        match self {
+            Self::F32(w) => w.cols,
+            Self::Bf16(w) => w.cols,
+        }
+    }
+}
+
+/// A stored element that widens to f32.
+trait Element: Copy + Default {
+    fn load<S: Simd>(simd: S, x: &[Self; LANES]) -> S::F32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, x: &[f32; LANES]) -> S::F32 {
+        simd.load(x)
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, x: &[u16; LANES]) -> S::F32 {
+        simd.load_bf16(x)
+    }
+}
+
+/// `x` and then `fill`, to sixteen lanes.
+#[inline(always)]
+pub(super) fn pad<T: Copy>(x: &[T], fill: T) -> [T; LANES] {
+    let mut lanes = [fill; LANES];
+    lanes[..x.len()].copy_from_slice(x);
+    lanes
+}
+
+/// The groups of sixteen of `x`, and the last one padded with `fill` if it is ragged.
+#[inline(always)]
+fn groups(x: &[f32], fill: f32) -> (&[[f32; LANES]], Option<[f32; LANES]>) {
+    let (groups, tail) = x.as_chunks::<LANES>();
+    (groups, (!tail.is_empty()).then(|| pad(tail, fill)))
+}
+
+/// The tree of [`Simd::sum4`] for one vector.
+#[inline(always)]
+fn sum_lanes<S: Simd>(simd: S, x: S::F32) -> f32 {
+    simd.sum4([x; 4])[0]
+}
+
+#[inline(always)]
+pub(super) fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let (groups, last) = groups(x, 0.);
+    let mut acc = simd.splat(0.);
+    for group in groups.iter().chain(&last) {
+        acc = simd.add(acc, simd.load(group));
+    }
+    sum_lanes(simd, acc)
+}
+
+#[inline(always)]
+pub(super) fn sum_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let (groups, last) = groups(x, 0.);
+    let mut acc = simd.splat(0.);
+    for group in groups.iter().chain(&last) {
+        let x = simd.load(group);
+        acc = simd.mul_add(x, x, acc);
+    }
+    sum_lanes(simd, acc)
+}
+
+#[inline(always)]
+pub(super) fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let (groups, last) = groups(x, f32::NEG_INFINITY);
+    let mut acc = simd.splat(f32::NEG_INFINITY);
+    for group in groups.iter().chain(&last) {
+        acc = simd.max(simd.load(group), acc); // acc where the group holds NaN
+    }
+    let mut lanes = [0.; LANES];
+    simd.store(acc, &mut lanes);
+    lanes.into_iter().fold(f32::NEG_INFINITY, |acc, x| if x > acc { x } else { acc })
+}
+
+/// `y[i · y_stride + j] = Σ x[i][·] · w[j][·]`, `R` × `C` accumulators at a time.
+#[inline(always)]
+pub(super) fn matmul_nt<S: Simd, const R: usize, const C: usize>(
+    simd: S,
+    x: Matrix<'_, f32>,
+    w: DenseWeights<'_>,
+    y: &mut [f32],
+    y_stride: usize,
+) {
+    match w {
+        DenseWeights::F32(w) => Product { simd, x, w, y, y_stride }.run::<R, C>(),
+        DenseWeights::Bf16(w) => Product { simd, x, w, y, y_stride }.run::<R, C>(),
+    }
+}
+
+struct Product<'a, S, T> {
+    simd: S,
+    x: Matrix<'a, f32>,
+    w: Matrix<'a, T>,
+    y: &'a mut [f32],
+    y_stride: usize,
+}
+
+impl<S: Simd, T: Element> Product<'_, S, T> {
+    #[inline(always)]
+    fn run<const R: usize, const C: usize>(&mut self) {
+        // As many rows of x as half a MiB of second-level cache holds: they meet every row of w before they leave.
+        let panel = ((1 << 17) / self.x.cols.max(1)).next_multiple_of(R).max(R);
+        for start in (0..self.x.rows).step_by(panel) {
+            let end = self.x.rows.min(start + panel);
+            let whole = self.w.rows - self.w.rows % C;
+            for j in (0..whole).step_by(C) {
+                self.column_block::<R, C>(start, end, j);
+            }
+            for j in whole..self.w.rows {
+                self.column_block::<R, 1>(start, end, j);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn column_block<const R: usize, const C: usize>(&mut self, start: usize, end: usize, j: usize) {
+        let whole = end - (end - start) % R;
+        for i in (start..whole).step_by(R) {
+            self.block::<R, C>(i, j);
+        }
+        for i in whole..end {
+            self.block::<1, C>(i, j);
+        }
+    }
+
+    /// `R` rows of x by `C` rows of w.
+    #[inline(always)]
+    fn block<const R: usize, const C: usize>(&mut self, i: usize, j: usize) {
+        let simd = self.simd;
+        let x: [_; R] = array::from_fn(|r| self.x.row(i + r).as_chunks::<LANES>());
+        let w: [_; C] = array::from_fn(|c| self.w.row(j + c).as_chunks::<LANES>());
+        let mut acc = [[simd.splat(0.); C]; R];
+        let groups = self.x.cols / LANES;
+        for g in 0..groups {
+            let mut w_lanes = [simd.splat(0.); C];
+            for c in 0..C {
+                w_lanes[c] = T::load(simd, &w[c].0[g]);
+            }
+            for r in 0..R {
+                let x_lanes = simd.load(&x[r].0[g]);
+                for c in 0..C {
+                    acc[r][c] = simd.mul_add(x_lanes, w_lanes[c], acc[r][c]);
+                }
+            }
+        }
+        if !x[0].1.is_empty() {
+            for r in 0..R {
+                let x_lanes = simd.load(&pad(x[r].1, 0.));
+                for c in 0..C {
+                    let w_lanes = T::load(simd, &pad(w[c].1, T::default()));
+                    acc[r][c] = simd.mul_add(x_lanes, w_lanes, acc[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            const { assert!(0 < C && C <= 4) }
+            let four = [acc[r][0], acc[r][1 % C], acc[r][2 % C], acc[r][3 % C]];
+            let y = &mut self.y[(i + r) * self.y_stride + j..][..C];
+            y.copy_from_slice(&simd.sum4(four)[..C]);
+        }
+    }
+}
+
+/// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, each `d` one chain of fused products in the order of `j`; four vectors of
+/// `d` at a time hide the latency.
+#[inline(always)]
+pub(super) fn weighted_sum<S: Simd>(
+    simd: S,
+    p: &[f32],
+    v: &[f32],
+    v_stride: usize,
+    out: &mut [f32],
+) {
+    let dims = out.len();
+    let (groups, tail) = out.as_chunks_mut::<LANES>();
+    let (wide, narrow) = groups.as_chunks_mut::<4>();
+    for (block, out) in wide.iter_mut().enumerate() {
+        weighted_columns(simd, p, v, v_stride, block * 4 * LANES, out);
+    }
+    let done = wide.len() * 4;
+    for (group, out) in narrow.iter_mut().enumerate() {
+        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, array::from_mut(out));
+    }
+    let start = dims - tail.len();
+    tail.fill(0.);
+    for (j, &p) in p.iter().enumerate() {
+        axpy(p, &v[j * v_stride + start..][..tail.len()], tail);
+    }
+}
+
+/// The columns of [`weighted_sum`] that begin at `start`.
+#[inline(always)]
+fn weighted_columns<S: Simd, const W: usize>(
+    simd: S,
+    p: &[f32],
+    v: &[f32],
+    v_stride: usize,
+    start: usize,
+    out: &mut [[f32; LANES]; W],
+) {
+    let mut acc = [simd.splat(0.); W];
+    for (j, &p) in p.iter().enumerate() {
+        let p = simd.splat(p);
+        let v = v[j * v_stride + start..][..W * LANES].as_chunks::<LANES>().0;
+        for w in 0..W {
+            acc[w] = simd.mul_add(p, simd.load(&v[w]), acc[w]);
+        }
+    }
+    for w in 0..W {
+        simd.store(acc[w], &mut out[w]);
+    }
+}
+
+/// `y[d] = a · x[d] + y[d]`, fused.
+#[inline(always)]
+pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = a.mul_add(*x, *y);
+    }
+}

@@ -1,0 +1,129 @@
+//! Portable code, left to the compiler's vectorizer: the baseline of every processor.
+
+use std::array;
+
+use super::{
+    COLS, Kernel, ROWS, Tile,
+    simd::{LANES, Simd, routines},
+};
+
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "scalar",
+    is_available: || true,
+    accumulate,
+    routines: routines!(Scalar, 2 x 2),
+};
+
+/// Tiles whose products fit 16 bits: each of the 64 sums takes four of a tile, `31 · 4 · 2 · 128 = 31744 < 2¹⁵`.
+const RUN: usize = 31;
+
+fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * COLS;
+    for (token, acc) in acc.iter_mut().enumerate() {
+        let x = &x[token * cols..][..cols];
+        for (tiles, x) in tiles.chunks(RUN).zip(x.chunks(RUN * COLS)) {
+            let mut sums = [0i16; 64];
+            for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
+                for lane in 0..4 {
+                    let x: [i16; 8] = array::from_fn(|i| i16::from(x[4 * lane + i % 4]));
+                    let codes = tile.map(|byte| byte >> (2 * lane) & 3);
+                    let codes = codes.as_chunks::<8>().0;
+                    for (sums, codes) in sums.as_chunks_mut::<8>().0.iter_mut().zip(codes) {
+                        for i in 0..8 {
+                            sums[i] += i16::from(codes[i]) * x[i];
+                        }
+                    }
+                }
+            }
+            for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<4>().0) {
+                *acc += sums.iter().map(|sum| i32::from(*sum)).sum::<i32>();
+            }
+        }
+    }
+}
+
+/// No instruction set in particular.
+#[derive(Clone, Copy)]
+struct Scalar;
+
+#[inline(always)]
+fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    array::from_fn(|l| f(a[l], b[l]))
+}
+
+impl Simd for Scalar {
+    type F32 = [f32; LANES];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F32 {
+        *x
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F32 {
+        x.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    fn store(self, x: Self::F32, out: &mut [f32; LANES]) {
+        *out = x;
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map2(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map2(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        array::from_fn(|l| a[l].mul_add(b[l], c[l]))
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map2(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map2(a, b, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn round(self, a: Self::F32) -> Self::F32 {
+        a.map(f32::round_ties_even)
+    }
+
+    #[inline(always)]
+    fn scale(self, a: Self::F32, n: Self::F32) -> Self::F32 {
+        map2(a, n, |a, n| {
+            // Two factors, each a normal number; the first product is exact.
+            let n = n as i32;
+            let half = n >> 1;
+            let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+            a * power(half) * power(n - half)
+        })
+    }
+
+    #[inline(always)]
+    fn sum4(self, a: [Self::F32; 4]) -> [f32; 4] {
+        a.map(|mut a| {
+            for half in [8, 4, 2, 1] {
+                for l in 0..half {
+                    a[l] += a[l + half];
+                }
+            }
+            a[0]
+        })
+    }
+}

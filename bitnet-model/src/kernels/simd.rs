@@ -1,0 +1,104 @@
+//! Sixteen f32 lanes in an instruction set's own registers, and the shared routines compiled for each set.
+//!
+//! The routines of [`dense`](super::dense), [`exp`](super::exp) and [`quantize`](super::quantize) are written once,
+//! over [`Simd`]. Every method is one correctly rounded operation on each lane, so a routine gives the same bits
+//! on every instruction set.
+
+use super::dense::{DenseWeights, Matrix};
+
+/// Lanes of a vector; partial sums of a reduction.
+pub(super) const LANES: usize = 16;
+
+/// An instruction set. A value of the implementing type proves that the processor has it.
+pub(super) trait Simd: Copy {
+    /// Sixteen lanes.
+    type F32: Copy;
+
+    /// `x` in every lane.
+    fn splat(self, x: f32) -> Self::F32;
+    /// Lane `l` is `x[l]`.
+    fn load(self, x: &[f32; LANES]) -> Self::F32;
+    /// Lane `l` is the bfloat16 with the bits `x[l]`.
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F32;
+    /// The inverse of `load`.
+    fn store(self, x: Self::F32, out: &mut [f32; LANES]);
+    /// `a + b`.
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a · b`.
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a · b + c`, rounded once.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `if a > b { a } else { b }`: `b` where either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `if a < b { a } else { b }`: `b` where either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// The nearest integer, half to even.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// `a · 2ⁿ`, rounded once, for integers `n` from −200 to 200 and `a` from ½ to 2. NaN if `a` is.
+    fn scale(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// The sum of the lanes of each vector: lane `l` takes `l + 8`, then `l + 4`, `l + 2`, `l + 1`.
+    fn sum4(self, a: [Self::F32; 4]) -> [f32; 4];
+}
+
+type QuantizeRow = unsafe fn(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32);
+
+/// The routines written over [`Simd`], compiled for one instruction set, which the caller must know to be present.
+pub(super) struct Routines {
+    pub quantize_row: QuantizeRow,
+    pub matmul_nt: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32], usize),
+    pub sum: unsafe fn(&[f32]) -> f32,
+    pub sum_squares: unsafe fn(&[f32]) -> f32,
+    pub max: unsafe fn(&[f32]) -> f32,
+    pub weighted_sum: unsafe fn(&[f32], &[f32], usize, &mut [f32]),
+    pub axpy: unsafe fn(f32, &[f32], &mut [f32]),
+    pub exp: unsafe fn(&mut [f32]),
+    pub softmax: unsafe fn(&mut [f32]),
+}
+
+/// [`Routines`] whose functions carry the given `#[target_feature]`. The instruction set's registers hold `$rows` ×
+/// `$cols` accumulators of a matrix product.
+macro_rules! routines {
+    ($simd:expr, $rows:literal x $cols:literal $(, #[$feature:meta])?) => {{
+        use crate::kernels::{dense, exp, quantize};
+        $(#[$feature])?
+        fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
+            quantize::quantize_row(x, half_up, codes)
+        }
+        $(#[$feature])?
+        fn matmul_nt(x: dense::Matrix<'_, f32>, w: dense::DenseWeights<'_>, y: &mut [f32], y_stride: usize) {
+            dense::matmul_nt::<_, $rows, $cols>($simd, x, w, y, y_stride)
+        }
+        $(#[$feature])?
+        fn sum(x: &[f32]) -> f32 {
+            dense::sum($simd, x)
+        }
+        $(#[$feature])?
+        fn sum_squares(x: &[f32]) -> f32 {
+            dense::sum_squares($simd, x)
+        }
+        $(#[$feature])?
+        fn max(x: &[f32]) -> f32 {
+            dense::max($simd, x)
+        }
+        $(#[$feature])?
+        fn weighted_sum(p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
+            dense::weighted_sum($simd, p, v, v_stride, out)
+        }
+        $(#[$feature])?
+        fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+            dense::axpy(a, x, y)
+        }
+        $(#[$feature])?
+        fn exp(x: &mut [f32]) {
+            exp::exp($simd, x)
+        }
+        $(#[$feature])?
+        fn softmax(scores: &mut [f32]) {
+            exp::softmax($simd, scores)
+        }
+        $crate::kernels::simd::Routines {
+            quantize_row, matmul_nt, sum, sum_squares, max, weighted_sum, axpy, exp, softmax,
+        }
+    }};
+}
+pub(super) use routines;

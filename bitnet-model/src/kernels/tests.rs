@@ -1,0 +1,403 @@
+//! Every kernel against naive code: equal integers, and floats of equal bits.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+
+/// Lengths below, at and above one vector, with every kind of ragged end.
+const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128, 1003];
+
+fn rng() -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(158)
+}
+
+fn floats(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {
+    (0..len).map(|_| rng.random_range(-3f32..3.)).collect()
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Sixteen partial sums, then halves: the definition of every reduction.
+fn naive_sum(terms: impl Iterator<Item = (f32, f32)>) -> f32 {
+    let mut lanes = [0f32; 16];
+    let mut len = 0;
+    for (i, (a, b)) in terms.enumerate() {
+        lanes[i % 16] = a.mul_add(b, lanes[i % 16]);
+        len = i + 1;
+    }
+    for lane in &mut lanes[len % 16..] {
+        *lane += 0.; // padding: −0 becomes +0
+    }
+    for half in [8, 4, 2, 1] {
+        for l in 0..half {
+            lanes[l] += lanes[l + half];
+        }
+    }
+    lanes[0]
+}
+
+fn bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// A row of tiles and the weights in it.
+fn tile_row(rng: &mut ChaCha8Rng, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
+    let mut weights = vec![vec![0; tiles * COLS]; ROWS];
+    let mut packed = vec![tile::EMPTY; tiles];
+    for (row, weights) in weights.iter_mut().enumerate() {
+        for (col, weight) in weights.iter_mut().enumerate() {
+            let code = rng.random_range(0..3u8);
+            *weight = i32::from(code) - 1;
+            tile::set_code(&mut packed[col / COLS], row, col % COLS, code);
+        }
+    }
+    (packed, weights)
+}
+
+#[test]
+fn the_fastest_kernel_is_active_and_all_have_names() {
+    assert_eq!(available().next().map(Kernel::name), Some(active().name()));
+    for kernel in available() {
+        assert_eq!(by_name(kernel.name()).map(Kernel::name), Some(kernel.name()));
+    }
+    assert!(by_name("scalar").is_some());
+    assert!(by_name("mmx").is_none());
+}
+
+#[test]
+fn tiles_hold_what_was_set() {
+    let mut rng = rng();
+    let (tiles, weights) = tile_row(&mut rng, 3);
+    for (t, tile) in tiles.iter().enumerate() {
+        let mut decoded = [[0.; COLS]; ROWS];
+        tile::decode(tile, &mut decoded);
+        for row in 0..ROWS {
+            for col in 0..COLS {
+                let weight = weights[row][t * COLS + col];
+                assert_eq!(i32::from(tile::code(tile, row, col)) - 1, weight);
+                assert_eq!(decoded[row][col], weight as f32);
+            }
+        }
+    }
+    let mut decoded = [[1.; COLS]; ROWS];
+    tile::decode(&tile::EMPTY, &mut decoded);
+    assert_eq!(decoded, [[0.; COLS]; ROWS]);
+    // The layout itself: row 5, column 14 is byte 4 · 5 + 2, lane 3.
+    let mut tile = [0; 64];
+    tile::set_code(&mut tile, 5, 14, 2);
+    assert_eq!(tile[22], 2 << 6);
+    assert_eq!(tile.iter().filter(|byte| **byte != 0).count(), 1);
+}
+
+#[test]
+fn ternary_products_equal_naive() {
+    let mut rng = rng();
+    for tiles in [0, 1, 2, 3, 5, 8, 37] {
+        for tokens in (0..=21).chain([40]) {
+            let (packed, weights) = tile_row(&mut rng, tiles);
+            let cols = tiles * COLS;
+            let mut x: Vec<i8> = (0..tokens * cols).map(|_| rng.random()).collect();
+            let rows = x.chunks_mut(cols.max(1));
+            for (row, extreme) in rows.zip([-128, 127]) {
+                row.fill(extreme); // the largest sums there are
+            }
+            let row = |token: usize| &x[token * cols..][..cols];
+            let sums: Vec<i32> =
+                (0..tokens).map(|token| row(token).iter().map(|x| i32::from(*x)).sum()).collect();
+            let expected: Vec<[i32; ROWS]> = (0..tokens)
+                .map(|token| {
+                    std::array::from_fn(|r| {
+                        weights[r].iter().zip(row(token)).map(|(w, x)| w * i32::from(*x)).sum()
+                    })
+                })
+                .collect();
+            for kernel in available() {
+                let mut out = vec![[7; ROWS]; tokens];
+                kernel.ternary_dots(&packed, &x, &sums, &mut out);
+                assert_eq!(out, expected, "{}: {tiles} tiles, {tokens} tokens", kernel.name());
+                for token in 0..tokens {
+                    let dot = kernel.ternary_dot(&packed, row(token), sums[token]);
+                    assert_eq!(dot, expected[token], "{}: {tiles} tiles", kernel.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_codes_do_not_saturate() {
+    for (code, weight) in [(0u8, -1), (1, 0), (2, 1)] {
+        let tile = [code * 0b01_01_01_01; 64];
+        for value in [-128i8, 127] {
+            let x = [value; 67 * COLS];
+            let sum = x.len() as i32 * i32::from(value);
+            for kernel in available() {
+                let dot = kernel.ternary_dot(&[tile; 67], &x, sum);
+                assert_eq!(dot, [weight * sum; ROWS], "{}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn quantization_equals_naive() {
+    let mut rng = rng();
+    let mut rows: Vec<Vec<f32>> = LENGTHS.iter().map(|len| floats(&mut rng, *len)).collect();
+    // 254 makes a = ½, so that every odd integer is a tie; the others are the ends of the range.
+    rows.push(
+        (-127..=127)
+            .map(|i| 2. * i as f32)
+            .chain((-127..127).map(|i| (2 * i + 1) as f32))
+            .collect(),
+    );
+    rows.extend([vec![0.; 40], vec![-0., 0.], vec![1e-30; 20], vec![f32::MAX, f32::MIN, 1e38]]);
+    rows.extend([vec![1e-5, -4e-6], vec![f32::from_bits(1); 3], vec![0.499_999_97, 127.]]);
+    for _ in 0..300 {
+        let scale = 2f32.powi(rng.random_range(-60..60));
+        rows.push(floats(&mut rng, 200).into_iter().map(|x| x * scale).collect());
+    }
+    for x in rows {
+        for half_up in [false, true] {
+            let absmax = x.iter().fold(0f32, |max, x| max.max(x.abs()));
+            let a = 127. / absmax.max(1e-5);
+            let mut expected: Vec<i8> = x
+                .iter()
+                .map(|x| if half_up { (x * a + 0.5).floor() } else { (x * a).round_ties_even() })
+                .map(|code| code.clamp(-128., 127.) as i8)
+                .collect();
+            let sum: i32 = expected.iter().map(|code| i32::from(*code)).sum();
+            expected.resize(x.len().next_multiple_of(COLS), 0);
+            for kernel in available() {
+                let mut codes = vec![9; expected.len()];
+                let (scale, codes_sum) = kernel.quantize_row(&x, half_up, &mut codes);
+                assert_eq!(codes, expected, "{}: {x:?}", kernel.name());
+                assert_eq!((scale, codes_sum), (a, sum), "{}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_not_finite_have_a_scale_that_is_nan() {
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for position in [0, 16, 39] {
+            let mut x = [1.; 40];
+            x[position] = bad;
+            for kernel in available() {
+                let mut codes = [9; 48];
+                let (a, sum) = kernel.quantize_row(&x, false, &mut codes);
+                assert!(a.is_nan(), "{}", kernel.name());
+                assert_eq!((codes, sum), ([0; 48], 0), "{}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_products_equal_naive() {
+    let mut rng = rng();
+    for k in LENGTHS {
+        for (m, n) in [(0, 3), (3, 0), (1, 1), (1, 9), (2, 4), (3, 7), (5, 5), (8, 8), (9, 13)] {
+            let (x_stride, w_stride, y_stride) = (k + 3, k + 1, n + 2);
+            let x = floats(&mut rng, m * x_stride);
+            let w16: Vec<u16> =
+                floats(&mut rng, n * w_stride).iter().map(|w| (w.to_bits() >> 16) as u16).collect();
+            let w: Vec<f32> = w16.iter().map(|w| bf16(*w)).collect();
+            let mut expected = vec![5.; m * y_stride];
+            for i in 0..m {
+                for j in 0..n {
+                    let terms = (0..k).map(|l| (x[i * x_stride + l], w[j * w_stride + l]));
+                    expected[i * y_stride + j] = naive_sum(terms);
+                }
+            }
+            let x = Matrix::strided(&x, m, k, x_stride);
+            let single = DenseWeights::F32(Matrix::strided(&w, n, k, w_stride));
+            let half = DenseWeights::Bf16(Matrix::strided(&w16, n, k, w_stride));
+            for kernel in available() {
+                for w in [single, half] {
+                    let mut y = vec![5.; m * y_stride];
+                    kernel.matmul_nt(x, w, &mut y, y_stride);
+                    assert_eq!(bits(&y), bits(&expected), "{}: {m} × {n} × {k}", kernel.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn panels_of_a_large_product_do_not_show() {
+    let mut rng = rng();
+    let (m, n, k) = (13, 6, 1 << 15); // panels of four rows
+    let (x, w) = (floats(&mut rng, m * k), floats(&mut rng, n * k));
+    for kernel in available() {
+        let mut y = vec![0.; m * n];
+        kernel.matmul_nt(
+            Matrix::new(&x, m, k),
+            DenseWeights::F32(Matrix::new(&w, n, k)),
+            &mut y,
+            n,
+        );
+        for (i, j) in [(0, 0), (3, 5), (4, 1), (11, 4), (12, 5)] {
+            let terms = x[i * k..][..k].iter().copied().zip(w[j * k..][..k].iter().copied());
+            assert_eq!(y[i * n + j].to_bits(), naive_sum(terms).to_bits(), "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn bfloat16_widens_exactly() {
+    let w: Vec<u16> = (0..=u16::MAX).filter(|bits| bf16(*bits).is_finite()).collect();
+    for kernel in available() {
+        let mut y = vec![0.; w.len()];
+        let x = Matrix::new(&[1.], 1, 1);
+        kernel.matmul_nt(x, DenseWeights::Bf16(Matrix::new(&w, w.len(), 1)), &mut y, w.len());
+        for (y, w) in y.iter().zip(&w) {
+            assert_eq!(*y, bf16(*w), "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn reductions_equal_naive() {
+    let mut rng = rng();
+    for len in LENGTHS {
+        let x = floats(&mut rng, len);
+        for kernel in available() {
+            let name = kernel.name();
+            assert_eq!(kernel.sum(&x), naive_sum(x.iter().map(|x| (*x, 1.))), "{name}");
+            assert_eq!(kernel.sum_squares(&x), naive_sum(x.iter().map(|x| (*x, *x))), "{name}");
+            assert_eq!(
+                kernel.max(&x),
+                x.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+                "{name}"
+            );
+        }
+    }
+    for kernel in available() {
+        for nan in 0..20 {
+            let mut x: Vec<f32> = (0..20).map(|i| -(i as f32)).collect();
+            x[nan] = f32::NAN;
+            assert_eq!(kernel.max(&x), if nan == 0 { -1. } else { 0. }, "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn weighted_sums_and_axpy_equal_naive() {
+    let mut rng = rng();
+    for dims in LENGTHS {
+        for rows in [0, 1, 2, 7] {
+            let stride = dims + 5;
+            let (p, v) = (floats(&mut rng, rows), floats(&mut rng, rows * stride));
+            let mut expected = vec![0f32; dims];
+            for (j, p) in p.iter().enumerate() {
+                for (d, sum) in expected.iter_mut().enumerate() {
+                    *sum = p.mul_add(v[j * stride + d], *sum);
+                }
+            }
+            for kernel in available() {
+                let mut out = vec![f32::NAN; dims];
+                kernel.weighted_sum(&p, &v, stride, &mut out);
+                assert_eq!(bits(&out), bits(&expected), "{}: {rows} × {dims}", kernel.name());
+                let mut out = vec![0.; dims];
+                for (j, p) in p.iter().enumerate() {
+                    kernel.axpy(*p, &v[j * stride..][..dims], &mut out);
+                }
+                assert_eq!(bits(&out), bits(&expected), "{}: {rows} × {dims}", kernel.name());
+            }
+        }
+    }
+}
+
+/// Distance from the true value in units of the last place of the f32 nearest to it.
+fn ulps(value: f32, exact: f64) -> f64 {
+    let nearest = exact as f32;
+    let ulp = f64::from(f32::from_bits(nearest.to_bits() + 1)) - f64::from(nearest);
+    (f64::from(value) - exact).abs() / ulp
+}
+
+#[test]
+fn exp_is_accurate_and_equal_everywhere() {
+    // Every 797th float from the underflow to the overflow, both signs.
+    let range = |end: f32| (0..end.to_bits()).step_by(797).map(f32::from_bits);
+    let x: Vec<f32> = range(88.722).chain(range(104.5).map(|x| -x)).collect();
+    let mut first: Option<Vec<f32>> = None;
+    for kernel in available() {
+        let mut e = x.clone();
+        kernel.exp(&mut e);
+        for (e, x) in e.iter().zip(&x) {
+            assert!(ulps(*e, f64::from(*x).exp()) < 1.02, "{}: exp({x}) = {e}", kernel.name());
+        }
+        let first = first.get_or_insert_with(|| e.clone());
+        assert!(bits(first) == bits(&e), "{}", kernel.name());
+    }
+}
+
+#[test]
+fn exp_of_special_values() {
+    for kernel in available() {
+        let mut x =
+            [0., -0., f32::NEG_INFINITY, f32::MIN, -104., f32::INFINITY, f32::MAX, 88.73, f32::NAN];
+        kernel.exp(&mut x);
+        let (numbers, nan) = x.split_at(8);
+        let inf = f32::INFINITY;
+        assert_eq!(numbers, [1., 1., 0., 0., 0., inf, inf, inf], "{}", kernel.name());
+        assert!(nan[0].is_nan(), "{}", kernel.name());
+    }
+}
+
+#[test]
+fn softmax_equals_its_definition() {
+    let mut rng = rng();
+    for len in LENGTHS {
+        let mut scores: Vec<f32> = floats(&mut rng, len).iter().map(|x| 10. * x).collect();
+        if len > 20 {
+            scores[7] = f32::NEG_INFINITY; // a masked position
+        }
+        for kernel in available() {
+            let max = kernel.max(&scores);
+            let mut expected: Vec<f32> = scores.iter().map(|score| score - max).collect();
+            kernel.exp(&mut expected);
+            let sum = naive_sum(expected.iter().map(|e| (*e, 1.)));
+            expected.iter_mut().for_each(|e| *e /= sum);
+            let mut out = scores.clone();
+            kernel.softmax(&mut out);
+            assert_eq!(bits(&out), bits(&expected), "{}: {len}", kernel.name());
+            assert!(len < 20 || out[7] == 0.);
+            assert!(len == 0 || (out.iter().sum::<f32>() - 1.).abs() < 1e-6, "{}", kernel.name());
+        }
+    }
+    for kernel in available() {
+        for bad in [vec![f32::NEG_INFINITY; 3], vec![1., f32::NAN], vec![f32::INFINITY, 0.]] {
+            let mut out = bad.clone();
+            kernel.softmax(&mut out);
+            assert!(out.iter().any(|p| p.is_nan()), "{}: {bad:?} → {out:?}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn shapes_that_do_not_match_are_refused() {
+    fn refused<T>(f: impl FnOnce() -> T + std::panic::UnwindSafe) {
+        assert!(std::panic::catch_unwind(f).is_err());
+    }
+    let kernel = active();
+    let tiles = [tile::EMPTY; 2];
+    refused(|| kernel.ternary_dot(&tiles, &[0; 31], 0));
+    refused(|| kernel.ternary_dots(&tiles, &[0; 64], &[0; 2], &mut [[0; ROWS]; 1]));
+    refused(|| kernel.ternary_dots(&tiles, &[0; 32], &[0; 2], &mut [[0; ROWS]; 1]));
+    refused(|| kernel.quantize_row(&[0.; 2], false, &mut [0; 1]));
+    refused(|| Matrix::new(&[0.; 5], 2, 3));
+    refused(|| Matrix::strided(&[0.; 9], 2, 3, 2));
+    refused(|| Matrix::strided(&[0.; 9], usize::MAX, 3, usize::MAX));
+    let (x, w) = ([0.; 6], [0.; 6]);
+    let two = Matrix::new(&x, 2, 3);
+    refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 3, 2)), &mut [0.; 9], 3));
+    refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 2, 3)), &mut [0.; 3], 2));
+    refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 2, 3)), &mut [0.; 9], 1));
+    refused(|| kernel.weighted_sum(&[1.; 2], &[0.; 5], 3, &mut [0.; 3]));
+    refused(|| kernel.axpy(1., &[0.; 2], &mut [0.; 3]));
+}

@@ -1,0 +1,85 @@
+//! Multi-head attention with grouped key/value heads and rotary positions.
+
+use candle_core::{Module, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::{Angles, LinearFactory, LinearSpec, Projection, RmsNorm};
+use crate::{kv_cache::LayerCache, ops};
+
+/// `o_proj(norm(softmax(q·kᵀ/√d)·v))`; the sub-norm exists in BitNet models only.
+#[derive(Clone)]
+pub struct Attention {
+    q_proj: Projection,
+    k_proj: Projection,
+    v_proj: Projection,
+    o_proj: Projection,
+    sub_norm: Option<RmsNorm>,
+    spec: AttentionSpec,
+}
+
+/// The sizes of an [`Attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSpec {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether the projections have biases.
+    pub bias: bool,
+}
+
+impl Attention {
+    /// Loads the four projections; `sub_norm` is loaded by the caller, who knows its name.
+    pub fn load(
+        spec: AttentionSpec,
+        sub_norm: Option<RmsNorm>,
+        linears: &dyn LinearFactory,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let AttentionSpec { hidden_size, heads, kv_heads, head_dim, bias } = spec;
+        let linear = |name, in_features, out_features| {
+            linears.linear(LinearSpec { name, in_features, out_features, bias }, vb.pp(name))
+        };
+        Ok(Self {
+            q_proj: linear("q_proj", hidden_size, heads * head_dim)?,
+            k_proj: linear("k_proj", hidden_size, kv_heads * head_dim)?,
+            v_proj: linear("v_proj", hidden_size, kv_heads * head_dim)?,
+            o_proj: linear("o_proj", heads * head_dim, hidden_size)?,
+            sub_norm,
+            spec,
+        })
+    }
+
+    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size). Keys and values go through `cache`
+    /// when there is one; without, the sequence is its own context.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        angles: &Angles,
+        cache: Option<LayerCache<'_>>,
+    ) -> Result<Tensor> {
+        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
+        let (batch, seq, _) = x.dims3()?;
+        let split = |y: Tensor, heads: usize| y.reshape((batch, seq, heads, head_dim));
+        let q = angles.rotate(&split(self.q_proj.forward(x)?, heads)?)?;
+        let k = angles.rotate(&split(self.k_proj.forward(x)?, kv_heads)?)?.transpose(1, 2)?;
+        let v = split(self.v_proj.forward(x)?, kv_heads)?.transpose(1, 2)?;
+        let y = match cache {
+            Some(cache) => {
+                let starts = cache.starts();
+                let (k, v) = cache.append(&k, &v)?; // (batch, kv_heads, context, head_dim)
+                ops::attention(&q, &k, &v, starts)?
+            }
+            None => ops::attention(&q, &k, &v, &[])?,
+        };
+        let mut y = y.reshape((batch, seq, heads * head_dim))?;
+        if let Some(norm) = &self.sub_norm {
+            y = norm.forward(&y)?;
+        }
+        self.o_proj.forward(&y)
+    }
+}

@@ -1,0 +1,85 @@
+//! The linear factory: the model asks it for every projection, so packed inference, training with
+//! quantization and adapters are factories, not copies of the model.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::ops::dense_matmul;
+
+/// A projection `(…, in_features) → (…, out_features)`, f32 in and out.
+pub type Projection = Arc<dyn Module + Send + Sync>;
+
+/// What the model wants: which projection, and its shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` or `down_proj`.
+    pub name: &'static str,
+    /// Size of the last dimension of the input.
+    pub in_features: usize,
+    /// Size of the last dimension of the output.
+    pub out_features: usize,
+    /// Whether the checkpoint has a bias for it.
+    pub bias: bool,
+}
+
+/// Makes the projections of a model.
+pub trait LinearFactory {
+    /// Loads the projection `spec`; `vb` stands at its name: `model.layers.0.self_attn.q_proj`.
+    ///
+    /// # Errors
+    /// A tensor that is absent, has another shape, or holds impossible values.
+    fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection>;
+}
+
+/// `y = x·Wᵀ + b` with dense weights: full-precision models, and the output head of all.
+#[derive(Clone, Debug)]
+pub struct DenseLinear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl DenseLinear {
+    /// `weight` (out_features, in_features) f32 or bf16, `bias` (out_features) f32.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// Loads `weight` in the builder's dtype and `bias` as f32.
+    pub fn load(spec: LinearSpec, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(
+            (spec.out_features, spec.in_features),
+            "weight",
+            candle_nn::init::DEFAULT_KAIMING_NORMAL,
+        )?;
+        let bias = match spec.bias {
+            true => {
+                let zeros = candle_nn::Init::Const(0.);
+                Some(vb.get_with_hints_dtype(spec.out_features, "bias", zeros, DType::F32)?)
+            }
+            false => None,
+        };
+        Ok(Self::new(weight, bias))
+    }
+}
+
+impl Module for DenseLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = dense_matmul(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// The factory of full-precision models.
+#[derive(Clone, Copy, Debug)]
+pub struct DenseLinears;
+
+impl LinearFactory for DenseLinears {
+    fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
+        Ok(Arc::new(DenseLinear::load(spec, vb)?))
+    }
+}

@@ -1,0 +1,54 @@
+//! Rotary positions: the angles of a forward pass, computed once and shared by all layers.
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::ops;
+
+/// The frequencies `theta^(-2i/head_dim)` of a model.
+#[derive(Clone, Debug)]
+pub struct RotaryEmbedding {
+    inverse_frequencies: Vec<f32>,
+}
+
+/// Cosines and sines for the tokens of one forward pass, each (batch or 1, seq, head_dim / 2) f32.
+#[derive(Clone, Debug)]
+pub struct Angles {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl RotaryEmbedding {
+    /// `head_dim` is even. Exponents and frequencies are f32, as in the reference.
+    pub fn new(head_dim: usize, theta: f64) -> Self {
+        let frequency = |i: usize| {
+            let exponent = (2 * i) as f32 / head_dim as f32;
+            1. / theta.powf(f64::from(exponent)) as f32
+        };
+        Self { inverse_frequencies: (0..head_dim / 2).map(frequency).collect() }
+    }
+
+    /// Angles for `positions`, (rows, seq) row-major.
+    pub fn angles(&self, positions: &[usize], rows: usize, device: &Device) -> Result<Angles> {
+        let half = self.inverse_frequencies.len();
+        // The angle is an f32 product, as in the reference; its sine and cosine are then exact.
+        let angles = || {
+            positions.iter().flat_map(|&position| {
+                self.inverse_frequencies.iter().map(move |f| f64::from(position as f32 * f))
+            })
+        };
+        let shape = (rows, positions.len() / rows.max(1), half);
+        let cos: Vec<f32> = angles().map(|angle| angle.cos() as f32).collect();
+        let sin: Vec<f32> = angles().map(|angle| angle.sin() as f32).collect();
+        Ok(Angles {
+            cos: Tensor::from_vec(cos, shape, device)?,
+            sin: Tensor::from_vec(sin, shape, device)?,
+        })
+    }
+}
+
+impl Angles {
+    /// Rotates `x` (batch, seq, heads, head_dim).
+    pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        ops::rope(x, &self.cos, &self.sin)
+    }
+}

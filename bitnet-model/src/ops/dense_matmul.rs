@@ -1,0 +1,130 @@
+//! `y = x·Wᵀ` with dense weights, in an order of summation that is fixed per output element.
+//!
+//! Candle's own matmul picks its blocking by shape, so a row's last bits change with the number of
+//! rows beside it. Here they do not: see [`Kernel::matmul_nt`](crate::kernels::Kernel::matmul_nt).
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use super::{PARALLEL_ELEMENTS, contiguous, for_each_chunk};
+use crate::kernels::{self, DenseWeights, Matrix};
+
+/// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
+/// bf16: (…, out_features) f32. Differentiable in both when `weight` is f32.
+pub fn dense_matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (out_features, in_features) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == in_features => *last = out_features,
+        _ => bail!("dense-matmul: x {:?} does not fit weight {:?}", x.shape(), weight.shape()),
+    }
+    x.reshape(((), in_features))?.apply_op2(weight, DenseMatmul)?.reshape(shape)
+}
+
+struct DenseMatmul;
+
+impl CustomOp2 for DenseMatmul {
+    fn name(&self) -> &'static str {
+        "dense-matmul"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (tokens, k) = x_layout.shape().dims2()?;
+        let (out_features, _) = weight_layout.shape().dims2()?;
+        let x = contiguous::<f32>(x, x_layout)?;
+        let y = match weight {
+            CpuStorage::BF16(_) => {
+                let weight = contiguous::<half::bf16>(weight, weight_layout)?;
+                let bits: &[u16] = weight.reinterpret_cast();
+                let rows = |r: Range<usize>| {
+                    DenseWeights::Bf16(Matrix::new(&bits[r.start * k..r.end * k], r.len(), k))
+                };
+                matmul(&x, rows, tokens, out_features, k)
+            }
+            _ => {
+                let weight = contiguous::<f32>(weight, weight_layout)?;
+                let rows = |r: Range<usize>| {
+                    DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
+                };
+                matmul(&x, rows, tokens, out_features, k)
+            }
+        };
+        Ok((CpuStorage::F32(y), (tokens, out_features).into()))
+    }
+
+    /// `dx = dy·W`, and `dW = dyᵀ·x` unless the weight is frozen.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dx = dy.matmul(&weight.detach().to_dtype(DType::F32)?)?;
+        let dweight = match weight.track_op() {
+            true if weight.dtype() != DType::F32 => {
+                bail!("dense-matmul: only an f32 weight can be trained, not {:?}", weight.dtype())
+            }
+            true => Some(dy.t()?.matmul(&x.detach())?),
+            false => None,
+        };
+        Ok((Some(dx), dweight))
+    }
+}
+
+/// Output features of one block: these rows of the weight stay in cache while tokens pass.
+const OUT_BLOCK: usize = 64;
+/// Tokens of one task.
+const TOKEN_BLOCK: usize = 32;
+
+/// `x` (tokens, k) times the transpose of the n rows that `weight` hands out: (tokens, n).
+fn matmul<'a>(
+    x: &[f32],
+    weight: impl Fn(Range<usize>) -> DenseWeights<'a> + Sync,
+    tokens: usize,
+    n: usize,
+    k: usize,
+) -> Vec<f32> {
+    let kernel = kernels::active();
+    let mut y = vec![0f32; tokens * n];
+    if tokens >= 2 * TOKEN_BLOCK {
+        // Many tokens: a task owns whole rows of `y`.
+        for_each_chunk(&mut y, TOKEN_BLOCK * n, x.len(), |block, y| {
+            let rows = y.len() / n;
+            let x = Matrix::new(&x[block * TOKEN_BLOCK * k..], rows, k);
+            for first in (0..n).step_by(OUT_BLOCK) {
+                let last = n.min(first + OUT_BLOCK);
+                kernel.matmul_nt(x, weight(first..last), &mut y[first..], n);
+            }
+        });
+    } else {
+        // Few tokens: a task owns a block of output features.
+        let blocks = n.div_ceil(OUT_BLOCK);
+        let block = |block: usize| {
+            let rows = block * OUT_BLOCK..n.min((block + 1) * OUT_BLOCK);
+            let mut y = vec![0f32; tokens * rows.len()];
+            kernel.matmul_nt(Matrix::new(x, tokens, k), weight(rows.clone()), &mut y, rows.len());
+            y
+        };
+        let results: Vec<Vec<f32>> = match tokens * n * k < PARALLEL_ELEMENTS {
+            true => (0..blocks).map(block).collect(),
+            false => (0..blocks).into_par_iter().map(block).collect(),
+        };
+        for (result, first) in results.iter().zip((0..n).step_by(OUT_BLOCK)) {
+            let width = result.len() / tokens;
+            for (token, row) in result.chunks(width).enumerate() {
+                y[token * n + first..][..width].copy_from_slice(row);
+            }
+        }
+    }
+    y
+}

@@ -1,0 +1,110 @@
+//! The gate of the feed-forward layer, `act(gate) · up`, in one pass and with a gradient.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{contiguous, for_each_chunk, with_slice};
+use crate::config::Activation;
+
+/// `act(gate) · up`, element by element; f32, equal shapes. `act` is relu² (2B-4T) or SiLU (Llama).
+pub fn gated(gate: &Tensor, up: &Tensor, act: Activation) -> Result<Tensor> {
+    gate.apply_op2(up, Gated { act })
+}
+
+struct Gated {
+    act: Activation,
+}
+
+impl Activation {
+    /// The activation of one value.
+    #[inline]
+    fn value(self, x: f32) -> f32 {
+        match self {
+            Self::Relu2 => relu(x) * relu(x),
+            Self::Silu => x / (1. + (-x).exp()),
+        }
+    }
+
+    /// Its derivative: `2·relu(x)`, or `σ(x)·(1 + x·(1 − σ(x)))`.
+    #[inline]
+    fn derivative(self, x: f32) -> f32 {
+        match self {
+            Self::Relu2 => 2. * relu(x),
+            Self::Silu => {
+                let sigmoid = 1. / (1. + (-x).exp());
+                sigmoid * (1. + x * (1. - sigmoid))
+            }
+        }
+    }
+}
+
+/// `max(x, 0)`, but a NaN stays one.
+#[inline]
+fn relu(x: f32) -> f32 {
+    if x < 0. { 0. } else { x }
+}
+
+/// Elements handled by one task.
+const CHUNK: usize = 4096;
+
+impl CustomOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        if gate_layout.shape() != up_layout.shape() {
+            bail!("gated: gate {:?}, up {:?}", gate_layout.shape(), up_layout.shape());
+        }
+        let gate = contiguous::<f32>(gate, gate_layout)?;
+        let up = contiguous::<f32>(up, up_layout)?;
+        let mut y = vec![0f32; gate.len()];
+        for_each_chunk(&mut y, CHUNK, gate.len(), |chunk, y| {
+            let at = chunk * CHUNK;
+            for (y, (gate, up)) in y.iter_mut().zip(gate[at..].iter().zip(&up[at..])) {
+                *y = self.act.value(*gate) * up;
+            }
+        });
+        Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dgate, dup) = with_slice::<f32, _>(gate, |gate| {
+            with_slice::<f32, _>(up, |up| {
+                with_slice::<f32, _>(dy, |dy| {
+                    let (mut dgate, mut dup) = (vec![0f32; dy.len()], vec![0f32; dy.len()]);
+                    dgate
+                        .par_chunks_mut(CHUNK)
+                        .zip(dup.par_chunks_mut(CHUNK))
+                        .enumerate()
+                        .for_each(|(chunk, (dgate, dup))| {
+                            let at = chunk * CHUNK;
+                            for i in 0..dgate.len() {
+                                let (gate, dy) = (gate[at + i], dy[at + i]);
+                                dgate[i] = dy * up[at + i] * self.act.derivative(gate);
+                                dup[i] = dy * self.act.value(gate);
+                            }
+                        });
+                    Ok((dgate, dup))
+                })
+            })
+        })?;
+        let shape = gate.shape();
+        Ok((
+            Some(Tensor::from_vec(dgate, shape, gate.device())?),
+            Some(Tensor::from_vec(dup, shape, gate.device())?),
+        ))
+    }
+}

@@ -1,0 +1,109 @@
+//! Root-mean-square norm with a gradient: `y = weight · x · rsqrt(mean(x²) + ε)`.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{contiguous, dot, for_each_chunk, with_slice};
+use crate::kernels;
+
+/// Normalizes the last dimension of `x` (…, hidden) and multiplies it by `weight` (hidden); f32.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    x.apply_op2(weight, RmsNorm { eps: eps as f32 })
+}
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// `rsqrt(mean(x²) + ε)` of one row.
+    fn inverse_rms(&self, row: &[f32]) -> f32 {
+        let mean = kernels::active().sum_squares(row) / row.len() as f32;
+        1. / (mean + self.eps).sqrt()
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let hidden = weight_layout.shape().dims1()?;
+        if x_layout.dims().last() != Some(&hidden) {
+            bail!("rms-norm: x is {:?}, the weight has {hidden} elements", x_layout.shape());
+        }
+        let x = contiguous::<f32>(x, x_layout)?;
+        let weight = contiguous::<f32>(weight, weight_layout)?;
+        let mut y = vec![0f32; x.len()];
+        for_each_chunk(&mut y, hidden, x.len(), |row, y| {
+            let x = &x[row * hidden..][..hidden];
+            let inverse_rms = self.inverse_rms(x);
+            for ((y, x), weight) in y.iter_mut().zip(x).zip(weight.iter()) {
+                *y = weight * (x * inverse_rms);
+            }
+        });
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    /// With `r = rsqrt(mean(x²) + ε)` and `u = dy·weight`:
+    /// `dx = r·u − x·r³·mean(u·x)`, `dweight = Σ_rows dy·x·r`.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        /// Rows added up by one task; fixed, so that the sum has one order on any machine.
+        const ROWS: usize = 64;
+        let hidden = weight.dims1()?;
+        let (dx, dweight) = with_slice::<f32, _>(x, |x| {
+            with_slice::<f32, _>(weight, |weight| {
+                with_slice::<f32, _>(dy, |dy| {
+                    let mut dx = vec![0f32; x.len()];
+                    let sums: Vec<Vec<f32>> = dx
+                        .par_chunks_mut(ROWS * hidden)
+                        .zip(x.par_chunks(ROWS * hidden))
+                        .zip(dy.par_chunks(ROWS * hidden))
+                        .map(|((dx, x), dy)| self.backward_rows(x, weight, dy, dx))
+                        .collect();
+                    let mut dweight = vec![0f32; hidden];
+                    for sum in &sums {
+                        dweight.iter_mut().zip(sum).for_each(|(total, s)| *total += s);
+                    }
+                    Ok((dx, dweight))
+                })
+            })
+        })?;
+        let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
+        Ok((Some(dx), Some(Tensor::from_vec(dweight, hidden, x.device())?)))
+    }
+}
+
+impl RmsNorm {
+    /// Fills `dx` and returns these rows' share of `dweight`.
+    fn backward_rows(&self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32]) -> Vec<f32> {
+        let hidden = weight.len();
+        let mut dweight = vec![0f32; hidden];
+        for ((x, dy), dx) in x.chunks(hidden).zip(dy.chunks(hidden)).zip(dx.chunks_mut(hidden)) {
+            let r = self.inverse_rms(x);
+            for (dx, (dy, weight)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
+                *dx = dy * weight;
+            }
+            let mean = dot(kernels::active(), dx, x) / hidden as f32;
+            let shrink = mean * r * r * r;
+            for i in 0..hidden {
+                dx[i] = r * dx[i] - x[i] * shrink;
+                dweight[i] += dy[i] * x[i] * r;
+            }
+        }
+        dweight
+    }
+}

@@ -1,0 +1,70 @@
+//! Rotary position embedding, rotate-half form: the pair `(x[i], x[i + d/2])` turns by
+//! `position · theta^(-2i/d)` (arXiv:2104.09864, in the element order of Llama checkpoints).
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use super::{contiguous, for_each_chunk};
+
+/// Rotates `x` (batch, seq, heads, head_dim) by `cos` and `sin` (batch or 1, seq, head_dim / 2);
+/// all f32. The angles are constants: no gradient flows into them.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    x.apply_op3(cos, sin, Rope)
+}
+
+struct Rope;
+
+impl CustomOp3 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        cos: &CpuStorage,
+        cos_layout: &Layout,
+        sin: &CpuStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (batch, seq, heads, head_dim) = x_layout.shape().dims4()?;
+        let (angle_rows, angle_seq, half) = cos_layout.shape().dims3()?;
+        let angles_fit = cos_layout.shape() == sin_layout.shape()
+            && (angle_rows == batch || angle_rows == 1)
+            && angle_seq == seq
+            && 2 * half == head_dim;
+        if !angles_fit {
+            bail!("rope: angles {:?} do not fit x {:?}", cos_layout.shape(), x_layout.shape());
+        }
+        let x = contiguous::<f32>(x, x_layout)?;
+        let cos = contiguous::<f32>(cos, cos_layout)?;
+        let sin = contiguous::<f32>(sin, sin_layout)?;
+        let width = heads * head_dim;
+        let mut y = vec![0f32; x.len()];
+        for_each_chunk(&mut y, width, x.len(), |token, y| {
+            let at = (token % (angle_rows * seq)) * half;
+            let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
+            let x = &x[token * width..][..width];
+            for (x, y) in x.chunks(head_dim).zip(y.chunks_mut(head_dim)) {
+                let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
+                for i in 0..half {
+                    y1[i] = x1[i] * cos[i] - x2[i] * sin[i];
+                    y2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+                }
+            }
+        });
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    /// The gradient turns back by the same angle.
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(rope(dy, cos, &sin.neg()?)?), None, None))
+    }
+}

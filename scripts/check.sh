@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Everything continuous integration checks, cheapest first; stops at the first failure.
+# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fixtures_limit=$((8 << 20)) # bytes, as SIZE_LIMIT in scripts/slim_fixtures.py
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+step() { # step HEADING COMMAND...: runs the command under a heading and says how long it took
+    local heading=$1 began=$SECONDS
+    shift
+    printf '\n== %s\n' "$heading"
+    if "$@"; then
+        printf '   ok, %d s\n' $((SECONDS - began))
+    else
+        printf '   FAILED after %d s: %s\n' $((SECONDS - began)) "$heading" >&2
+        exit 1
+    fi
+}
+
+absent() { # absent PATTERN PATH...: fails where the extended regular expression occurs
+    local pattern=$1 status=0
+    shift
+    git grep --untracked -nE -e "$pattern" -- "$@" || status=$?
+    case $status in
+    0) return 1 ;; # found, and printed above
+    1) return 0 ;;
+    *) return "$status" ;;
+    esac
+}
+
+python_compiles() { PYTHONPYCACHEPREFIX=$scratch/pycache python3 -m py_compile scripts/*.py; }
+
+fixtures_are_small() {
+    local bytes
+    bytes=$(git ls-files -z --cached --others --exclude-standard -- tests/fixtures | xargs -0 cat | wc -c)
+    echo "   $((bytes)) bytes of at most $fixtures_limit"
+    ((bytes <= fixtures_limit))
+}
+
+dependencies_are_allowed() {
+    if cargo deny --version >/dev/null 2>&1; then
+        cargo deny check licenses bans sources
+    else
+        echo "   *** SKIPPED: cargo-deny is not installed, so licences, bans and sources were NOT checked ***"
+        echo "   *** cargo install --locked cargo-deny ***"
+    fi
+}
+
+documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps; }
+
+# The README's first command as on a fresh machine: no network, an empty home, a bare environment.
+first_command() {
+    cargo build --release || return
+    local binary=${CARGO_TARGET_DIR:-target}/release/bitnet
+    mkdir "$scratch/home"
+    env -i PATH="$PATH" HOME="$scratch/home" HF_HUB_OFFLINE=1 \
+        "$binary" generate "Once upon a time" --seed 0 --max-new-tokens 48 >"$scratch/story" || return
+    cat "$scratch/story"
+    (($(wc -w <"$scratch/story") >= 8)) || { echo "   hardly any text" >&2 && return 1; }
+}
+
+step "format" cargo fmt --all --check
+step "file lengths" scripts/file_lengths.sh
+step "dependency direction" python3 scripts/layers.py
+step "no op without a gradient, no anonymous dimensions" \
+    absent 'apply_op[123]_no_bwd|dims\(\)\[' 'bitnet-*/src'
+step "kernels know neither Candle nor threads" absent 'candle|rayon' bitnet-model/src/kernels
+step "size of the fixtures" fixtures_are_small
+step "scripts compile" python_compiles
+step "licences, bans, sources" dependencies_are_allowed
+step "clippy" cargo clippy --workspace --all-targets -- -D warnings
+step "tests" cargo test --workspace
+step "documentation" documentation
+step "the README's first command" first_command
+printf '\nall checks passed, %d s\n' "$SECONDS"

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Check the direction of dependencies: between the crates, and between the modules of bitnet-model.
+
+MAY_USE lists what each module of bitnet-model may name besides itself.  A new module gets a line
+here, so that where it stands is decided and not found out.  Comments and `#[cfg(test)]` code at the
+end of a file are not looked at.  Standard library only.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_USE = {
+    "error": set(),
+    "kernels": set(),
+    "quant": {"error"},
+    "weights": {"error", "kernels", "quant"},
+    "checkpoint": {"error", "config", "kernels", "quant", "weights"},
+    "config": {"error", "checkpoint", "quant"},
+    "ops": {"error", "config", "kernels", "quant", "weights"},
+    "nn": {"error", "config", "kv_cache", "ops", "quant", "weights"},
+    "kv_cache": {"error", "config", "model"},
+    "model": {"error", "checkpoint", "config", "kv_cache", "nn", "ops", "quant"},
+    "sampler": {"error", "config"},
+    "session": {"error", "config", "kv_cache", "model", "ops", "sampler"},
+    "score": {"error", "config", "kv_cache", "model", "ops", "session"},
+    "hub": {"error"},
+    "text": {"error"},
+    "pretrained": {"error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "quant",
+                   "sampler", "score", "session", "text", "weights"},
+}
+
+# Folder -> words that must not occur in its code.
+MUST_NOT_NAME = {
+    "bitnet-model/src": r"\bbitnet_(train|cli)\b",
+    "bitnet-train/src": r"\bbitnet_cli\b",
+    "bitnet-model/src/kernels": r"\bcandle\w*|\brayon\b|\bstd::(thread|sync::mpsc)\b",
+}
+
+
+def code(path):
+    """The file without comments and without its tests."""
+    return re.sub(r"//[^\n]*", "", path.read_text()).split("#[cfg(test)]\nmod ")[0]
+
+
+def sources(folder):
+    return (path for path in sorted((ROOT / folder).rglob("*.rs")) if path.stem != "tests")
+
+
+def used_modules(text):
+    """Modules named as `crate::module`, or first in an item of a `crate::{…}` group."""
+    yield from re.findall(r"\bcrate::(\w+)", text)
+    for group in re.finditer(r"\bcrate::\{", text):
+        depth, end = 1, group.end()
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        items, outer = "", text[group.end():end - 1]
+        while items != outer:  # strip the inner groups, innermost first
+            items, outer = outer, re.sub(r"\{[^{}]*\}", "", outer)
+        yield from (item.strip().split("::")[0] for item in items.split(","))
+
+
+def main():
+    problems = []
+    model = ROOT / "bitnet-model" / "src"
+    for path in sources("bitnet-model/src"):
+        module = path.relative_to(model).parts[0].removesuffix(".rs")
+        if module == "lib":
+            continue
+        if module not in MAY_USE:
+            problems.append(f"{module}: not in the table of scripts/layers.py")
+            continue
+        for used in sorted(set(used_modules(code(path))) & MAY_USE.keys() - {module} - MAY_USE[module]):
+            problems.append(f"{path.relative_to(ROOT)}: {module} must not use {used}")
+    for folder, pattern in MUST_NOT_NAME.items():
+        for path in sources(folder):
+            for match in re.finditer(pattern, code(path)):
+                problems.append(f"{path.relative_to(ROOT)}: must not name {match[0]}")
+    print("\n".join(problems), end="\n" if problems else "")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
