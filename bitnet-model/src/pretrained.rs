@@ -1,1 +1,231 @@
-//! (in progress)
+//! A model ready to use: `Pretrained::open` takes what a user types and brings model, tokenizer and
+//! settings together.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use candle_core::{DType, Device};
+
+use crate::{
+    Error, Result,
+    checkpoint::{Checkpoint, Dtype},
+    config::{Config, GenerationConfig},
+    hub::{Hub, ModelFiles},
+    model::Model,
+    nn::{BitLinears, DenseLinears, LinearFactory},
+    text::Tokenizer,
+};
+
+/// The name of the model inside this library.
+pub const DEFAULT: &str = "default";
+
+/// How to take the weights of a checkpoint whose configuration says nothing of quantization.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As the configuration says; without a word of quantization in it, refuse.
+    #[default]
+    AsConfigured,
+    /// Float weights are masters of a 1.58-bit model: ternarize them (Falcon-E `prequantized`).
+    Ternarize,
+    /// Float weights are what they are: run a plain Llama in full precision.
+    Full,
+}
+
+/// What [`Source::load`] makes a model of: the files, or the embedded default, read and checked as far
+/// as that goes without the weights.
+pub struct Source {
+    /// As the user named it.
+    pub name: String,
+    /// The validated `config.json`.
+    pub config: Config,
+    /// `generation_config.json`; its end-of-text ids include those of `config`.
+    pub generation: GenerationConfig,
+    /// The weights, opened but not read.
+    pub checkpoint: Arc<Checkpoint>,
+    /// The model's files; `None` for the embedded default.
+    pub files: Option<ModelFiles>,
+}
+
+/// A loaded model with everything around it.
+pub struct Pretrained {
+    /// As the user named it.
+    pub name: String,
+    /// The network.
+    pub model: Arc<Model>,
+    /// `generation_config.json`; its end-of-text ids include those of `config.json`.
+    pub generation: GenerationConfig,
+    /// The tokenizer, if the checkpoint comes with one.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// The files of the default model, as they lie in `assets/default`.
+mod embedded {
+    macro_rules! asset {
+        ($name:literal) => {
+            include_bytes!(concat!("../assets/default/", $name))
+        };
+    }
+    pub const CONFIG: &[u8] = asset!("config.json");
+    pub const GENERATION_CONFIG: &[u8] = asset!("generation_config.json");
+    pub const MODEL: &[u8] = asset!("model.safetensors");
+    pub const TOKENIZER: &[u8] = asset!("tokenizer.json");
+    pub const TOKENIZER_CONFIG: &[u8] = asset!("tokenizer_config.json");
+}
+
+/// The files of the embedded default model, by name, for writing them out.
+pub fn default_files() -> [(&'static str, &'static [u8]); 5] {
+    [
+        ("config.json", embedded::CONFIG),
+        ("generation_config.json", embedded::GENERATION_CONFIG),
+        ("model.safetensors", embedded::MODEL),
+        ("tokenizer.json", embedded::TOKENIZER),
+        ("tokenizer_config.json", embedded::TOKENIZER_CONFIG),
+    ]
+}
+
+impl Source {
+    /// Finds `source` (a Hub repo id, a folder, a `.safetensors` file, or [`DEFAULT`]) through `hub` and
+    /// checks configuration and tensors against each other.
+    ///
+    /// # Errors
+    /// A model that cannot be found or fetched; files that are damaged or contradict each other;
+    /// float weights without a `quantization_config` unless `precision` says what they are.
+    pub fn open(source: &str, precision: Precision, hub: &Hub) -> Result<Self> {
+        let opened = match source {
+            DEFAULT => Self::embedded()?,
+            _ => Self::from_files(hub.resolve(source)?)?,
+        };
+        opened.with_precision(precision)
+    }
+
+    fn embedded() -> Result<Self> {
+        let text = |bytes| String::from_utf8_lossy(bytes);
+        let path = Path::new("embedded model");
+        Ok(Self {
+            name: DEFAULT.into(),
+            config: Config::from_json(&path.join("config.json"), &text(embedded::CONFIG))?,
+            generation: GenerationConfig::from_json(
+                &path.join("generation_config.json"),
+                &text(embedded::GENERATION_CONFIG),
+            )?,
+            checkpoint: Arc::new(Checkpoint::from_static("embedded model", embedded::MODEL)?),
+            files: None,
+        })
+    }
+
+    fn from_files(files: ModelFiles) -> Result<Self> {
+        let config = Config::from_file(&files.config)?;
+        let generation = match &files.generation_config {
+            Some(path) => GenerationConfig::from_file(path)?,
+            None => GenerationConfig::default(),
+        };
+        let checkpoint = Arc::new(Checkpoint::open(&files.weights)?);
+        let name = files.source.clone();
+        Ok(Self { name, config, generation, checkpoint, files: Some(files) })
+    }
+
+    fn with_precision(mut self, precision: Precision) -> Result<Self> {
+        let path = self.config_path();
+        match precision {
+            Precision::Ternarize => self.config = self.config.ternarize(&path)?,
+            Precision::Full if self.config.quantization.is_some() => {
+                return Err(Error::Config {
+                    path,
+                    field: "quantization_config".into(),
+                    reason: "the model is quantized: it cannot run in full precision".into(),
+                });
+            }
+            Precision::AsConfigured if self.config.quantization.is_none() => {
+                self.config.check_tensors(&self.checkpoint)?;
+                return Err(Error::Config {
+                    path,
+                    field: "quantization_config".into(),
+                    reason: "is absent, so these are full-precision weights: pass --ternarize if they \
+                             are masters of a 1.58-bit model (Falcon-E `prequantized`), or \
+                             --full-precision to run them as they are"
+                        .into(),
+                });
+            }
+            Precision::Full | Precision::AsConfigured => {}
+        }
+        self.config.check_tensors(&self.checkpoint)?;
+        for id in &self.config.eos_token_ids {
+            if !self.generation.eos_token_ids.contains(id) {
+                self.generation.eos_token_ids.push(*id);
+            }
+        }
+        Ok(self)
+    }
+
+    fn config_path(&self) -> PathBuf {
+        match &self.files {
+            Some(files) => files.config.clone(),
+            None => "embedded model/config.json".into(),
+        }
+    }
+
+    /// The tokenizer, if there is one.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        let Some(files) = &self.files else {
+            let config = Some(embedded::TOKENIZER_CONFIG);
+            return Tokenizer::from_bytes(embedded::TOKENIZER, config, None).map(Some);
+        };
+        let Some(tokenizer) = &files.tokenizer else { return Ok(None) };
+        let tokenizer = Tokenizer::from_files(
+            tokenizer,
+            files.tokenizer_config.as_deref(),
+            files.special_tokens_map.as_deref(),
+            files.chat_template.as_deref(),
+        )?;
+        Ok(Some(tokenizer))
+    }
+
+    /// Loads the weights for inference: packed codes stay packed, latent ones are packed one matrix at
+    /// a time. bf16 embeddings stay bf16.
+    pub fn load(&self, device: &Device) -> Result<Model> {
+        let packed = self.config.quantization.map(BitLinears);
+        match &packed {
+            Some(linears) => self.load_with(linears, device),
+            None => self.load_with(&DenseLinears, device),
+        }
+    }
+
+    /// Loads the weights through a linear factory of the caller's.
+    pub fn load_with(&self, linears: &dyn LinearFactory, device: &Device) -> Result<Model> {
+        let embedding = self.checkpoint.get("model.embed_tokens.weight").map(|info| info.dtype);
+        let dtype = match embedding {
+            Some(Dtype::BF16) => DType::BF16,
+            _ => DType::F32,
+        };
+        let vb = self.checkpoint.var_builder(dtype, device);
+        Model::load(&self.config, linears, vb).map_err(|error| Error::Checkpoint {
+            path: self.checkpoint.path().into(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+impl Pretrained {
+    /// Opens and loads `source`: a Hub repo id, a folder, a `.safetensors` file, or [`DEFAULT`].
+    ///
+    /// # Errors
+    /// As [`Source::open`], and damaged weights or tokenizer files.
+    pub fn open(source: &str) -> Result<Self> {
+        Source::open(source, Precision::AsConfigured, &Hub::from_env())?.into_pretrained(&Device::Cpu)
+    }
+}
+
+impl Source {
+    /// Loads model and tokenizer, side by side.
+    pub fn into_pretrained(self, device: &Device) -> Result<Pretrained> {
+        let (model, tokenizer) = rayon::join(|| self.load(device), || self.tokenizer());
+        Ok(Pretrained {
+            model: Arc::new(model?),
+            tokenizer: tokenizer?,
+            name: self.name,
+            generation: self.generation,
+        })
+    }
+}

@@ -129,7 +129,7 @@ fn export(recipe: &Recipe, config: &Config, vocabulary: &Vocabulary, best: &Path
         temperature: Some(0.7),
         top_p: Some(0.9),
         bos_token_id: Some(vocabulary.bos()),
-        eos_token_ids: vocabulary.end_of_text(),
+        eos_token_ids: [Some(vocabulary.eos()), vocabulary.eot()].into_iter().flatten().collect(),
         max_length: Some(recipe.model.max_position_embeddings),
         ..GenerationConfig::default()
     };

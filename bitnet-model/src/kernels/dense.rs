@@ -238,9 +238,9 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
                 }
             }
         }
-        for r in 0..R {
-            const { assert!(0 < C && C <= 4) }
-            let four = [acc[r][0], acc[r][1 % C], acc[r][2 % C], acc[r][3 % C]];
+        const { assert!(0 < C && C <= 4) }
+        for (r, acc) in acc.into_iter().enumerate() {
+            let four = [acc[0], acc[1 % C], acc[2 % C], acc[3 % C]];
             let y = &mut self.y[(i + r) * self.y_stride + j..][..C];
             y.copy_from_slice(&simd.sum4(four)[..C]);
         }

@@ -2,7 +2,8 @@
 //!
 //! The routines of [`dense`](super::dense), [`exp`](super::exp) and [`quantize`](super::quantize) are written once,
 //! over [`Simd`]. Every method is one correctly rounded operation on each lane, so a routine gives the same bits
-//! on every instruction set.
+//! on every instruction set. Code over [`Simd`] is `#[inline(always)]` and keeps vectors out of closures: a function
+//! that is not inlined is compiled without the target features, and calls every intrinsic in it.
 
 use super::dense::{DenseWeights, Matrix};
 

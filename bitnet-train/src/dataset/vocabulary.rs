@@ -45,7 +45,6 @@ pub struct Vocabulary {
     tokenizer: tokenizers::Tokenizer,
     bos: u32,
     eos: u32,
-    eot: Option<u32>,
 }
 
 impl Vocabulary {
@@ -105,8 +104,7 @@ impl Vocabulary {
                 .ok_or_else(|| Error::Tokenizer(format!("no token `{token}`")))
         };
         let (bos, eos) = (id(BOS)?, id(EOS)?);
-        let eot = tokenizer.token_to_id(EOT);
-        Ok(Self { tokenizer, bos, eos, eot })
+        Ok(Self { tokenizer, bos, eos })
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json` into a directory, each at one stroke.
@@ -144,9 +142,9 @@ impl Vocabulary {
         self.eos
     }
 
-    /// The ids that end a generated text: [`EOS`] and, if the vocabulary has it, [`EOT`].
-    pub fn end_of_text(&self) -> Vec<u32> {
-        [self.eos].into_iter().chain(self.eot).collect()
+    /// The id of [`EOT`], if the vocabulary has it.
+    pub fn eot(&self) -> Option<u32> {
+        self.tokenizer.token_to_id(EOT)
     }
 
     /// The tokens of a text, without special tokens.
@@ -213,7 +211,6 @@ mod tests {
         let path = dir.path().join("tokenizer.json");
         let reread = Vocabulary::from_file(&path).unwrap();
         assert_eq!((reread.bos(), reread.eos(), reread.size()), (0, 1, 290));
-        assert_eq!(reread.end_of_text(), [1, 2]);
         // As a user of the file sees it: special tokens are recognised and the post-processor adds BOS.
         let tokenizer = tokenizers::Tokenizer::from_file(path).unwrap();
         let ids = tokenizer.encode("hen<|eot_id|>", true).unwrap().get_ids().to_vec();
