@@ -11,6 +11,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod dataset;
+mod error;
 pub mod experiment;
 pub mod loss;
 pub mod metrics;
@@ -19,6 +20,5 @@ pub mod parameters;
 pub mod qat;
 pub mod recipe;
 pub mod trainer;
-mod error;
 
 pub use error::{Error, Result};

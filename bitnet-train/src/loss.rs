@@ -10,6 +10,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use bitnet_model::kernels;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -31,7 +32,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) 
         ));
     }
     let op =
-        CrossEntropy { targets: targets.into(), items: items as f64, log_sums: Arc::default() };
+        CrossEntropy { targets: targets.into(), items: items as f64, log_sums: OnceLock::new() };
     Ok(logits.to_dtype(DType::F32)?.contiguous()?.apply_op1(op)?)
 }
 
@@ -53,6 +54,9 @@ pub fn shift_labels(tokens: &[u32], sequence_length: usize) -> Vec<i64> {
 /// Labels as indices into a row, checked against the logits' shape.
 fn targets(logits: &Tensor, labels: &[i64]) -> Result<Vec<Option<usize>>> {
     let (rows, vocab) = logits.dims2()?;
+    if vocab == 0 {
+        return Err(Error::Input("logits over an empty vocabulary".into()));
+    }
     if rows != labels.len() {
         return Err(Error::Input(format!("{rows} rows of logits for {} labels", labels.len())));
     }
@@ -71,8 +75,8 @@ type Targets = Arc<[Option<usize>]>;
 struct CrossEntropy {
     targets: Targets,
     items: f64,
-    /// `log Σ_j exp(x_j)` of every row, left by the forward pass for the backward pass.
-    log_sums: Arc<OnceLock<Vec<f32>>>,
+    /// `log Σ_j exp(x_j)` of every row that counts, left by the forward pass for the backward pass.
+    log_sums: OnceLock<Vec<f32>>,
 }
 
 impl CustomOp1 for CrossEntropy {
@@ -86,7 +90,11 @@ impl CustomOp1 for CrossEntropy {
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (logits, vocab) = rows(self.name(), logits, layout)?;
-        let log_sums: Vec<f32> = logits.par_chunks(vocab).map(log_sum_exp).collect();
+        let log_sums: Vec<f32> = (logits.par_chunks(vocab).zip(self.targets.par_iter()))
+            .map_init(Vec::new, |scratch, (row, target)| {
+                target.map_or(0., |_| log_sum_exp(scratch, row))
+            })
+            .collect();
         let nats: f64 = (logits.chunks(vocab).zip(&log_sums).zip(self.targets.iter()))
             .filter_map(|((row, &log_sum), &target)| Some(f64::from(log_sum - row[target?])))
             .sum();
@@ -129,13 +137,18 @@ impl CustomOp1 for SoftmaxMinusOnehot {
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (logits, vocab) = rows(self.name(), logits, layout)?;
+        let kernel = kernels::active();
         let mut grad = vec![0f32; logits.len()];
         let rows = grad.par_chunks_mut(vocab).zip(logits.par_chunks(vocab));
         rows.zip(self.targets.par_iter().zip(&self.log_sums)).for_each(
             |((grad, row), (&target, &log_sum))| {
                 let Some(target) = target else { return };
                 for (grad, &x) in grad.iter_mut().zip(row) {
-                    *grad = exp(x - log_sum) * self.scale;
+                    *grad = x - log_sum;
+                }
+                kernel.exp(grad);
+                for grad in grad.iter_mut() {
+                    *grad *= self.scale;
                 }
                 grad[target] -= self.scale;
             },
@@ -160,7 +173,9 @@ impl CustomOp1 for RowNats {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (logits, vocab) = rows(self.name(), logits, layout)?;
         let nats: Vec<f32> = (logits.par_chunks(vocab).zip(self.targets.par_iter()))
-            .map(|(row, target)| target.map_or(0., |target| log_sum_exp(row) - row[target]))
+            .map_init(Vec::new, |scratch, (row, target)| {
+                target.map_or(0., |target| log_sum_exp(scratch, row) - row[target])
+            })
             .collect();
         let shape = Shape::from(nats.len());
         Ok((CpuStorage::F32(nats), shape))
@@ -180,53 +195,14 @@ fn rows<'a>(
     }
 }
 
-/// Independent partial sums, as many as fill a vector register of any width in use.
-const LANES: usize = 16;
-
-/// `log Σ_j exp(x_j)`, shifted by the greatest value so that nothing overflows. NaN if a value is NaN.
-fn log_sum_exp(row: &[f32]) -> f32 {
-    let (chunks, rest) = row.as_chunks::<LANES>();
-    let mut greatest = [f32::NEG_INFINITY; LANES];
-    for chunk in chunks {
-        for (greatest, &x) in greatest.iter_mut().zip(chunk) {
-            *greatest = if x > *greatest { x } else { *greatest };
-        }
-    }
-    let shift = greatest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0f32; LANES];
-    for chunk in chunks {
-        for (sum, &x) in sums.iter_mut().zip(chunk) {
-            *sum += exp(x - shift);
-        }
-    }
-    let sum = sums
-        .iter()
-        .map(|&sum| f64::from(sum))
-        .chain(rest.iter().map(|&x| f64::from(exp(x - shift))))
-        .sum::<f64>();
-    (f64::from(shift) + sum.ln()) as f32
-}
-
-/// `exp(x)` for `x ≤ 0` (and a little above) within 2 ulp, without a branch or a call, so that loops over it vectorize.
-///
-/// `exp(x) = 2^n · exp(r)` with `n = round(x / ln 2)` and `|r| ≤ ln 2 / 2`, `exp(r)` by Cephes' polynomial. Below −87,
-/// where `2^n` would leave the normal range, it is `exp(−87) ≈ 1.6e-38` instead of a smaller number.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    /// Adding it rounds to an integer, which is then in the low bits of the mantissa.
-    const ROUND: f32 = 12_582_912.; // 1.5 · 2^23
-    // `max` would turn NaN into −87.
-    let x = if x < -87. { -87. } else { x };
-    let rounded = x * std::f32::consts::LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    // ln 2 in two parts, the first with few enough bits that `n` times it is exact.
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_2e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
-    }
-    let exponent = (rounded.to_bits() << 23).wrapping_add(1f32.to_bits()); // n + 127 in the exponent field
-    (p * r * r + r + 1.) * f32::from_bits(exponent)
+/// `log Σ_j exp(x_j)`, shifted by the largest value so that nothing overflows. NaN if a value is NaN.
+fn log_sum_exp(scratch: &mut Vec<f32>, row: &[f32]) -> f32 {
+    let kernel = kernels::active();
+    let shift = kernel.max(row);
+    scratch.clear();
+    scratch.extend(row.iter().map(|&x| x - shift));
+    kernel.exp(scratch);
+    (f64::from(shift) + f64::from(kernel.sum(scratch)).ln()) as f32
 }
 
 #[cfg(test)]
@@ -235,20 +211,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn exp_is_within_2_ulp() {
-        let mut x = -87f32;
-        while x <= 1. {
-            let expected = f64::from(x).exp();
-            let ulp = f64::from(f32::EPSILON) * expected;
-            assert!((f64::from(exp(x)) - expected).abs() <= 2. * ulp, "exp({x}) = {}", exp(x));
-            x += 1.7e-4;
-        }
-        assert_eq!(exp(0.), 1.);
-        assert!(exp(f32::NEG_INFINITY) < 2e-38);
-        assert!(exp(f32::NAN).is_nan());
-    }
 
     fn values(rows: usize, vocab: usize) -> impl Strategy<Value = Vec<f32>> {
         prop::collection::vec(-30f32..30., rows * vocab)
@@ -325,6 +287,8 @@ mod tests {
         for labels in [&[0][..], &[0, 4], &[0, -1], &[IGNORED, IGNORED]] {
             assert!(cross_entropy(&logits, labels, None).is_err(), "{labels:?}");
         }
+        let empty = Tensor::zeros((1, 0), DType::F32, &Device::Cpu).unwrap();
+        assert!(row_nats(&empty, &[IGNORED]).is_err());
     }
 
     #[test]
