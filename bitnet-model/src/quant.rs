@@ -53,7 +53,12 @@ pub fn weight_scale(weights: &[f32]) -> f32 {
 /// The ternary value, −1, 0 or 1, of one weight; `inverse_scale` is `1/β`.
 #[inline]
 pub fn ternary(weight: f32, inverse_scale: f32, rounding: Rounding) -> i8 {
-    rounding.round(weight * inverse_scale).clamp(-1., 1.) as i8
+    // clamp(round(x), −1, 1) without a call to the rounding function: the halves decide.
+    let x = weight * inverse_scale;
+    match rounding {
+        Rounding::HalfEven => i8::from(x > 0.5) - i8::from(x < -0.5),
+        Rounding::HalfUp => i8::from(x + 0.5 >= 1.) - i8::from(x + 0.5 < 0.),
+    }
 }
 
 /// `a = 127 / max(max|x|, ε)` of one token's activations.

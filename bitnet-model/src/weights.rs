@@ -285,6 +285,22 @@ impl QuantizedRows {
     }
 }
 
+/// `x` (tokens, in_features) as the product sees it, `code / a`: what
+/// [`quant::fake_quantize_activation`] defines, with the kernel chosen for this machine.
+pub fn quantized_activations(x: &[f32], in_features: usize, rounding: Rounding) -> Vec<f32> {
+    let kernel = kernels::active();
+    let mut y = vec![0f32; x.len()];
+    let rows = x.par_chunks(in_features.max(1)).zip(y.par_chunks_mut(in_features.max(1)));
+    rows.for_each_init(
+        || vec![0i8; in_features],
+        |codes, (x, y)| {
+            let (factor, _) = kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
+            y.iter_mut().zip(codes.iter()).for_each(|(y, &code)| *y = f32::from(code) / factor);
+        },
+    );
+    y
+}
+
 /// Quantizes `x` (tokens, in_features) and multiplies it with the kernel chosen for this machine:
 /// (tokens, out_features).
 pub fn ternary_product(x: &[f32], weight: &TernaryWeight, rounding: Rounding) -> Vec<f32> {

@@ -6,9 +6,13 @@ use std::sync::Arc;
 
 use bitnet_model::{
     nn::{LinearFactory, LinearSpec, Projection},
-    ops::contiguous,
-    quant::{self, Rounding},
-    weights::{TernaryWeight, ternary_product},
+    ops::{
+        contiguous,
+        dense_matmul::{backward_weight, backward_x},
+        with_slice,
+    },
+    quant::Rounding,
+    weights::{TernaryWeight, quantized_activations, ternary_product},
 };
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Module, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
@@ -94,8 +98,16 @@ impl CustomOp2 for QatMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let weight = quant::fake_quantize_weight(&latent.detach(), self.rounding)?;
-        let x = quant::fake_quantize_activation(&x.detach(), self.rounding)?;
-        Ok((Some(dy.matmul(&weight)?), Some(dy.t()?.matmul(&x)?)))
+        let (out_features, in_features) = latent.dims2()?;
+        let weight = with_slice::<f32, _>(latent, |latent| {
+            let weight =
+                TernaryWeight::from_latent(latent, out_features, in_features, self.rounding);
+            Tensor::from_vec(weight.dequantize(), (out_features, in_features), x.device())
+        })?;
+        let x = with_slice::<f32, _>(x, |values| {
+            let quantized = quantized_activations(values, in_features, self.rounding);
+            Tensor::from_vec(quantized, x.shape(), x.device())
+        })?;
+        Ok((Some(backward_x(dy, &weight)?), Some(backward_weight(dy, &x)?)))
     }
 }

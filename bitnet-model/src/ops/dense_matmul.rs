@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, b
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::{PARALLEL_ELEMENTS, contiguous, for_each_chunk};
+use super::{PARALLEL_ELEMENTS, contiguous, for_each_chunk, with_slice};
 use crate::kernels::{self, DenseWeights, Matrix};
 
 /// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
@@ -52,10 +52,7 @@ impl CustomOp2 for DenseMatmul {
             }
             _ => {
                 let weight = contiguous::<f32>(weight, weight_layout)?;
-                let rows = |r: Range<usize>| {
-                    DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
-                };
-                matmul(&x, rows, tokens, out_features, k)
+                matmul(&x, f32_rows(&weight, k), tokens, out_features, k)
             }
         };
         Ok((CpuStorage::F32(y), (tokens, out_features).into()))
@@ -69,16 +66,73 @@ impl CustomOp2 for DenseMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = dy.matmul(&weight.detach().to_dtype(DType::F32)?)?;
+        let dx = backward_x(dy, &weight.detach().to_dtype(DType::F32)?)?;
         let dweight = match weight.track_op() {
             true if weight.dtype() != DType::F32 => {
                 bail!("dense-matmul: only an f32 weight can be trained, not {:?}", weight.dtype())
             }
-            true => Some(dy.t()?.matmul(&x.detach())?),
+            true => Some(backward_weight(dy, x)?),
             false => None,
         };
         Ok((Some(dx), dweight))
     }
+}
+
+/// `dx = dy·W` for `dy` (tokens, out_features) and `weight` (out_features, in_features), both f32.
+pub fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let ((tokens, n), (_, k)) = (dy.dims2()?, weight.dims2()?);
+    let dx = with_slice::<f32, _>(dy, |dy| {
+        with_slice::<f32, _>(weight, |weight| {
+            let columns = transpose(weight, k);
+            Ok(matmul(dy, f32_rows(&columns, n), tokens, k, n))
+        })
+    })?;
+    Tensor::from_vec(dx, (tokens, k), dy.device())
+}
+
+/// `dW = dyᵀ·x` for `dy` (tokens, out_features) and `x` (tokens, in_features), both f32.
+pub fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    /// Tokens of one partial product: sixty-four columns of them fit the second-level cache.
+    const TOKENS: usize = 512;
+    let (n, k) = (dy.dim(1)?, x.dim(1)?);
+    let mut total = vec![0f32; n * k];
+    with_slice::<f32, _>(dy, |dy| {
+        with_slice::<f32, _>(x, |x| {
+            for (dy, x) in dy.chunks(TOKENS * n).zip(x.chunks(TOKENS * k)) {
+                let (dy, x) = (transpose(dy, n), transpose(x, k));
+                let tokens = dy.len() / n;
+                let part = matmul(&dy, f32_rows(&x, tokens), n, k, tokens);
+                total.par_iter_mut().zip(part).for_each(|(total, part)| *total += part);
+            }
+            Ok(())
+        })
+    })?;
+    Tensor::from_vec(total, (n, k), dy.device())
+}
+
+/// Hands out rows of `k` values.
+fn f32_rows<'a>(
+    weight: &'a [f32],
+    k: usize,
+) -> impl Fn(Range<usize>) -> DenseWeights<'a> + Sync {
+    move |r| DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
+}
+
+/// (rows, cols) → (cols, rows).
+fn transpose(x: &[f32], cols: usize) -> Vec<f32> {
+    /// Columns of one task; a cache line of each row.
+    const BLOCK: usize = 16;
+    let rows = x.len() / cols;
+    let mut out = vec![0f32; x.len()];
+    out.par_chunks_mut(BLOCK * rows).enumerate().for_each(|(block, out)| {
+        for (row, x) in x.chunks(cols).enumerate() {
+            let x = &x[block * BLOCK..][..out.len() / rows];
+            for (col, x) in x.iter().enumerate() {
+                out[col * rows + row] = *x;
+            }
+        }
+    });
+    out
 }
 
 /// Output features of one block: these rows of the weight stay in cache while tokens pass.

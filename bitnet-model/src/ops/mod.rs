@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType};
 use crate::kernels::{DenseWeights, Kernel, Matrix};
 
 mod attention;
-mod dense_matmul;
+pub mod dense_matmul;
 mod gated;
 mod rms_norm;
 mod rope;
