@@ -1,6 +1,8 @@
 //! Quantization-aware training against PyTorch and transformers: gradients of every parameter, the first update, and
 //! the losses and norms of ten.
 
+#![allow(clippy::unwrap_used)] // test code
+
 use bitnet_model::{model::Model, quant::Rounding};
 use bitnet_tests::fixture::Fixture;
 use bitnet_train::{
