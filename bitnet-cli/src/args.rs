@@ -1,0 +1,87 @@
+//! The command line: what the user typed, not yet resolved.
+
+use std::io::IsTerminal;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::commands;
+
+/// Run, train and inspect 1.58-bit language models.
+#[derive(Parser)]
+#[command(name = "bitnet", version, about, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    /// What holds for every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The verb.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Global {
+    /// Threads to compute with [default: one a core]
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Where to compute; only `cpu` so far
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// No progress bars and no statistics on stderr
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// What to log to stderr: error, warn, info, debug, trace, or a tracing filter
+    #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
+    pub log: String,
+}
+
+/// The verbs, one module each.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Continue a prompt
+    Generate(commands::generate::Args),
+    /// Talk with a model
+    Chat(commands::chat::Args),
+    /// Say what a model is and what it needs
+    Info(commands::info::Args),
+    /// Fetch a model from the Hub into the cache
+    Download(commands::download::Args),
+    /// Train a model
+    #[command(subcommand)]
+    Train(commands::train::Command),
+    /// Rewrite a checkpoint in another form
+    Convert(commands::convert::Args),
+    /// Write the logits of every position of a text
+    Logits(commands::logits::Args),
+    /// Show the tokens of a text, or the text of tokens
+    Tokenize(commands::tokenize::Args),
+    /// Print a completion script for a shell
+    Completions(commands::completions::Args),
+}
+
+impl Global {
+    /// Starts logging and sizes the thread pool; refuses devices that do not exist.
+    pub fn apply(&self) -> anyhow::Result<()> {
+        let filter = EnvFilter::try_new(&self.log)
+            .with_context(|| format!("--log `{}` is no log filter", self.log))?;
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+            .without_time()
+            .init();
+        if self.device != "cpu" {
+            bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
+        }
+        match self.threads {
+            Some(0) => bail!("--threads 0 cannot compute: give at least 1"),
+            Some(threads) => rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global()
+                .context("the thread pool could not be started"),
+            None => Ok(()),
+        }
+    }
+}

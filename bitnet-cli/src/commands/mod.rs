@@ -1,0 +1,28 @@
+//! One file a verb: each has its `Args` and a `run`.
+
+pub mod chat;
+pub mod completions;
+pub mod convert;
+pub mod download;
+pub mod generate;
+pub mod info;
+pub mod logits;
+pub mod tokenize;
+pub mod train;
+
+use crate::args::{Command, Global};
+
+/// Runs the verb.
+pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
+    match command {
+        Command::Generate(args) => generate::run(args, global),
+        Command::Chat(args) => chat::run(args, global),
+        Command::Info(args) => info::run(args, global),
+        Command::Download(args) => download::run(args, global),
+        Command::Train(command) => train::run(command, global),
+        Command::Convert(args) => convert::run(args, global),
+        Command::Logits(args) => logits::run(args, global),
+        Command::Tokenize(args) => tokenize::run(args, global),
+        Command::Completions(args) => completions::run(args),
+    }
+}
