@@ -1,1 +1,15 @@
-//! (in progress)
+//! Text in and out: the tokenizer, the chat template, the streaming detokenizer and stop strings.
+//!
+//! Token ids are the engine's language; strings exist only here and at the program's edges.
+
+mod chat_template;
+mod detokenizer;
+mod python;
+mod sandbox;
+mod stop;
+mod tokenizer;
+
+pub use chat_template::{ChatTemplate, Message};
+pub use detokenizer::TokenStream;
+pub use stop::{StopOutcome, StopStrings};
+pub use tokenizer::Tokenizer;

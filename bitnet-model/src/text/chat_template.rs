@@ -1,0 +1,115 @@
+//! Conversations to prompts: Jinja chat templates, rendered as transformers' `apply_chat_template`
+//! does.
+//!
+//! The environment is that of transformers' `_compile_jinja_template`: `trim_blocks`,
+//! `lstrip_blocks`, loop controls, `raise_exception`, `strftime_now`, a `tojson` without HTML
+//! escapes, `{% generation %}` blocks, and the methods of Python's types that templates call. Left
+//! out: tools and documents (always none), `%` on strings, and filters and globals for web pages
+//! (`center`, `truncate`, `wordcount`, `cycler`, `lipsum`, …).
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use minijinja::{
+    Environment, Error as TemplateError, ErrorKind, Value, context, syntax::SyntaxConfig,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{python, sandbox};
+use crate::{Error, Result};
+
+/// The template's name in its environment: no extension, so nothing is escaped.
+const NAME: &str = "chat template";
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user` or `assistant`, as far as the template knows them.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
+/// A compiled chat template. Templates are untrusted: what they can do is bounded in time and
+/// memory.
+///
+/// ```
+/// use bitnet_model::text::{ChatTemplate, Message};
+///
+/// let source = "{% for m in messages %}{{ m.role | title }}: {{ m.content ~ eos_token }}{% endfor %}";
+/// let template = ChatTemplate::new(source, &[("eos_token".into(), "</s>".into())].into())?;
+/// assert_eq!(template.render(&[Message::new("user", "hi")], false)?, "User: hi</s>");
+/// # Ok::<(), bitnet_model::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Arc<Environment<'static>>,
+    special_tokens: Arc<BTreeMap<String, String>>,
+}
+
+impl ChatTemplate {
+    /// Compiles Jinja source. `special_tokens` are variables of the template: `bos_token`,
+    /// `eos_token`, ….
+    pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
+        let source = sandbox::prepare(source)?;
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(describe)?);
+        environment.set_debug(true); // errors say which value is undefined
+        environment.set_unknown_method_callback(python::method);
+        environment.add_filter("tojson", python::tojson);
+        environment.add_filter("trim", python::trim);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<(), TemplateError> {
+                Err(TemplateError::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_function("strftime_now", |format: &str| {
+            python::strftime(format, chrono::Local::now())
+        });
+        sandbox::limit(&mut environment);
+        let environment = sandbox::isolated(move || {
+            environment.add_template_owned(NAME, source).map_err(describe)?;
+            Ok(Arc::new(environment))
+        })?;
+        Ok(Self { environment, special_tokens: Arc::new(special_tokens.clone()) })
+    }
+
+    /// The prompt for a conversation. `add_generation_prompt` adds the opening of the assistant's
+    /// turn.
+    ///
+    /// # Errors
+    /// If the template refuses the conversation (`raise_exception`), fails, or does more work than
+    /// any honest template needs; the message has the template's line.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let messages: Value =
+            messages.iter().map(|Message { role, content }| context! { role, content }).collect();
+        let template = self.clone();
+        sandbox::isolated(move || {
+            let variables = context! {
+                messages, add_generation_prompt, tools => (), documents => (),
+                ..Value::from(BTreeMap::clone(&template.special_tokens))
+            };
+            let compiled = template.environment.get_template(NAME);
+            compiled.and_then(|compiled| compiled.render(variables)).map_err(describe)
+        })
+    }
+}
+
+fn describe(error: TemplateError) -> Error {
+    let line = error.line().map(|line| format!(", line {line}")).unwrap_or_default();
+    let reason = match (error.kind(), error.detail()) {
+        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
+        (ErrorKind::OutOfFuel, _) => "takes too many steps".into(),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
+    Error::Tokenizer(format!("chat template{line}: {reason}"))
+}
