@@ -5,6 +5,7 @@
 mod chat_template;
 mod detokenizer;
 mod python;
+mod sandbox;
 mod stop;
 mod tokenizer;
 

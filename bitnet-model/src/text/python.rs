@@ -1,5 +1,6 @@
-//! What chat templates expect of Python where minijinja has Rust's ways: the `str` methods, `json.dumps`
-//! and `strftime`. Templates are untrusted, so everything that can grow pays with fuel.
+//! What chat templates expect of Python where minijinja has Rust's ways: the `str` methods,
+//! `json.dumps` and `strftime`. Templates are untrusted, so everything that can grow pays with
+//! fuel.
 
 use std::fmt::Write;
 
@@ -13,8 +14,11 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-/// Lists and objects in `tojson` nest at most this deep, as the writer recurses.
-const MAX_JSON_DEPTH: usize = 128;
+use super::sandbox::MAX_DEPTH;
+
+/// The digits of a number in `str.format`'s format, such as a field's width: minijinja makes fields
+/// of any width, so they are paid for at their widest.
+const MAX_WIDTH_DIGITS: usize = 4;
 
 /// Methods of Python's types, for `Environment::set_unknown_method_callback`.
 pub(super) fn method(
@@ -43,20 +47,28 @@ pub(super) fn method(
             if separator == Some("") {
                 return Err(invalid("empty separator"));
             }
-            list(state, split(text, separator, limit, name == "rsplit"))
+            if name == "rsplit" {
+                let mut parts = list(state, rsplit(text, separator, limit))?;
+                parts.reverse();
+                Ok(parts.into())
+            } else {
+                Ok(list(state, split(text, separator, limit))?.into())
+            }
         }
         "splitlines" => {
             let (keep_ends, kwargs): (Option<bool>, Kwargs) = from_args(args)?;
             let keep_ends = keep_ends.map_or_else(|| kwargs.get("keepends"), |k| Ok(Some(k)))?;
             kwargs.assert_all_used()?;
-            list(state, split_lines(text, keep_ends.unwrap_or(false)))
+            Ok(list(state, split_lines(text, keep_ends.unwrap_or(false)))?.into())
         }
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
             let parts = if name == "partition" {
                 text.split_once(separator).map(|(a, b)| [a, separator, b]).unwrap_or([text, "", ""])
             } else {
-                text.rsplit_once(separator).map(|(a, b)| [a, separator, b]).unwrap_or(["", "", text])
+                text.rsplit_once(separator)
+                    .map(|(a, b)| [a, separator, b])
+                    .unwrap_or(["", "", text])
             };
             Ok(Tuple::from(parts.map(Value::from)).into())
         }
@@ -85,6 +97,14 @@ pub(super) fn method(
             let (items,): (Value,) = from_args(args)?;
             state.apply_filter("join", &[items, value.clone()])
         }
+        "format" => {
+            if text.split(|c: char| !c.is_numeric()).any(|digits| digits.len() > MAX_WIDTH_DIGITS) {
+                return Err(invalid("str.format: a number in the format is too large"));
+            }
+            let fields = text.matches('{').count() as u64;
+            state.consume_fuel(fields.saturating_mul(10u64.pow(MAX_WIDTH_DIGITS as u32) / 64))?;
+            pycompat::unknown_method_callback(state, value, name, args)
+        }
         _ => pycompat::unknown_method_callback(state, value, name, args),
     }
 }
@@ -104,63 +124,54 @@ fn invalid(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
-/// A list of strings, one fuel for each.
-fn list<'a>(state: &State, items: impl Iterator<Item = &'a str>) -> Result<Value, Error> {
-    let mut values = Vec::new();
-    for item in items {
-        state.consume_fuel(1)?;
-        values.push(Value::from(item));
-    }
-    Ok(values.into())
+/// The strings as values, one fuel for each.
+fn list<'a>(state: &State, items: impl Iterator<Item = &'a str>) -> Result<Vec<Value>, Error> {
+    let paid = items.map(|item| state.consume_fuel(1).map(|()| Value::from(item)));
+    paid.collect()
 }
 
-/// `str.split` and, `from_end`, `str.rsplit` with at most `limit` cuts. No separator is any run of space,
-/// and no empty first or last part.
+/// `str.split` with at most `limit` cuts. No separator is any run of space, and no empty parts.
 fn split<'a>(
     text: &'a str,
     separator: Option<&'a str>,
     limit: usize,
-    from_end: bool,
 ) -> Box<dyn Iterator<Item = &'a str> + 'a> {
-    let parts = limit.saturating_add(1);
-    match (separator, from_end) {
-        (Some(separator), false) => Box::new(text.splitn(parts, separator)),
-        (Some(separator), true) => {
-            let mut parts: Vec<&str> = text.rsplitn(parts, separator).collect();
-            parts.reverse();
-            Box::new(parts.into_iter())
-        }
-        (None, false) => {
-            let mut rest = text.trim_start_matches(is_space);
-            let mut left = limit;
-            Box::new(std::iter::from_fn(move || {
-                let end = if left == 0 { None } else { rest.find(is_space) };
-                let word = &rest[..end.unwrap_or(rest.len())];
-                rest = rest[word.len()..].trim_start_matches(is_space);
-                left = left.saturating_sub(1);
-                (!word.is_empty()).then_some(word)
-            }))
-        }
-        (None, true) => {
-            let mut rest = text.trim_end_matches(is_space);
-            let mut words = Vec::new();
-            while !rest.is_empty() {
-                let cut = if words.len() == limit { None } else { rest.rfind(is_space) };
-                let start = cut.map_or(0, |i| rest.ceil_char_boundary(i + 1));
-                words.push(&rest[start..]);
-                rest = rest[..start].trim_end_matches(is_space);
-            }
-            words.reverse();
-            Box::new(words.into_iter())
-        }
+    if let Some(separator) = separator {
+        return Box::new(text.splitn(limit.saturating_add(1), separator));
     }
+    let (mut rest, mut left) = (text.trim_start_matches(is_space), limit);
+    Box::new(std::iter::from_fn(move || {
+        let cut = if left == 0 { None } else { rest.split_once(is_space) };
+        let (word, after) = cut.unwrap_or((rest, ""));
+        rest = after.trim_start_matches(is_space);
+        left = left.saturating_sub(1);
+        (!word.is_empty()).then_some(word)
+    }))
+}
+
+/// `str.rsplit`, as [`split`] from the end: the last part comes first.
+fn rsplit<'a>(
+    text: &'a str,
+    separator: Option<&'a str>,
+    limit: usize,
+) -> Box<dyn Iterator<Item = &'a str> + 'a> {
+    if let Some(separator) = separator {
+        return Box::new(text.rsplitn(limit.saturating_add(1), separator));
+    }
+    let (mut rest, mut left) = (text.trim_end_matches(is_space), limit);
+    Box::new(std::iter::from_fn(move || {
+        let cut = if left == 0 { None } else { rest.rsplit_once(is_space) };
+        let (before, word) = cut.unwrap_or(("", rest));
+        rest = before.trim_end_matches(is_space);
+        left = left.saturating_sub(1);
+        (!word.is_empty()).then_some(word)
+    }))
 }
 
 /// `str.splitlines`: the ends are Unicode's line boundaries, `\r\n` is one.
 fn split_lines(text: &str, keep_ends: bool) -> impl Iterator<Item = &str> {
-    let is_end = |c: char| {
-        matches!(c, '\n'..='\r' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
-    };
+    let is_end =
+        |c: char| matches!(c, '\n'..='\r' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -168,7 +179,11 @@ fn split_lines(text: &str, keep_ends: bool) -> impl Iterator<Item = &str> {
         }
         let line = rest.find(is_end).unwrap_or(rest.len());
         let tail = &rest[line..];
-        let end = if tail.starts_with("\r\n") { 2 } else { tail.chars().next().map_or(0, char::len_utf8) };
+        let end = if tail.starts_with("\r\n") {
+            2
+        } else {
+            tail.chars().next().map_or(0, char::len_utf8)
+        };
         let (taken, after) = rest.split_at(line + end);
         rest = after;
         Some(if keep_ends { taken } else { &taken[..line] })
@@ -190,8 +205,8 @@ fn title(text: &str) -> String {
     out
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, the filter that
-/// transformers puts in place of Jinja2's: nothing is escaped for HTML.
+/// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, the
+/// filter that transformers puts in place of Jinja2's: nothing is escaped for HTML.
 pub(super) fn tojson(
     state: &State,
     value: &Value,
@@ -241,7 +256,7 @@ impl Json<'_> {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         // Values can share parts, so the text may be exponentially longer than what is in memory.
         self.state.consume_fuel(1)?;
-        if depth > MAX_JSON_DEPTH {
+        if depth > MAX_DEPTH {
             return Err(invalid("tojson: nested too deeply"));
         }
         match value.kind() {
@@ -349,8 +364,8 @@ impl Json<'_> {
     }
 }
 
-/// `datetime.now().strftime(format)` in the C locale. As there, the time has no zone, so `%z` and `%Z` are
-/// empty; unknown directives stay as they are.
+/// `datetime.now().strftime(format)` in the C locale. As there, the time has no zone, so `%z` and
+/// `%Z` are empty; unknown directives stay as they are.
 pub(super) fn strftime(format: &str, time: DateTime<Local>) -> String {
     let mut out = String::new();
     let mut rest = format;
@@ -377,4 +392,96 @@ pub(super) fn strftime(format: &str, time: DateTime<Local>) -> String {
         }
     }
     out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::TimeZone;
+
+    use super::*;
+    use crate::text::ChatTemplate;
+
+    fn render(expression: &str) -> String {
+        let template = ChatTemplate::new(&format!("{{{{ {expression} }}}}"), &Default::default());
+        template.and_then(|t| t.render(&[], false)).unwrap_or_else(|error| error.to_string())
+    }
+
+    #[test]
+    fn expressions_evaluate_as_in_python() {
+        for (expression, expected) in [
+            (r"'\x1c a\x1f '.strip() ~ '|' ~ ' a '.lstrip() ~ '|' ~ ' a '.rstrip()", "a|a | a"),
+            ("'xyaxy'.strip('yx') ~ 'xyaxy'.lstrip('xy') ~ 'xxa'.rstrip('a')", "aaxyxx"),
+            ("'xxaxx' | trim('x') ~ 5 | trim", "a5"),
+            (r"' a  b\x1dc '.split()", "['a', 'b', 'c']"),
+            ("' a b c '.split(none, 1)", "['a', 'b c ']"),
+            ("' a b c '.rsplit(none, 1)", "[' a b', 'c']"),
+            ("' a b c '.split(maxsplit=0)", "['a b c ']"),
+            ("' a b c '.rsplit(maxsplit=0)", "[' a b c']"),
+            ("''.split() ~ ' '.rsplit() ~ ''.split(',')", "[][]['']"),
+            (
+                "'a,b,c'.split(',', 1) ~ 'a,b,c'.rsplit(sep=',', maxsplit=1)",
+                "['a', 'b,c']['a,b', 'c']",
+            ),
+            ("'a,b,c'.split(',', -1)", "['a', 'b', 'c']"),
+            (r"'a\r\nb\n\nc\x0bd\n'.splitlines()", "['a', 'b', '', 'c', 'd']"),
+            (r"'a\r\nb'.splitlines(keepends=true)", r"['a\r\n', 'b']"),
+            (
+                "'a-b-c'.partition('-') ~ 'a-b-c'.rpartition('-')",
+                "('a', '-', 'b-c')('a-b', '-', 'c')",
+            ),
+            ("'a'.partition('-') ~ 'a'.rpartition('-')", "('a', '', '')('', '', 'a')"),
+            (
+                "\"they're here\".title() ~ 'ab'.removeprefix('a') ~ 'ab'.removesuffix('b')",
+                "They'Re Hereba",
+            ),
+            ("'aXbXc'.replace('X', '-') ~ 'aXbXc'.replace('X', '', 1)", "a-b-cabXc"),
+            ("', '.join(['a', 'b']) ~ ' \t'.isspace() ~ ''.isspace()", "a, bTrueFalse"),
+            ("'{:>4}|{}'.format('a', 1) ~ 'a'.upper() ~ {'a': 1}.get('b', 2)", "   a|1A2"),
+            ("{'\"é': '</b>'} | tojson", r#"{"\"é": "</b>"}"#),
+            ("'é🙂' | tojson(ensure_ascii=true)", r#""\u00e9\ud83d\ude42""#),
+            ("[1, 2.5, none, true, (1,), {}, []] | tojson", "[1, 2.5, null, true, [1], {}, []]"),
+            (
+                "{2: 'a', none: 'b', true: []} | tojson(indent=1)",
+                "{\n \"2\": \"a\",\n \"null\": \"b\",\n \"true\": []\n}",
+            ),
+            (
+                "{'b': [1], 'a': 2} | tojson(sort_keys=true, indent='>', separators=(';', '='))",
+                "{\n>\"a\"=2;\n>\"b\"=[\n>>1\n>]\n}",
+            ),
+            (r"'\x01\x7f\t/\\' | tojson", "\"\\u0001\u{7f}\\t/\\\\\""),
+        ] {
+            assert_eq!(render(expression), expected, "{expression}");
+        }
+    }
+
+    #[test]
+    fn what_python_refuses_is_refused() {
+        for (expression, reason) in [
+            ("'a'.split('')", "empty separator"),
+            ("nothing | tojson", "a value of type undefined is not JSON"),
+            ("[range] | tojson", "is not JSON"),
+            ("'a'.nope()", "no method named nope"),
+            ("[1].append(2)", "no method named append"),
+            ("'a'.split(wrong=1)", "wrong"),
+        ] {
+            let error = render(expression);
+            assert!(error.starts_with("tokenizer: chat template, line 1: "), "{error}");
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn strftime_equals_python_in_the_c_locale() {
+        let time = Local.with_ymd_and_hms(2024, 2, 9, 3, 4, 5).unwrap();
+        let time = time + chrono::TimeDelta::microseconds(678);
+        for (format, expected) in [
+            ("%Y-%m-%d %H:%M:%S.%f", "2024-02-09 03:04:05.000678"),
+            ("%d %b %Y, %A %B %-d %_d", "09 Feb 2024, Friday February 9  9"),
+            ("%j %U %W %w %u %G-W%V %I%p", "040 05 06 5 5 2024-W06 03AM"),
+            ("%c|%x|%X|%%|%z|%Z|%h", "Fri Feb  9 03:04:05 2024|02/09/24|03:04:05|%|||Feb"),
+            ("100%|%!|é%é|%", "100%|%!|é%é|%"),
+        ] {
+            assert_eq!(strftime(format, time), expected);
+        }
+    }
 }

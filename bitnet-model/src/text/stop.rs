@@ -4,8 +4,8 @@ use crate::{Error, Result};
 
 /// Ends a text at the first of several strings, wherever the text's pieces are cut.
 ///
-/// Text that could still turn out to be the start of a stop string is held back; the stop string itself is
-/// never given out.
+/// Text that could still turn out to be the start of a stop string is held back; the stop string
+/// itself is never given out.
 ///
 /// ```
 /// use bitnet_model::text::StopStrings;
@@ -47,7 +47,8 @@ impl StopStrings {
 
     /// Takes the next piece of text.
     ///
-    /// The stop string that is complete first ends the text; of several that end together, the longest.
+    /// The stop string that is complete first ends the text; of several that end together, the
+    /// longest.
     pub fn push(&mut self, piece: &str) -> StopOutcome {
         if self.stopped.is_some() {
             return StopOutcome { text: String::new(), stopped: self.stopped };
@@ -74,9 +75,10 @@ impl StopStrings {
     /// Where the longest end of the held text starts that is the start of a stop string.
     fn first_open(&self) -> usize {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        let from = self.held.floor_char_boundary((self.held.len() + 1).saturating_sub(longest));
-        let mut ends = self.held[from..].char_indices().map(|(offset, _)| from + offset);
-        ends.find(|&i| self.stops.iter().any(|stop| stop.starts_with(&self.held[i..])))
+        let starts = self.held.char_indices().map(|(i, _)| i);
+        starts
+            .filter(|i| self.held.len() - i < longest)
+            .find(|&i| self.stops.iter().any(|stop| stop.starts_with(&self.held[i..])))
             .unwrap_or(self.held.len())
     }
 }
@@ -87,7 +89,8 @@ mod tests {
 
     use super::*;
 
-    /// Looks at the whole text: the first end of any stop string, the longest of those that end there.
+    /// Looks at the whole text: the first end of any stop string, the longest of those that end
+    /// there.
     fn naive(stops: &[String], text: &str) -> (String, Option<usize>) {
         for end in text.char_indices().map(|(i, c)| i + c.len_utf8()) {
             let at_end = stops.iter().enumerate().filter(|(_, stop)| text[..end].ends_with(*stop));

@@ -1,12 +1,7 @@
-//! `tokenizer.json` with the files around it: special tokens and chat template, as transformers reads them.
+//! `tokenizer.json` with the files around it: special tokens and chat template, as transformers
+//! reads them.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::Read,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fs::File, io::Read, path::Path, sync::Arc};
 
 use serde_json::{Map, Value};
 use tokenizers::DecoderWrapper;
@@ -33,9 +28,9 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads the files of a Hub repository; only `tokenizer.json` is required.
     ///
-    /// A `chat_template.jinja` beats the template inside `tokenizer_config.json`. The special tokens of
-    /// `special_tokens_map.json` count only if `tokenizer_config.json` has no `added_tokens_decoder`
-    /// (transformers' rule).
+    /// A `chat_template.jinja` beats the template inside `tokenizer_config.json`. The special
+    /// tokens of `special_tokens_map.json` count only if `tokenizer_config.json` has no
+    /// `added_tokens_decoder` (transformers' rule).
     pub fn from_files(
         tokenizer_json: &Path,
         tokenizer_config: Option<&Path>,
@@ -55,7 +50,9 @@ impl Tokenizer {
         let legacy = object(special_tokens_map)?;
         let template = match chat_template {
             None => None,
-            Some(path) => Some(String::from_utf8(read(path)?).map_err(|e| at(path)(e.to_string()))?),
+            Some(path) => {
+                Some(String::from_utf8(read(path)?).map_err(|e| at(path)(e.to_string()))?)
+            }
         };
         Self::assemble(core, &config, &legacy, template).map_err(|error| match tokenizer_config {
             Some(path) => at(path)(error),
@@ -63,8 +60,8 @@ impl Tokenizer {
         })
     }
 
-    /// As [`from_files`](Self::from_files), from the contents of `tokenizer.json`, `tokenizer_config.json`
-    /// and `chat_template.jinja`.
+    /// As [`from_files`](Self::from_files), from the contents of `tokenizer.json`,
+    /// `tokenizer_config.json` and `chat_template.jinja`.
     pub fn from_bytes(
         tokenizer_json: &[u8],
         tokenizer_config: Option<&[u8]>,
@@ -120,14 +117,16 @@ impl Tokenizer {
         }
     }
 
-    /// The ids of `text`. With `add_special_tokens` the tokenizer's post-processor adds what it always adds,
-    /// usually the begin-of-text token; special tokens spelled out in `text` become their ids either way.
+    /// The ids of `text`. With `add_special_tokens` the tokenizer's post-processor adds what it
+    /// always adds, usually the begin-of-text token; special tokens spelled out in `text` become
+    /// their ids either way.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = self.core.encode_fast(text, add_special_tokens);
         Ok(encoding.map_err(|e| Error::Tokenizer(e.to_string()))?.get_ids().to_vec())
     }
 
-    /// The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing.
+    /// The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary
+    /// nothing.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         let tokens = ids.iter().filter_map(|&id| self.token_text(id, skip_special_tokens));
         self.join(tokens.collect())
@@ -148,7 +147,8 @@ impl Tokenizer {
         self.core.token_to_id(token)
     }
 
-    /// The token of an id, spelled as in the vocabulary (byte-level vocabularies write a space as `Ġ`).
+    /// The token of an id, spelled as in the vocabulary (byte-level vocabularies write a space as
+    /// `Ġ`).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.core.id_to_token(id)
     }
@@ -163,7 +163,8 @@ impl Tokenizer {
         self.special_token("bos_token")
     }
 
-    /// The end token. A chat model may end its turns with another one, which `generation_config.json` names.
+    /// The end token. A chat model may end its turns with another one, which
+    /// `generation_config.json` names.
     pub fn eos_token(&self) -> Option<&str> {
         self.special_token("eos_token")
     }
@@ -236,7 +237,15 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn parse_core(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
-    let mut core = tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string())?;
+    serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| e.to_string())?;
+    // tokenizers panics on some malformed files, if not while reading then at the first text.
+    let read = || {
+        let core = tokenizers::Tokenizer::from_bytes(json)?;
+        core.encode_fast("", true)?;
+        Ok(core)
+    };
+    let core = std::panic::catch_unwind(read).unwrap_or_else(|_| Err("is malformed".into()));
+    let mut core = core.map_err(|e: tokenizers::Error| e.to_string())?;
     if core.get_decoder().is_some_and(strips_ends) {
         return Err("decoder: `Strip` with a `stop` above 0 is not supported".into());
     }
@@ -302,4 +311,147 @@ fn configured_template(
     }
     let names = names.join("`, `");
     Ok(Some(Err(format!("`chat_template`: has `{names}` but no `default`; pass a template"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn file(decoder: Value) -> Value {
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "post_processor": null, "decoder": decoder,
+            "added_tokens": [{"id": 4, "content": "<s>", "special": true, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false}],
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "Ġ": 2, "ab": 3}, "merges": ["a b"]},
+        })
+    }
+
+    fn load(file: &Value, config: &Value, template: Option<&str>) -> Result<Tokenizer> {
+        let bytes = |value: &Value| value.to_string().into_bytes();
+        Tokenizer::from_bytes(&bytes(file), Some(&bytes(config)), template)
+    }
+
+    fn byte_level() -> Value {
+        file(
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        )
+    }
+
+    #[test]
+    fn text_to_ids_and_back() {
+        let tokenizer = load(&byte_level(), &json!({}), None).unwrap();
+        assert_eq!(tokenizer.encode("ab b<s>a", true).unwrap(), [3, 2, 1, 4, 0]);
+        assert_eq!(tokenizer.decode(&[3, 2, 1, 4, 0, 99], false).unwrap(), "ab b<s>a");
+        assert_eq!(tokenizer.decode(&[3, 2, 1, 4, 0, 99], true).unwrap(), "ab ba");
+        assert_eq!(tokenizer.decode(&[4, 99], true).unwrap(), "");
+        assert_eq!(tokenizer.vocab_size(), 5);
+        assert_eq!(tokenizer.id_to_token(2).as_deref(), Some("Ġ"));
+        assert_eq!(tokenizer.token_to_id("<s>"), Some(4));
+        assert!(tokenizer.chat_template().unwrap().is_none());
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_are_ignored() {
+        let mut file = byte_level();
+        file["truncation"] =
+            json!({"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0});
+        file["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
+        let tokenizer = load(&file, &json!({}), None).unwrap();
+        assert_eq!(tokenizer.encode("a b", true).unwrap(), [0, 2, 1]);
+    }
+
+    #[test]
+    fn special_tokens_come_from_the_right_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, value: &Value| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, value.to_string()).unwrap();
+            path
+        };
+        let core = write("tokenizer.json", &byte_level());
+        let map = write(
+            "special_tokens_map.json",
+            &json!({"eos_token": {"content": "b"}, "pad_token": "<s>"}),
+        );
+        let plain = json!({"bos_token": {"content": "<s>", "special": true}, "eos_token": "a", "pad_token": null});
+        let load = |config: &Value| {
+            let config = write("tokenizer_config.json", config);
+            Tokenizer::from_files(&core, Some(&config), Some(&map), None).unwrap()
+        };
+        let tokenizer = load(&plain);
+        assert_eq!((tokenizer.bos_token(), tokenizer.bos_token_id()), (Some("<s>"), Some(4)));
+        assert_eq!((tokenizer.eos_token_id(), tokenizer.pad_token_id()), (Some(1), Some(4)));
+        let mut modern = plain;
+        modern["added_tokens_decoder"] = json!({});
+        let tokenizer = load(&modern);
+        assert_eq!((tokenizer.eos_token_id(), tokenizer.pad_token()), (Some(0), None));
+    }
+
+    #[test]
+    fn chat_template_of_the_config_or_the_file() {
+        let render = |tokenizer: &Tokenizer| {
+            tokenizer.chat_template().unwrap().unwrap().render(&[], false).unwrap()
+        };
+        let core = byte_level();
+        let one = json!({"chat_template": "one{{ bos_token }}", "bos_token": "<s>"});
+        assert_eq!(render(&load(&core, &one, None).unwrap()), "one<s>");
+        assert_eq!(render(&load(&core, &one, Some("file{{ bos_token }}")).unwrap()), "file<s>");
+        let list = json!({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]});
+        let tokenizer = load(&core, &list, None).unwrap();
+        assert_eq!(render(&tokenizer), "d");
+        assert_eq!(render(&tokenizer.with_chat_template("new").unwrap()), "new");
+        assert!(tokenizer.with_chat_template("{% if %}").is_err());
+
+        for (template, reason) in [
+            (
+                json!("\n{% endif %}"),
+                "chat template, line 2: syntax error: unknown statement endif",
+            ),
+            (json!([{"name": "rag", "template": "r"}]), "has `rag` but no `default`"),
+        ] {
+            let tokenizer = load(&core, &json!({"chat_template": template}), None).unwrap();
+            let error = tokenizer.chat_template().unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn malformed_files_are_refused_by_name() {
+        let core = byte_level();
+        let whole = core.to_string();
+        let strip = file(
+            json!({"type": "Sequence", "decoders": [{"type": "Strip", "content": " ", "start": 0, "stop": 1}]}),
+        );
+        let mut unknown_special = core.clone();
+        unknown_special["post_processor"] = json!({"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+            "single": [{"SpecialToken": {"id": "<nope>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]});
+        for file in [
+            &whole[..whole.len() / 2],
+            "[]",
+            "{}",
+            &strip.to_string(),
+            &unknown_special.to_string(),
+        ] {
+            let error = Tokenizer::from_bytes(file.as_bytes(), None, None).unwrap_err().to_string();
+            assert!(error.starts_with("tokenizer: tokenizer.json: "), "{error}");
+        }
+        for (config, field) in [
+            (json!({"bos_token": 3}), "`bos_token`"),
+            (json!({"eos_token": {"special": true}}), "`eos_token`"),
+            (json!({"chat_template": 1}), "`chat_template`"),
+            (json!({"chat_template": [{"name": "default"}]}), "`chat_template`"),
+            (json!([]), "expected a map"),
+        ] {
+            let error = load(&core, &config, None).unwrap_err().to_string();
+            assert!(error.starts_with("tokenizer: tokenizer_config.json: "), "{error}");
+            assert!(error.contains(field), "{error}");
+        }
+        let missing = Tokenizer::from_files(Path::new("no/such.json"), None, None, None);
+        assert!(missing.unwrap_err().to_string().starts_with("no/such.json: "));
+    }
 }
