@@ -56,8 +56,9 @@ impl Oracle<'_> {
             WeightForm::Packed(convention) => {
                 let bytes = self.fixture.checkpoint.read_bytes(&format!("{name}.weight")).unwrap();
                 let scale = self.tensor(&format!("{name}.weight_scale"))[0];
-                let values = (0..4)
-                    .flat_map(|field| bytes.iter().map(move |b| i64::from(b >> (2 * field) & 3) - 1));
+                let values = (0..4).flat_map(|field| {
+                    bytes.iter().map(move |b| i64::from(b >> (2 * field) & 3) - 1)
+                });
                 assert_eq!(bytes.len() % inputs, 0);
                 let scale = match convention {
                     ScaleConvention::Multiply => scale,
@@ -69,7 +70,8 @@ impl Oracle<'_> {
                 let latent = self.tensor(&format!("{name}.weight"));
                 let mean = latent.iter().map(|w| w.abs()).sum::<f64>() / latent.len() as f64;
                 let scale = mean.max(1e-5);
-                let ternary = |w: &f64| round(w / scale, quantization.rounding).clamp(-1., 1.) as i64;
+                let ternary =
+                    |w: &f64| round(w / scale, quantization.rounding).clamp(-1., 1.) as i64;
                 (latent.iter().map(ternary).collect(), scale)
             }
         }

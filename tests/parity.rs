@@ -13,7 +13,6 @@ use std::{
 };
 
 use bitnet_model::{
-    kv_cache::KvCache,
     nn::{BitLinears, LinearFactory, LinearSpec, Projection},
     quant,
 };
@@ -119,7 +118,8 @@ fn every_unit_from_its_given_input() {
         let model = fixture.model();
         let mut units = 0;
         for name in fixture.expected.keys() {
-            let Some(unit) = name.strip_prefix("single.unit.").and_then(|n| n.strip_suffix(".input"))
+            let Some(unit) =
+                name.strip_prefix("single.unit.").and_then(|n| n.strip_suffix(".input"))
             else {
                 continue;
             };
@@ -203,7 +203,7 @@ fn a_left_padded_batch() {
     for fixture in Fixture::forward().iter().filter(|f| f.expected.contains_key("batch.logits")) {
         let model = fixture.model();
         let rows = padded_rows(fixture);
-        let mut cache = KvCache::with_starts(&model, rows.iter().map(|row| row.0).collect());
+        let mut cache = model.padded_cache(rows.iter().map(|row| row.0).collect());
         let tokens = fixture.tokens("batch.input_ids");
         let hidden = model.hidden_states(&tokens, Some(&mut cache)).unwrap();
         let logits = model.logits(&hidden).unwrap();
@@ -248,7 +248,7 @@ fn greedy_continuations() {
             let reference = fixture.rows(&format!("{kind}.tokens"));
             let steps = reference[0].len();
             let margins = fixture.floats(&format!("{kind}.margin"));
-            let mut cache = KvCache::with_starts(&model, starts);
+            let mut cache = model.padded_cache(starts);
             let mut ours = vec![Vec::new(); reference.len()];
             for _ in 0..steps {
                 let logits = model.forward(&input, &mut cache).unwrap();

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use crate::model::Model;
+use crate::config::Config;
 
 /// Slots allocated at first.
 const INITIAL_CAPACITY: usize = 256;
@@ -39,14 +39,10 @@ pub struct LayerCache<'a> {
 }
 
 impl KvCache {
-    /// A cache for `batch` sequences of at most the model's `max_position_embeddings` tokens.
-    pub fn new(model: &Model, batch: usize) -> Self {
-        Self::with_starts(model, vec![0; batch])
-    }
-
-    /// A cache for rows padded on the left: row `i` begins at slot `starts[i]`.
-    pub fn with_starts(model: &Model, starts: Vec<usize>) -> Self {
-        let config = model.config();
+    /// A cache for the model of `config` and `starts.len()` sequences, of at most
+    /// `max_position_embeddings` tokens each; row `i` begins at slot `starts[i]`, what is before it is
+    /// padding. [`Model::cache`](crate::model::Model::cache) makes one.
+    pub fn new(config: &Config, starts: Vec<usize>, device: &Device) -> Self {
         Self {
             layers: (0..config.num_hidden_layers).map(|_| Layer::default()).collect(),
             starts,
@@ -54,7 +50,7 @@ impl KvCache {
             max_len: config.max_position_embeddings,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-            device: model.device().clone(),
+            device: device.clone(),
         }
     }
 
@@ -127,7 +123,8 @@ impl KvCache {
                 Ok(new)
             };
             let old = layer.kv.take();
-            layer.kv = Some((grow(old.as_ref().map(|kv| &kv.0))?, grow(old.as_ref().map(|kv| &kv.1))?));
+            layer.kv =
+                Some((grow(old.as_ref().map(|kv| &kv.0))?, grow(old.as_ref().map(|kv| &kv.1))?));
         }
         Ok(())
     }

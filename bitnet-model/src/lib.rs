@@ -17,6 +17,7 @@ pub mod quant;
 pub mod sampler;
 pub mod score;
 pub mod session;
+pub mod storage;
 pub mod text;
 pub mod weights;
 

@@ -59,6 +59,16 @@ impl Model {
         &self.device
     }
 
+    /// An empty cache for `batch` sequences.
+    pub fn cache(&self, batch: usize) -> KvCache {
+        self.padded_cache(vec![0; batch])
+    }
+
+    /// An empty cache for rows padded on the left: row `i` begins at slot `starts[i]`.
+    pub fn padded_cache(&self, starts: Vec<usize>) -> KvCache {
+        KvCache::new(&self.config, starts, &self.device)
+    }
+
     /// The blocks, for looking at the residual stream between them.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks

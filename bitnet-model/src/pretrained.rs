@@ -142,10 +142,11 @@ impl Source {
                 return Err(Error::Config {
                     path,
                     field: "quantization_config".into(),
-                    reason: "is absent, so these are full-precision weights: pass --ternarize if they \
+                    reason:
+                        "is absent, so these are full-precision weights: pass --ternarize if they \
                              are masters of a 1.58-bit model (Falcon-E `prequantized`), or \
                              --full-precision to run them as they are"
-                        .into(),
+                            .into(),
                 });
             }
             Precision::Full | Precision::AsConfigured => {}
@@ -213,7 +214,8 @@ impl Pretrained {
     /// # Errors
     /// As [`Source::open`], and damaged weights or tokenizer files.
     pub fn open(source: &str) -> Result<Self> {
-        Source::open(source, Precision::AsConfigured, &Hub::from_env())?.into_pretrained(&Device::Cpu)
+        Source::open(source, Precision::AsConfigured, &Hub::from_env())?
+            .into_pretrained(&Device::Cpu)
     }
 }
 

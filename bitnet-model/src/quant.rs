@@ -13,7 +13,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::ops::contiguous;
+use crate::storage::contiguous;
 
 /// Smallest `mean|w|` and `max|x|`: below it, everything rounds to 0.
 pub const EPSILON: f32 = 1e-5;

@@ -3,7 +3,7 @@
 
 use candle_core::{IndexOp, Tensor};
 
-use crate::{Error, Result, model::Model, ops::with_slice};
+use crate::{Error, Result, model::Model, storage::with_slice};
 
 /// A continuation to score after its context; both are token ids.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -69,7 +69,7 @@ pub struct Generation {
 impl Session {
     /// An empty session.
     pub fn new(model: Arc<Model>) -> Self {
-        let cache = KvCache::new(&model, 1);
+        let cache = model.cache(1);
         Self { model, cache, tokens: Vec::new() }
     }
 

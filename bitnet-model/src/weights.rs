@@ -7,7 +7,10 @@
 use rayon::prelude::*;
 
 use crate::{
-    kernels::{self, Kernel, tile::{self, COLS, ROWS, Tile}},
+    kernels::{
+        self, Kernel,
+        tile::{self, COLS, ROWS, Tile},
+    },
     quant::{self, Rounding},
 };
 
@@ -26,7 +29,9 @@ pub struct TernaryWeight {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum PackedError {
     /// The byte count does not belong to the shape.
-    #[error("{found} bytes of packed codes, but {out_features} × {in_features} weights take {expected}")]
+    #[error(
+        "{found} bytes of packed codes, but {out_features} × {in_features} weights take {expected}"
+    )]
     Length {
         /// Rows of the matrix.
         out_features: usize,
@@ -225,7 +230,12 @@ impl TernaryWeight {
             let sums = &mut sums[..tokens.len()];
             for band in 0..bands {
                 let rows = ROWS.min(n - band * ROWS);
-                kernel.ternary_dots(self.band(band), x.rows(&tokens), &x.sums[tokens.clone()], sums);
+                kernel.ternary_dots(
+                    self.band(band),
+                    x.rows(&tokens),
+                    &x.sums[tokens.clone()],
+                    sums,
+                );
                 for (token, sums) in sums.iter().enumerate() {
                     let y = &mut y[token * n + band * ROWS..][..rows];
                     let scale = x.scales[first + token];

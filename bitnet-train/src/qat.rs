@@ -6,12 +6,9 @@ use std::sync::Arc;
 
 use bitnet_model::{
     nn::{LinearFactory, LinearSpec, Projection},
-    ops::{
-        contiguous,
-        dense_matmul::{backward_weight, backward_x},
-        with_slice,
-    },
+    ops::dense_matmul::{backward_weight, backward_x},
     quant::Rounding,
+    storage::{contiguous, with_slice},
     weights::{TernaryWeight, quantized_activations, ternary_product},
 };
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Module, Result, Shape, Tensor, bail};

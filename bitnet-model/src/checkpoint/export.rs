@@ -12,8 +12,8 @@ use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
 use crate::{
     Error, Result,
     config::{Config, Family, Quantization, ScaleConvention, WeightForm},
-    ops::with_slice,
     quant::Rounding,
+    storage::with_slice,
     weights::TernaryWeight,
 };
 
@@ -227,7 +227,8 @@ fn latent(weight: &TernaryWeight) -> Vec<half::bf16> {
                 return half::bf16::ZERO;
             }
             owed += value;
-            let next = if owed - low.to_f64() > (high.to_f64() - low.to_f64()) / 2. { high } else { low };
+            let next =
+                if owed - low.to_f64() > (high.to_f64() - low.to_f64()) / 2. { high } else { low };
             owed -= next.to_f64();
             if code == 2 { next } else { -next }
         })

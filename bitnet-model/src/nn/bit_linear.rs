@@ -8,8 +8,9 @@ use candle_nn::VarBuilder;
 use super::{LinearFactory, LinearSpec, Projection, RmsNorm};
 use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
-    ops::{ternary_matmul, with_slice},
+    ops::ternary_matmul,
     quant::Rounding,
+    storage::with_slice,
     weights::TernaryWeight,
 };
 
@@ -38,7 +39,8 @@ impl BitLinear {
         let weight = match weights {
             WeightForm::Latent => {
                 let shape = (out_features, in_features);
-                let latent = vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::F32)?;
+                let latent =
+                    vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::F32)?;
                 with_slice::<f32, _>(&latent, |latent| {
                     if let Some(at) = latent.iter().position(|w| !w.is_finite()) {
                         let (row, col) = (at / in_features, at % in_features);
@@ -49,8 +51,10 @@ impl BitLinear {
             }
             WeightForm::Packed(convention) => {
                 let shape = (out_features.div_ceil(4), in_features);
-                let codes = vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::U8)?;
-                let scale = vb.get_with_hints_dtype(1, "weight_scale", Default::default(), DType::F32)?;
+                let codes =
+                    vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::U8)?;
+                let scale =
+                    vb.get_with_hints_dtype(1, "weight_scale", Default::default(), DType::F32)?;
                 let scale = scale.to_vec1::<f32>()?[0];
                 if !(scale.is_finite() && scale > 0.) {
                     return Err(refuse(format!("weight_scale is {scale}, not a positive number")));

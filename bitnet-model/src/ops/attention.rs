@@ -4,8 +4,11 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{dot, for_each_chunk, with_slice};
-use crate::kernels::{self, DenseWeights, Kernel, Matrix};
+use super::{dot, for_each_chunk};
+use crate::{
+    kernels::{self, DenseWeights, Kernel, Matrix},
+    storage::{contiguous, with_slice},
+};
 
 /// Attends `q` (batch, seq, heads, head_dim) over `k` and `v` (batch, kv_heads, context, head_dim):
 /// (batch, seq, heads, head_dim); f32.
@@ -73,7 +76,9 @@ impl<'a> Rows<'a> {
             [batch_stride, head_stride, stride, 1] => {
                 Ok(Self { data, batch_stride, head_stride, stride })
             }
-            _ => bail!("attention: the innermost dimension must be dense, not {:?}", layout.stride()),
+            _ => {
+                bail!("attention: the innermost dimension must be dense, not {:?}", layout.stride())
+            }
         }
     }
 
@@ -126,7 +131,7 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let dims = Dims::new(q_layout.shape(), k_layout.shape(), v_layout.shape())?;
-        let q = super::contiguous::<f32>(q, q_layout)?;
+        let q = contiguous::<f32>(q, q_layout)?;
         let (k, v) = (Rows::new(k, k_layout)?, Rows::new(v, v_layout)?);
         let kernel = kernels::active();
         let Dims { seq, heads, head_dim, context, .. } = dims;
@@ -192,7 +197,8 @@ impl Attention {
             .enumerate()
             .map(|(index, (dk, dv))| {
                 let (row, kv_head) = (index / kv_heads, index % kv_heads);
-                let (k, v) = (&k[index * head_len..][..head_len], &v[index * head_len..][..head_len]);
+                let (k, v) =
+                    (&k[index * head_len..][..head_len], &v[index * head_len..][..head_len]);
                 let mut dq = vec![0f32; group * seq * head_dim];
                 let (mut p, mut ds) = (vec![0f32; context], vec![0f32; context]);
                 for (j, dq) in dq.chunks_mut(head_dim).enumerate() {
@@ -203,11 +209,12 @@ impl Attention {
                     let seen = first * head_dim..(first + count) * head_dim;
                     let (p, ds) = (&mut p[..count], &mut ds[..count]);
                     let (k, v) = (&k[seen.clone()], &v[seen.clone()]);
-                    backward_query(dims.scale(), (q, k, v, dy), (p, ds), (
-                        dq,
-                        &mut dk[seen.clone()],
-                        &mut dv[seen],
-                    ));
+                    backward_query(
+                        dims.scale(),
+                        (q, k, v, dy),
+                        (p, ds),
+                        (dq, &mut dk[seen.clone()], &mut dv[seen]),
+                    );
                 }
                 dq
             })

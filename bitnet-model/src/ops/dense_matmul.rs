@@ -9,8 +9,11 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, b
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::{PARALLEL_ELEMENTS, contiguous, for_each_chunk, with_slice};
-use crate::kernels::{self, DenseWeights, Matrix};
+use super::{PARALLEL_ELEMENTS, for_each_chunk};
+use crate::{
+    kernels::{self, DenseWeights, Matrix},
+    storage::{contiguous, with_slice},
+};
 
 /// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
 /// bf16: (…, out_features) f32. Differentiable in both when `weight` is f32.
@@ -111,10 +114,7 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
 }
 
 /// Hands out rows of `k` values.
-fn f32_rows<'a>(
-    weight: &'a [f32],
-    k: usize,
-) -> impl Fn(Range<usize>) -> DenseWeights<'a> + Sync {
+fn f32_rows<'a>(weight: &'a [f32], k: usize) -> impl Fn(Range<usize>) -> DenseWeights<'a> + Sync {
     move |r| DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
 }
 

@@ -3,8 +3,11 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{contiguous, for_each_chunk, with_slice};
-use crate::config::Activation;
+use super::for_each_chunk;
+use crate::{
+    config::Activation,
+    storage::{contiguous, with_slice},
+};
 
 /// `act(gate) · up`, element by element; f32, equal shapes. `act` is relu² (2B-4T) or SiLU (Llama).
 pub fn gated(gate: &Tensor, up: &Tensor, act: Activation) -> Result<Tensor> {

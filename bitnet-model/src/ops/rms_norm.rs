@@ -3,8 +3,11 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{contiguous, dot, for_each_chunk, with_slice};
-use crate::kernels;
+use super::{dot, for_each_chunk};
+use crate::{
+    kernels,
+    storage::{contiguous, with_slice},
+};
 
 /// Normalizes the last dimension of `x` (…, hidden) and multiplies it by `weight` (hidden); f32.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {

@@ -3,7 +3,8 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::{contiguous, for_each_chunk};
+use super::for_each_chunk;
+use crate::storage::contiguous;
 
 /// Rotates `x` (batch, seq, heads, head_dim) by `cos` and `sin` (batch or 1, seq, head_dim / 2);
 /// all f32. The angles are constants: no gradient flows into them.

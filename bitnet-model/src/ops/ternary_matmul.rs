@@ -8,10 +8,10 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{contiguous, with_slice};
 use crate::{
     kernels::{self, tile::ROWS},
     quant::Rounding,
+    storage::{contiguous, with_slice},
     weights::{TernaryWeight, ternary_product},
 };
 
