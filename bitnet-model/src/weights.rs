@@ -73,8 +73,11 @@ impl TernaryWeight {
         assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
         let scale = quant::weight_scale(weights);
         let inverse = 1. / scale;
-        Self::from_fn(out_features, in_features, scale, |row, col| {
-            (quant::ternary(weights[row * in_features + col], inverse, rounding) + 1) as u8
+        Self::from_rows(out_features, in_features, scale, |row, col, codes| {
+            let weights = &weights[row * in_features + col..][..codes.len()];
+            for (code, &weight) in codes.iter_mut().zip(weights) {
+                *code = (quant::ternary(weight, inverse, rounding) + 1) as u8;
+            }
         })
     }
 
@@ -98,31 +101,34 @@ impl TernaryWeight {
             let found = bytes.len();
             return Err(PackedError::Length { out_features, in_features, expected, found });
         }
-        // Both bits of a field set: v & (v >> 1) keeps a 1 in the field's low bit.
-        if let Some(at) = bytes.par_iter().position_first(|v| v & (v >> 1) & 0x55 != 0) {
-            let field = ((bytes[at] & (bytes[at] >> 1) & 0x55).trailing_zeros() / 2) as usize;
+        if let Some(at) = first_invalid(bytes) {
+            let field = invalid_fields(bytes[at]).trailing_zeros() as usize / 2;
             let row = field * quarter + at / in_features;
             return Err(PackedError::Code { row, col: at % in_features });
         }
-        Ok(Self::from_fn(out_features, in_features, scale, |row, col| {
-            bytes[row % quarter * in_features + col] >> (2 * (row / quarter)) & 3
+        Ok(Self::from_rows(out_features, in_features, scale, |row, col, codes| {
+            let shift = 2 * (row / quarter);
+            let bytes = &bytes[row % quarter * in_features + col..][..codes.len()];
+            codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte >> shift & 3);
         }))
     }
 
-    fn from_fn(
+    /// `fill(row, col, codes)` gives the codes of `weight[row][col..]`, at most a tile's width.
+    fn from_rows(
         out_features: usize,
         in_features: usize,
         scale: f32,
-        code: impl Fn(usize, usize) -> u8 + Send + Sync,
+        fill: impl Fn(usize, usize, &mut [u8]) + Send + Sync,
     ) -> Self {
         let width = in_features.div_ceil(COLS);
         let mut tiles = vec![tile::EMPTY; out_features.div_ceil(ROWS) * width];
         tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
             for row in 0..ROWS.min(out_features - band * ROWS) {
                 for (i, tile) in tiles.iter_mut().enumerate() {
-                    for col in 0..COLS.min(in_features - i * COLS) {
-                        tile::set_code(tile, row, col, code(band * ROWS + row, i * COLS + col));
-                    }
+                    let mut codes = [1; COLS];
+                    let inside = COLS.min(in_features - i * COLS);
+                    fill(band * ROWS + row, i * COLS, &mut codes[..inside]);
+                    tile::set_row(tile, row, &codes);
                 }
             }
         });
@@ -140,8 +146,13 @@ impl TernaryWeight {
         let quarter = self.out_features / 4;
         let mut bytes = vec![0u8; quarter * self.in_features];
         bytes.par_chunks_mut(self.in_features.max(1)).enumerate().for_each(|(r, bytes)| {
-            for (col, byte) in bytes.iter_mut().enumerate() {
-                *byte = (0..4).fold(0, |byte, i| byte | self.code(i * quarter + r, col) << (2 * i));
+            for field in 0..4 {
+                let row = field * quarter + r;
+                let tiles = self.band(row / ROWS);
+                for (bytes, tile) in bytes.chunks_mut(COLS).zip(tiles) {
+                    let codes = tile::row(tile, row % ROWS);
+                    bytes.iter_mut().zip(codes).for_each(|(byte, c)| *byte |= c << (2 * field));
+                }
             }
         });
         Ok(bytes)
@@ -244,6 +255,21 @@ impl TernaryWeight {
             }
         });
     }
+}
+
+/// A 1 in the low bit of each 2-bit field that holds code 3.
+fn invalid_fields(byte: u8) -> u8 {
+    byte & (byte >> 1) & 0b01_01_01_01
+}
+
+/// The first byte with a code 3.
+fn first_invalid(bytes: &[u8]) -> Option<usize> {
+    /// Bytes looked at without a branch.
+    const BLOCK: usize = 1 << 12;
+    let has_invalid = |block: &[u8]| block.iter().fold(0, |any, &b| any | invalid_fields(b)) != 0;
+    let block = bytes.par_chunks(BLOCK).position_first(has_invalid)?;
+    let found = bytes[block * BLOCK..].iter().position(|&b| invalid_fields(b) != 0)?;
+    Some(block * BLOCK + found)
 }
 
 /// Codes a thread should read before another one is worth waking.

@@ -8,6 +8,12 @@ use super::*;
 /// Lengths below, at and above one vector, with every kind of ragged end.
 const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128, 1003];
 
+fn set_code(tile: &mut Tile, row: usize, col: usize, code: u8) {
+    let mut codes = tile::row(tile, row);
+    codes[col] = code;
+    tile::set_row(tile, row, &codes);
+}
+
 fn rng() -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(158)
 }
@@ -51,7 +57,7 @@ fn tile_row(rng: &mut ChaCha8Rng, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
         for (col, weight) in weights.iter_mut().enumerate() {
             let code = rng.random_range(0..3u8);
             *weight = i32::from(code) - 1;
-            tile::set_code(&mut packed[col / COLS], row, col % COLS, code);
+            set_code(&mut packed[col / COLS], row, col % COLS, code);
         }
     }
     (packed, weights)
@@ -87,7 +93,7 @@ fn tiles_hold_what_was_set() {
     assert_eq!(decoded, [[0.; COLS]; ROWS]);
     // The layout itself: row 5, column 14 is byte 4 · 5 + 2, lane 3.
     let mut tile = [0; 64];
-    tile::set_code(&mut tile, 5, 14, 2);
+    set_code(&mut tile, 5, 14, 2);
     assert_eq!(tile[22], 2 << 6);
     assert_eq!(tile.iter().filter(|byte| **byte != 0).count(), 1);
 }

@@ -29,19 +29,33 @@ fn position(row: usize, col: usize) -> (usize, u32) {
     (4 * row + col % 4, 2 * (col / 4) as u32)
 }
 
-/// Sets the code of `weight[row][col]`; `code` is `weight + 1`.
-#[inline]
-pub fn set_code(tile: &mut Tile, row: usize, col: usize, code: u8) {
-    debug_assert!(code <= 2, "{code} is not a ternary code");
-    let (byte, shift) = position(row, col);
-    tile[byte] = tile[byte] & !(3 << shift) | (code & 3) << shift;
-}
-
 /// The code of `weight[row][col]`.
 #[inline]
 pub fn code(tile: &Tile, row: usize, col: usize) -> u8 {
     let (byte, shift) = position(row, col);
     tile[byte] >> shift & 3
+}
+
+/// Sets the sixteen codes of a row.
+#[inline]
+pub fn set_row(tile: &mut Tile, row: usize, codes: &[u8; COLS]) {
+    // Four codes a word: word `lane` holds columns 4·lane .. 4·lane + 4, and goes to bits 2·lane.
+    let word = codes.as_chunks::<4>().0.iter().enumerate().fold(0, |word, (lane, codes)| {
+        debug_assert!(codes.iter().all(|&code| code <= 2), "{codes:?} are not ternary codes");
+        word | u32::from_le_bytes(*codes) << (2 * lane)
+    });
+    tile[4 * row..4 * row + 4].copy_from_slice(&word.to_le_bytes());
+}
+
+/// The sixteen codes of a row.
+#[inline]
+pub fn row(tile: &Tile, row: usize) -> [u8; COLS] {
+    let mut codes = [0; COLS];
+    let bytes = &tile[4 * row..4 * row + 4];
+    for (lane, codes) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte >> (2 * lane) & 3);
+    }
+    codes
 }
 
 /// The weights −1, 0, 1 of a tile, row by row.
