@@ -87,12 +87,14 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if args.ignore_eos {
         plan.options.eos_token_ids.clear();
     }
+    let open_time = start.elapsed();
     let prompt = args.prompt(&source)?;
 
+    let start = Instant::now(); // waiting for stdin is not loading
     let model = source.into_pretrained(&Device::Cpu)?;
     let (prompt, echo) = args.encode(prompt, &model)?;
     check_prompt(&prompt, model.model.config())?;
-    let load_time = start.elapsed();
+    let load_time = open_time + start.elapsed();
 
     plan.options.interrupt = interrupt::flag()?;
     let mut stdout = io::stdout().lock();
