@@ -107,11 +107,7 @@ pub struct TextOutput<'a> {
 
 impl<'a> TextOutput<'a> {
     /// Text on its own, such as a reply. `out` takes the pieces if it is there.
-    pub fn new(
-        tokenizer: &Tokenizer,
-        stop: StopStrings,
-        out: Option<&'a mut dyn Write>,
-    ) -> Self {
+    pub fn new(tokenizer: &Tokenizer, stop: StopStrings, out: Option<&'a mut dyn Write>) -> Self {
         let (prompt_tail, text) = (String::new(), String::new());
         Self { stream: tokenizer.stream(true), stop, prompt_tail, text, stopped: false, out }
     }

@@ -84,7 +84,9 @@ impl SamplingArgs {
     ) -> anyhow::Result<Plan> {
         let vocab_size = config.vocab_size;
         if let Some((id, _)) = self.logit_bias.iter().find(|(id, _)| *id as usize >= vocab_size) {
-            bail!("--logit-bias names token {id}, but the model's vocabulary has {vocab_size} tokens");
+            bail!(
+                "--logit-bias names token {id}, but the model's vocabulary has {vocab_size} tokens"
+            );
         }
         Ok(Plan {
             options: GenerateOptions {

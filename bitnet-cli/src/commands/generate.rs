@@ -230,7 +230,9 @@ mod tests {
 
     #[test]
     fn a_prompt_loses_one_line_break() {
-        for (input, prompt) in [("a", "a"), ("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")] {
+        for (input, prompt) in
+            [("a", "a"), ("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")]
+        {
             assert_eq!(read_prompt(input.as_bytes()).unwrap(), prompt);
         }
         let error = read_prompt(&b"ab\xff"[..]).unwrap_err().to_string();

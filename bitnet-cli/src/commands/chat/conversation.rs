@@ -1,12 +1,6 @@
 //! The messages so far and the session that answers them.
 
-use std::{
-    fs,
-    io::Write,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io::Write, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use bitnet_model::{
@@ -84,8 +78,7 @@ impl Conversation {
     fn answer(&mut self, out: &mut dyn Write) -> anyhow::Result<(String, Finish)> {
         let prompt = self.prompt(&self.all_messages())?;
         check_prompt(&prompt, &self.config).context("/reset starts a new conversation")?;
-        let mut text =
-            TextOutput::new(&self.tokenizer, self.plan.stop.clone(), Some(&mut *out));
+        let mut text = TextOutput::new(&self.tokenizer, self.plan.stop.clone(), Some(&mut *out));
         let continuation = continuation::run(
             &mut self.session,
             &prompt,

@@ -188,7 +188,8 @@ impl Unfinished {
                 return message(whole);
             }
             self.in_block = true;
-            self.text = Some(if rest.trim().is_empty() { String::new() } else { format!("{rest}\n") });
+            self.text =
+                Some(if rest.trim().is_empty() { String::new() } else { format!("{rest}\n") });
             return None;
         }
         if line.trim_start().starts_with('/') {
@@ -240,13 +241,19 @@ mod tests {
 
     #[test]
     fn a_backslash_continues_a_line() {
-        assert_eq!(entered(&["one\\", "/two\\", "three", "four"]), messages(&["one\n/two\nthree", "four"]));
+        assert_eq!(
+            entered(&["one\\", "/two\\", "three", "four"]),
+            messages(&["one\n/two\nthree", "four"])
+        );
         assert_eq!(entered(&["cut\\"]), messages(&["cut"]));
     }
 
     #[test]
     fn blocks_hold_anything() {
-        assert_eq!(entered(&["\"\"\"", "a", "", "/b\\", "\"\"\"", "c"]), messages(&["a\n\n/b\\", "c"]));
+        assert_eq!(
+            entered(&["\"\"\"", "a", "", "/b\\", "\"\"\"", "c"]),
+            messages(&["a\n\n/b\\", "c"])
+        );
         assert_eq!(entered(&["\"\"\"a", "b\"\"\""]), messages(&["a\nb"]));
         assert_eq!(entered(&["\"\"\"/not a command\"\"\""]), messages(&["/not a command"]));
         assert_eq!(entered(&["\"\"\"", "\"\"\""]), []);
