@@ -162,3 +162,60 @@ impl<'a> TextOutput<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A vocabulary that marks the starts of words and spells other characters in bytes, as
+    /// SentencePiece does.
+    fn tokenizer() -> Tokenizer {
+        let mut vocab = json!({"<unk>": 0, "▁a": 1, "▁b": 2, "c": 3});
+        for (id, byte) in (4..).zip("é".bytes()) {
+            vocab[format!("<0x{byte:02X}>")] = json!(id);
+        }
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"});
+        let file = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+            "pre_tokenizer": metaspace,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true},
+        });
+        Tokenizer::from_bytes(file.to_string().as_bytes(), None, None).unwrap()
+    }
+
+    fn continued(prompt: &[u32], tokens: &[u32], stop: &[&str]) -> (String, Finish) {
+        let (tokenizer, mut out) = (tokenizer(), Vec::new());
+        let stop = StopStrings::new(stop.iter().map(|s| (*s).to_owned()).collect()).unwrap();
+        let text = TextOutput::new(&tokenizer, stop, Some(&mut out));
+        let mut text = text.after(prompt, &tokenizer).unwrap();
+        for &token in tokens {
+            if text.push(token).unwrap().is_break() {
+                break;
+            }
+        }
+        let (text, finish) = text.finish(Finish::Length).unwrap();
+        assert_eq!(out, text.as_bytes());
+        (text, finish)
+    }
+
+    #[test]
+    fn a_continuation_keeps_its_first_space() {
+        assert_eq!(continued(&[1], &[2, 3], &[]), (" bc".into(), Finish::Length));
+        assert_eq!(continued(&[], &[2, 3], &[]), ("bc".into(), Finish::Length));
+        assert_eq!(continued(&[1, 4, 5], &[2], &[]).0, " b", "a prompt that ends in bytes");
+        assert_eq!(continued(&[1, 4, 5], &[4, 5, 3], &[]).0, "éc");
+    }
+
+    #[test]
+    fn a_stop_string_may_come_with_the_last_held_piece() {
+        assert_eq!(continued(&[1], &[2, 4, 5], &["é"]), (" b".into(), Finish::Stop));
+        assert_eq!(continued(&[1], &[2, 3, 2], &["cd"]), (" bc b".into(), Finish::Length));
+    }
+}
