@@ -17,9 +17,14 @@ pub fn flag() -> anyhow::Result<Arc<AtomicBool>> {
     let seen = flag.clone();
     ctrlc::set_handler(move || {
         if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(EXIT_INTERRUPTED);
+            exit();
         }
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(flag)
+}
+
+/// Ends the program as Ctrl-C does.
+pub fn exit() -> ! {
+    std::process::exit(EXIT_INTERRUPTED)
 }

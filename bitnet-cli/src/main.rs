@@ -2,8 +2,11 @@
 
 mod args;
 mod commands;
+mod continuation;
 mod interrupt;
 mod model;
+mod sampling;
+mod statistics;
 
 use std::{io, process::ExitCode};
 

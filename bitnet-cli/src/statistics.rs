@@ -1,0 +1,138 @@
+//! What a generation cost: the line on stderr and the object in `--json`.
+
+use std::{fmt, time::Duration};
+
+use bitnet_model::session::Generation;
+use serde::Serialize;
+
+/// Speed and memory of one generation. A rate is absent when nothing was run to measure it by.
+#[derive(Clone, Debug, Serialize)]
+pub struct Statistics {
+    /// Prompt tokens that had to be run.
+    #[serde(skip)]
+    prompt_tokens: usize,
+    /// Tokens added.
+    #[serde(skip)]
+    new_tokens: usize,
+    prompt_tokens_per_second: Option<f64>,
+    decode_tokens_per_second: Option<f64>,
+    /// From the start of the prompt.
+    time_to_first_token_seconds: Option<f64>,
+    /// Prompt and continuation, without loading.
+    total_seconds: f64,
+    /// Finding, reading and checking the model.
+    load_seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_memory_bytes: Option<u64>,
+}
+
+impl Statistics {
+    /// Of a generation that ran `decoded` of its own tokens through the model (the last one often
+    /// need not run) and whose first token came after `first_token`.
+    pub fn new(
+        generation: &Generation,
+        decoded: usize,
+        first_token: Option<Duration>,
+        load_time: Duration,
+    ) -> Self {
+        let rate = |tokens: usize, time: Duration| {
+            (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
+        };
+        Self {
+            prompt_tokens: generation.prompt_tokens,
+            new_tokens: generation.tokens.len(),
+            prompt_tokens_per_second: rate(generation.prompt_tokens, generation.prompt_time),
+            decode_tokens_per_second: rate(decoded, generation.decode_time),
+            time_to_first_token_seconds: first_token.map(|time| time.as_secs_f64()),
+            total_seconds: (generation.prompt_time + generation.decode_time).as_secs_f64(),
+            load_seconds: load_time.as_secs_f64(),
+            peak_memory_bytes: peak_memory(),
+        }
+    }
+}
+
+impl fmt::Display for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let part = |f: &mut fmt::Formatter<'_>, tokens, what, rate: Option<f64>| {
+            write!(f, "{tokens} {what} tokens")?;
+            rate.map_or(Ok(()), |rate| write!(f, " at {rate:.1} tokens/s"))
+        };
+        part(f, self.prompt_tokens, "prompt", self.prompt_tokens_per_second)?;
+        write!(f, ", ")?;
+        part(f, self.new_tokens, "new", self.decode_tokens_per_second)?;
+        if let Some(seconds) = self.time_to_first_token_seconds {
+            write!(f, ", first token after {seconds:.3} s")?;
+        }
+        match self.peak_memory_bytes {
+            Some(bytes) => write!(f, ", peak memory {}", Bytes(bytes)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A number of bytes for people.
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: f64 = (1u64 << 20) as f64;
+        match self.0 as f64 / MIB {
+            mib if mib >= 1024. => write!(f, "{:.2} GiB", mib / 1024.),
+            mib => write!(f, "{mib:.1} MiB"),
+        }
+    }
+}
+
+/// The most memory this process has occupied so far, where the system tells (Linux).
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    peak_memory_of(&status)
+}
+
+fn peak_memory_of(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use bitnet_model::session::Finish;
+
+    use super::*;
+
+    #[test]
+    fn rates_and_line() {
+        let generation = Generation {
+            tokens: vec![1, 2, 3],
+            finish: Finish::Length,
+            prompt_tokens: 10,
+            prompt_time: Duration::from_millis(100),
+            decode_time: Duration::from_millis(500),
+        };
+        let first = Some(Duration::from_millis(125));
+        let mut statistics = Statistics::new(&generation, 2, first, Duration::from_secs(1));
+        statistics.peak_memory_bytes = Some(3 << 30);
+        assert_eq!(
+            statistics.to_string(),
+            "10 prompt tokens at 100.0 tokens/s, 3 new tokens at 4.0 tokens/s, \
+             first token after 0.125 s, peak memory 3.00 GiB"
+        );
+        let none = Generation { tokens: Vec::new(), prompt_tokens: 0, ..generation };
+        let mut statistics = Statistics::new(&none, 0, None, Duration::ZERO);
+        statistics.peak_memory_bytes = None;
+        assert_eq!(statistics.to_string(), "0 prompt tokens, 0 new tokens");
+        assert!(serde_json::to_value(&statistics).unwrap().get("peak_memory_bytes").is_none());
+    }
+
+    #[test]
+    fn peak_memory_of_a_status_file() {
+        let status = "Name:\tbitnet\nVmPeak:\t  900 kB\nVmHWM:\t   12 kB\n";
+        assert_eq!(peak_memory_of(status), Some(12 << 10));
+        assert_eq!(peak_memory_of("Name:\tbitnet\n"), None);
+        assert_eq!(Bytes(45 << 20).to_string(), "45.0 MiB");
+        if cfg!(target_os = "linux") {
+            assert!(peak_memory().is_some_and(|bytes| bytes > 1 << 20));
+        }
+    }
+}
