@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod interrupt;
 mod model;
+mod progress;
 
 use std::{io, process::ExitCode};
 

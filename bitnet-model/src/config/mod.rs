@@ -168,6 +168,17 @@ impl Config {
         }
     }
 
+    /// Tensor name and shape (out_features, in_features) of every projection: the ternary matrices of
+    /// a quantized model.
+    pub fn projections(&self) -> impl Iterator<Item = (String, (usize, usize))> {
+        let projections = tensors::projections(self);
+        (0..self.num_hidden_layers).flat_map(move |layer| {
+            projections.map(|(name, out_features, in_features)| {
+                (format!("model.layers.{layer}.{name}.weight"), (out_features, in_features))
+            })
+        })
+    }
+
     /// Checks that every tensor of the model is there, with the shape and element type this
     /// configuration implies. Tensors it does not know are ignored, as transformers does.
     pub fn check_tensors(&self, checkpoint: &Checkpoint) -> Result<()> {
