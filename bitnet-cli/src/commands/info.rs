@@ -348,25 +348,9 @@ impl Parameters {
         let embedding = (config.vocab_size * config.hidden_size) as u64;
         let head = if config.tie_word_embeddings { 0 } else { embedding };
         let ternary = config.projections().map(|(_, (out, input))| (out * input) as u64).sum();
-        let others = norms(config);
-        Self { total: ternary + embedding + head + others, ternary, embedding, head, others }
+        let (total, others) = (config.parameters(), config.norm_parameters());
+        Self { total, ternary, embedding, head, others }
     }
-}
-
-/// Values of all norms, and of biases.
-fn norms(config: &Config) -> u64 {
-    let sub_norms = match config.sub_norm_names() {
-        Some(_) => config.hidden_size + config.intermediate_size,
-        None => 0,
-    };
-    let layer = 2 * config.hidden_size + sub_norms;
-    let has_input_norms = config.quantization.is_some_and(|q| q.input_norm_eps.is_some());
-    let of_projections = |(name, (out_features, in_features)): (String, (usize, usize))| {
-        let bias = config.attention_bias && name.contains(".self_attn.");
-        u64::from(has_input_norms) * in_features as u64 + u64::from(bias) * out_features as u64
-    };
-    (config.num_hidden_layers * layer + config.hidden_size) as u64
-        + config.projections().map(of_projections).sum::<u64>()
 }
 
 impl Memory {

@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long)]
     no_special: bool,
     /// Take the text for what a user says and put it into the model's chat template
-    #[arg(long, conflicts_with_all = ["decode", "no_special"])]
+    #[arg(long, conflicts_with = "decode")]
     chat: bool,
     /// Print one token a line: id, tab, token as the vocabulary spells it
     #[arg(long, group = "format")]
@@ -98,8 +98,10 @@ fn encode(args: &Args, tokenizer: &Tokenizer, model: &str) -> anyhow::Result<Vec
     let Some(template) = tokenizer.chat_template()? else {
         bail!("{model}: has no chat template: leave out --chat");
     };
-    // The template writes every special token itself.
-    Ok(tokenizer.encode(&template.render(&[Message::new("user", text)], true)?, false)?)
+    let prompt = template.render(&[Message::new("user", text)], true)?;
+    // Some templates write BOS themselves, others leave it to the tokenizer.
+    let has_bos = tokenizer.bos_token().is_some_and(|bos| prompt.starts_with(bos));
+    Ok(tokenizer.encode(&prompt, !has_bos && !args.no_special)?)
 }
 
 /// `piece` with control characters escaped, so that it stays on its line.
