@@ -5,6 +5,7 @@ mod commands;
 mod continuation;
 mod interrupt;
 mod model;
+mod progress;
 mod sampling;
 mod statistics;
 
@@ -15,7 +16,10 @@ use clap::Parser;
 use crate::args::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explain(&error),
+    };
     let result = cli.global.apply().and_then(|()| commands::run(cli.command, &cli.global));
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -25,6 +29,22 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and version go to stdout; a mistake becomes one line on stderr, with clap's suggestion.
+fn explain(error: &clap::Error) -> ExitCode {
+    /// Exit status of a command line that cannot be understood, as clap and shells have it.
+    const EXIT_USAGE: u8 = 2;
+    if !error.use_stderr() {
+        // A reader that has gone away wants no help.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let message = error.render().to_string();
+    let said = message.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let said: Vec<&str> = said.filter(|line| !line.is_empty()).collect();
+    eprintln!("{} (see --help)", said.join(" "));
+    ExitCode::from(EXIT_USAGE)
 }
 
 /// Whoever read our output has seen enough: `bitnet generate … | head`.

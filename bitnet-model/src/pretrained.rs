@@ -31,6 +31,9 @@ pub enum Precision {
     Ternarize,
     /// Float weights are what they are: run a plain Llama in full precision.
     Full,
+    /// As the configuration says; without a word of quantization in it, in full precision. For
+    /// looking at a model rather than running it.
+    AsFound,
 }
 
 /// What [`Source::load`] makes a model of: the files, or the embedded default, read and checked as far
@@ -149,7 +152,7 @@ impl Source {
                             .into(),
                 });
             }
-            Precision::Full | Precision::AsConfigured => {}
+            Precision::Full | Precision::AsConfigured | Precision::AsFound => {}
         }
         self.config.check_tensors(&self.checkpoint)?;
         for id in &self.config.eos_token_ids {
@@ -193,14 +196,18 @@ impl Source {
         }
     }
 
-    /// Loads the weights through a linear factory of the caller's.
-    pub fn load_with(&self, linears: &dyn LinearFactory, device: &Device) -> Result<Model> {
-        let embedding = self.checkpoint.get("model.embed_tokens.weight").map(|info| info.dtype);
-        let dtype = match embedding {
+    /// What embedding and head, and the projections of a full-precision model, are in memory: bf16 if
+    /// the embedding is stored so, else f32.
+    pub fn embedding_dtype(&self) -> DType {
+        match self.checkpoint.get("model.embed_tokens.weight").map(|info| info.dtype) {
             Some(Dtype::BF16) => DType::BF16,
             _ => DType::F32,
-        };
-        let vb = self.checkpoint.var_builder(dtype, device);
+        }
+    }
+
+    /// Loads the weights through a linear factory of the caller's.
+    pub fn load_with(&self, linears: &dyn LinearFactory, device: &Device) -> Result<Model> {
+        let vb = self.checkpoint.var_builder(self.embedding_dtype(), device);
         Model::load(&self.config, linears, vb).map_err(|error| Error::Checkpoint {
             path: self.checkpoint.path().into(),
             reason: error.to_string(),

@@ -164,6 +164,12 @@ impl TernaryWeight {
         tile::code(tile, row % ROWS, col % COLS)
     }
 
+    /// Whether all codes are those of `other`; the scales may differ.
+    pub fn has_codes_of(&self, other: &Self) -> bool {
+        let shape = |weight: &Self| (weight.out_features, weight.in_features);
+        shape(self) == shape(other) && self.tiles == other.tiles
+    }
+
     /// The tiles of output rows `16·index ..`.
     fn band(&self, index: usize) -> &[Tile] {
         let width = self.in_features.div_ceil(COLS);

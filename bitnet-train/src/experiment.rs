@@ -90,8 +90,8 @@ pub fn run(
     })
 }
 
-/// The model that the recipe describes; online quantization unless it is the full-precision twin.
-fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Config {
+/// The model that the recipe describes, with the special tokens of `vocabulary`; online quantization unless it is the full-precision twin.
+pub fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Config {
     let model = &recipe.model;
     let quantization = match model.precision {
         Precision::Bitnet => Some(Quantization {

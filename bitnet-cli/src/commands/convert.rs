@@ -1,9 +1,241 @@
-//! (in progress)
-use crate::args::Global;
-/// Options.
+//! `bitnet convert IN OUT --to packed|latent`: a model rewritten in the other form, read back and
+//! compared before it appears.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use bitnet_model::{
+    checkpoint::{
+        Checkpoint,
+        export::{self, Target},
+    },
+    config::Config,
+    pretrained::{Precision, Source, default_files},
+};
+
+use crate::{args::Global, progress};
+
+/// Options of `bitnet convert`.
 #[derive(clap::Args)]
-pub struct Args {}
-/// Runs it.
-pub fn run(_args: Args, _global: &Global) -> anyhow::Result<()> {
+#[command(long_about = "Rewrite a checkpoint in another form, as a folder in the Hub's layout.
+
+packed: 2-bit codes with a bf16 scale a matrix, everything else bf16: what microsoft/bitnet-b1.58-2B-4T (BitNet) or \
+Falcon3-1.58bit (Llama) look like. A model of 1bitLLM becomes a BitNet.
+latent: bf16 masters, for training, that quantize to the same codes and scales. Masters that are there already are copied \
+as they are. A packed Llama without input norms gets a plain configuration, so run the result with --ternarize.
+
+Tokenizer and generation settings are copied. Every ternary matrix is read back and compared before OUT appears: \
+codes must be equal, scales up to the rounding to bf16.")]
+pub struct Args {
+    /// Hub repo id (org/name), folder, .safetensors file, or `default`
+    #[arg(value_name = "IN")]
+    input: String,
+    /// Folder to write
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+    /// The form to write
+    #[arg(long, value_name = "FORM")]
+    to: Form,
+    /// Branch, tag or commit of a Hub repo [default: main]
+    #[arg(long, value_name = "REVISION")]
+    revision: Option<String>,
+    /// Take float weights without a quantization_config for masters of a 1.58-bit model (Falcon-E prequantized)
+    #[arg(long)]
+    ternarize: bool,
+    /// Replace OUT if it is a model's folder
+    #[arg(long)]
+    force: bool,
+    /// Print folder, forms and sizes in bytes as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--to` takes.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Form {
+    /// 2-bit codes
+    Packed,
+    /// Float masters
+    Latent,
+}
+
+/// Writes the folder.
+pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+    let (parent, name) = place(&args.output)?;
+    check_free(&args.output, args.force)?;
+    let precision = if args.ternarize { Precision::Ternarize } else { Precision::AsConfigured };
+    let hub = bitnet_model::hub::Hub::from_env().progress(!global.quiet);
+    let hub = match &args.revision {
+        Some(revision) => hub.revision(revision),
+        None => hub,
+    };
+    let source = Source::open(&args.input, precision, &hub)?;
+    let target = match args.to {
+        Form::Packed => Target::Packed,
+        Form::Latent => Target::Latent,
+    };
+
+    // Beside OUT, so that a rename brings all of it at once.
+    let mut builder = tempfile::Builder::new();
+    let prefix = format!(".{name}.");
+    builder.prefix(&prefix).suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
+    let folder = builder
+        .tempdir_in(&parent)
+        .with_context(|| format!("{}: cannot be written to", parent.display()))?;
+    clean_up_on_interrupt(folder.path().to_owned())?;
+    let tensors = write(&source, folder.path(), target, global)?;
+    let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
+    publish(folder, &args.output)?;
+
+    let read: u64 = match &source.files {
+        Some(files) => sizes(&files.weights)?,
+        None => default_files().iter().filter(|(n, _)| *n == "model.safetensors").map(|(_, d)| d.len() as u64).sum(),
+    };
+    let out = &mut io::stdout().lock();
+    if args.json {
+        let form = match args.to {
+            Form::Packed => "packed",
+            Form::Latent => "latent",
+        };
+        let summary = serde_json::json!({
+            "folder": args.output.display().to_string(), "form": form, "tensors": tensors,
+            "bytes_read": read, "bytes_written": written,
+        });
+        writeln!(out, "{summary:#}")?;
+    } else {
+        let (read, written) = (progress::bytes(read), progress::bytes(written));
+        writeln!(out, "{}: {tensors} tensors, {read} → {written}", args.output.display())?;
+    }
     Ok(())
+}
+
+/// The folder that will hold `output`, and the last part of its path.
+fn place(output: &Path) -> anyhow::Result<(PathBuf, String)> {
+    let Some(name) = output.file_name() else {
+        bail!("{}: names no folder of its own: give a new one", output.display());
+    };
+    let parent = match output.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        bail!("{}: no such folder: make it first", parent.display());
+    }
+    Ok((parent.to_owned(), name.to_string_lossy().into_owned()))
+}
+
+/// Refuses an `output` that is there, unless it is an empty folder, or a model's and `force` is given.
+fn check_free(output: &Path, force: bool) -> anyhow::Result<()> {
+    let path = output.display();
+    if output.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    if !output.is_dir() || output.is_symlink() {
+        bail!("{path}: is there and no folder: choose another one");
+    }
+    let entries = fs::read_dir(output).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let entries = entries.with_context(|| path.to_string())?;
+    if entries.is_empty() {
+        return Ok(());
+    }
+    if !force {
+        bail!("{path}: is not empty: choose another folder, or pass --force to replace a model's");
+    }
+    // What is replaced is deleted: only what looks like a model and nothing more.
+    let is_model = output.join("config.json").is_file();
+    if !is_model || entries.iter().any(|entry| entry.path().is_dir()) {
+        bail!("{path}: --force replaces a model's folder, and this has no config.json or has folders in it");
+    }
+    Ok(())
+}
+
+/// Ctrl-C leaves nothing behind.
+fn clean_up_on_interrupt(folder: PathBuf) -> anyhow::Result<()> {
+    let handler = move || {
+        let _ = fs::remove_dir_all(&folder);
+        std::process::exit(130); // 128 + SIGINT
+    };
+    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
+}
+
+/// Writes a whole model to `folder`, reads it back and compares. Returns how many tensors it has.
+fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> anyhow::Result<usize> {
+    let bar = progress::bar(global, 0, "{msg:8} {bar:30} {pos}/{len} {eta}");
+    let step = |position: usize, len: usize| {
+        bar.set_length(len as u64);
+        bar.set_position(position as u64);
+    };
+    bar.set_message("writing");
+    let converted = export::convert(&source.config, &source.checkpoint, folder, target, step)?;
+    match &source.files {
+        None => {
+            let weights = ["config.json", "model.safetensors"];
+            for (name, data) in default_files().iter().filter(|(name, _)| !weights.contains(name)) {
+                let path = folder.join(name);
+                fs::write(&path, data).with_context(|| path.display().to_string())?;
+            }
+        }
+        Some(files) => {
+            let files = [
+                &files.generation_config,
+                &files.tokenizer,
+                &files.tokenizer_config,
+                &files.special_tokens_map,
+                &files.chat_template,
+            ];
+            for path in files.into_iter().flatten() {
+                let name = path.file_name().unwrap_or_default();
+                // Not `copy`, which would take over the permissions of a read-only source.
+                let data = fs::read(path).with_context(|| path.display().to_string())?;
+                fs::write(folder.join(name), data).with_context(|| path.display().to_string())?;
+            }
+        }
+    }
+    bar.set_message("checking");
+    let path = folder.join("config.json");
+    let mut config = Config::from_file(&path)?;
+    if config.quantization.is_none() {
+        config = config.ternarize(&path)?;
+    }
+    if config != converted {
+        bail!("{}: read back, it is not what was written; this is a mistake in this program", path.display());
+    }
+    let written = Checkpoint::open(&[folder.join("model.safetensors")])?;
+    export::verify((&source.config, &source.checkpoint), (&config, &written), step)?;
+    bar.finish_and_clear();
+    Ok(written.names().len())
+}
+
+/// Brings `folder` to `output`; a model that is there goes when the new one stands.
+fn publish(folder: tempfile::TempDir, output: &Path) -> anyhow::Result<()> {
+    let failed = || format!("{}: cannot be replaced by the converted model", output.display());
+    let old = folder.path().with_extension("old");
+    let is_replaced = output.exists();
+    if is_replaced {
+        fs::rename(output, &old).with_context(failed)?;
+    }
+    if let Err(error) = fs::rename(folder.path(), output) {
+        if is_replaced {
+            fs::rename(&old, output).with_context(failed)?;
+        }
+        return Err(error).with_context(failed);
+    }
+    let _ = folder.keep(); // it is no longer under that name
+    if is_replaced {
+        fs::remove_dir_all(&old).with_context(|| old.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn sizes(files: &[PathBuf]) -> anyhow::Result<u64> {
+    let size = |path: &PathBuf| {
+        Ok(fs::metadata(path).with_context(|| path.display().to_string())?.len())
+    };
+    files.iter().map(size).sum()
 }

@@ -1,9 +1,412 @@
-//! (in progress)
-use crate::args::Global;
-/// Options.
+//! `bitnet info`: what a model is and what it needs, from its headers alone.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+};
+
+use anyhow::Context;
+use bitnet_model::{
+    config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
+    kernels::{self, tile},
+    pretrained::{Precision, Source, default_files},
+    quant::Rounding,
+};
+use serde::Serialize;
+
+use crate::{
+    args::Global,
+    model::ModelArgs,
+    progress::{bytes, count},
+};
+
+/// Options of `bitnet info`.
 #[derive(clap::Args)]
-pub struct Args {}
-/// Runs it.
-pub fn run(_args: Args, _global: &Global) -> anyhow::Result<()> {
-    Ok(())
+#[command(long_about = "Say what a model is and what it needs: family, geometry, quantization, parameters, bits \
+per weight, memory, tokenizer.
+
+Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
+and values grows with the text, by `cache` for 1000 tokens.")]
+pub struct Args {
+    /// The model, as with --model
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    positional: Option<String>,
+    /// The model
+    #[command(flatten)]
+    model: ModelArgs,
+    /// List every tensor with element type and shape
+    #[arg(long)]
+    tensors: bool,
+    /// Print everything, tensors included, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that is known of a model; sizes in bytes.
+#[derive(Serialize)]
+struct Info {
+    model: String,
+    path: String,
+    family: &'static str,
+    quantization: Option<QuantizationInfo>,
+    geometry: Geometry,
+    parameters: Parameters,
+    bits_per_weight: BitsPerWeight,
+    /// Files of the weights.
+    files: BTreeMap<String, u64>,
+    memory: Memory,
+    tokenizer: Option<TokenizerInfo>,
+    generation: serde_json::Value,
+    kernel: &'static str,
+    /// Tensors of each element type.
+    dtypes: BTreeMap<String, usize>,
+    tensors: Vec<TensorRow>,
+}
+
+#[derive(Serialize)]
+struct QuantizationInfo {
+    form: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale: Option<&'static str>,
+    rounding: &'static str,
+    input_norm_eps: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Geometry {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    hidden_act: &'static str,
+    rms_norm_eps: f64,
+    rope_theta: f64,
+    max_position_embeddings: usize,
+    tie_word_embeddings: bool,
+}
+
+#[derive(Serialize)]
+struct Parameters {
+    total: u64,
+    ternary: u64,
+    embedding: u64,
+    head: u64,
+    others: u64,
+}
+
+#[derive(Serialize)]
+struct BitsPerWeight {
+    /// Of the ternary matrices with their scales, as stored.
+    ternary: Option<f64>,
+    /// Of the files, for all parameters.
+    checkpoint: f64,
+}
+
+#[derive(Serialize)]
+struct Memory {
+    projections: u64,
+    embedding: u64,
+    /// 0 if it is the embedding.
+    head: u64,
+    norms: u64,
+    total: u64,
+    cache_per_1k_tokens: u64,
+}
+
+#[derive(Serialize)]
+struct TokenizerInfo {
+    vocab_size: usize,
+    special_tokens: BTreeMap<&'static str, SpecialToken>,
+    chat_template: bool,
+}
+
+#[derive(Serialize)]
+struct SpecialToken {
+    token: String,
+    id: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct TensorRow {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: usize,
+}
+
+/// Prints a table, or JSON, to stdout.
+pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
+    if let Some(model) = args.positional {
+        args.model.model = model;
+    }
+    let precision = match (args.model.ternarize, args.model.full_precision) {
+        (true, _) => Precision::Ternarize,
+        (_, true) => Precision::Full,
+        _ => Precision::AsFound,
+    };
+    let source = Source::open(&args.model.model, precision, &args.model.hub(global))?;
+    let info = Info::of(&source)?;
+    let out = &mut io::BufWriter::new(io::stdout().lock());
+    match args.json {
+        true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
+        false => info.print(args.tensors, out)?,
+    }
+    Ok(out.flush()?)
+}
+
+impl Info {
+    fn of(source: &Source) -> anyhow::Result<Self> {
+        let (config, checkpoint) = (&source.config, &source.checkpoint);
+        let parameters = Parameters::of(config);
+        let files = files(source)?;
+        let tensors: Vec<TensorRow> = checkpoint
+            .names()
+            .filter_map(|name| Some((name, checkpoint.get(name)?)))
+            .map(|(name, info)| TensorRow {
+                name: name.into(),
+                dtype: info.dtype.to_string(),
+                shape: info.shape.to_vec(),
+                bytes: info.bytes,
+            })
+            .collect();
+        let mut dtypes = BTreeMap::new();
+        for tensor in &tensors {
+            *dtypes.entry(tensor.dtype.clone()).or_default() += 1;
+        }
+        let stored: usize = config
+            .projections()
+            .flat_map(|(name, _)| [format!("{name}_scale"), name])
+            .filter_map(|name| checkpoint.get(&name))
+            .map(|info| info.bytes)
+            .sum();
+        let is_ternary = config.quantization.is_some();
+        let on_disk: u64 = files.values().sum();
+        Ok(Self {
+            model: source.name.clone(),
+            path: match &source.files {
+                Some(files) => files.root.display().to_string(),
+                None => "inside this program".into(),
+            },
+            family: family(config),
+            quantization: config.quantization.map(QuantizationInfo::of),
+            geometry: Geometry::of(config),
+            bits_per_weight: BitsPerWeight {
+                ternary: is_ternary.then(|| 8. * stored as f64 / parameters.ternary as f64),
+                checkpoint: 8. * on_disk as f64 / parameters.total as f64,
+            },
+            memory: Memory::of(source, &parameters),
+            parameters,
+            files,
+            tokenizer: tokenizer(source)?,
+            generation: source.generation.to_json(),
+            kernel: kernels::active().name(),
+            dtypes,
+            tensors,
+        })
+    }
+
+    fn print(&self, with_tensors: bool, out: &mut impl Write) -> io::Result<()> {
+        let Self { geometry: g, parameters: p, memory: m, .. } = self;
+        let mut row = |name: &str, value: String| match name {
+            "" => writeln!(out, "{:16}{value}", ""),
+            _ => writeln!(out, "{name:16}{value}"),
+        };
+        row("model", format!("{} ({})", self.model, self.path))?;
+        row("family", self.family.into())?;
+        let weights = match &self.quantization {
+            None => "full precision".into(),
+            Some(q) => {
+                let scale = q.scale.map(|scale| format!(", scale {scale}")).unwrap_or_default();
+                let norm = match q.input_norm_eps {
+                    Some(eps) => format!(", a norm before each projection (eps {eps:e})"),
+                    None => String::new(),
+                };
+                format!("{}{scale}, rounding {}{norm}", q.form, q.rounding)
+            }
+        };
+        row("weights", weights)?;
+        row(
+            "geometry",
+            format!(
+                "{} layers, hidden {}, intermediate {}, {} heads of {} ({} for keys and values), {}",
+                g.num_hidden_layers,
+                g.hidden_size,
+                g.intermediate_size,
+                g.num_attention_heads,
+                g.head_dim,
+                g.num_key_value_heads,
+                g.hidden_act
+            ),
+        )?;
+        let tied = if g.tie_word_embeddings { "tied" } else { "with a head of its own" };
+        row("vocabulary", format!("{}, {tied}", g.vocab_size))?;
+        let (context, theta) = (g.max_position_embeddings, g.rope_theta);
+        row("context", format!("{context} tokens, rope theta {theta}, norm eps {:e}", g.rms_norm_eps))?;
+        let kind = if self.quantization.is_some() { "ternary" } else { "in projections" };
+        let mut parts = vec![(p.ternary, kind), (p.embedding, "embedding")];
+        parts.extend([(p.head, "head"), (p.others, "others")].into_iter().filter(|(n, _)| *n > 0));
+        let parts: Vec<String> = parts.iter().map(|(n, name)| format!("{} {name}", count(*n))).collect();
+        row("parameters", format!("{} ({})", count(p.total), parts.join(", ")))?;
+        let ternary = self.bits_per_weight.ternary;
+        let ternary = ternary.map(|bits| format!("{bits:.3} ternary matrices, ")).unwrap_or_default();
+        row("bits/weight", format!("{ternary}{:.2} the whole checkpoint", self.bits_per_weight.checkpoint))?;
+        for (index, (file, size)) in self.files.iter().enumerate() {
+            row(if index == 0 { "files" } else { "" }, format!("{file}, {}", bytes(*size)))?;
+        }
+        let dtypes: Vec<String> = self.dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect();
+        row("tensors", format!("{} ({})", self.tensors.len(), dtypes.join(", ")))?;
+        let mut parts = vec![(m.projections, "projections"), (m.embedding, "embedding")];
+        parts.extend([(m.head, "head"), (m.norms, "norms")].into_iter().filter(|(n, _)| *n > 0));
+        let parts: Vec<String> = parts.iter().map(|(n, name)| format!("{} {name}", bytes(*n))).collect();
+        row("memory at rest", format!("{} ({})", bytes(m.total), parts.join(", ")))?;
+        row("cache", format!("{} for 1000 tokens, f32", bytes(m.cache_per_1k_tokens)))?;
+        match &self.tokenizer {
+            None => row("tokenizer", "none".into())?,
+            Some(tokenizer) => {
+                let chat = if tokenizer.chat_template { "a" } else { "no" };
+                row("tokenizer", format!("{} tokens, {chat} chat template", tokenizer.vocab_size))?;
+                for (name, SpecialToken { token, id }) in &tokenizer.special_tokens {
+                    let id = id.map_or("not in the vocabulary".into(), |id| id.to_string());
+                    row("", format!("{name} {} ({id})", token.escape_debug()))?;
+                }
+            }
+        }
+        let generation: Vec<String> = self
+            .generation
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| format!("{name} {value}"))
+            .collect();
+        if !generation.is_empty() {
+            row("generation", generation.join(", "))?;
+        }
+        row("kernel", self.kernel.into())?;
+        if with_tensors {
+            let width = self.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+            writeln!(out)?;
+            for TensorRow { name, dtype, shape, bytes: size } in &self.tensors {
+                writeln!(out, "{name:width$}  {dtype:5} {:16} {}", format!("{shape:?}"), bytes(*size as u64))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn family(config: &Config) -> &'static str {
+    match (config.family, config.quantization) {
+        (Family::BitNet, Some(_)) => "BitNet b1.58 (sub-norms)",
+        (Family::BitNet, None) => "BitNet, its full-precision twin (sub-norms)",
+        (Family::OneBitLlm, _) => "BitNet b1.58 of 1bitLLM (sub-norms)",
+        (Family::Llama, Some(_)) => "Llama, 1.58-bit",
+        (Family::Llama, None) => "Llama",
+    }
+}
+
+impl QuantizationInfo {
+    fn of(quantization: Quantization) -> Self {
+        let (form, scale) = match quantization.weights {
+            WeightForm::Packed(ScaleConvention::Multiply) => ("packed", Some("multiplies")),
+            WeightForm::Packed(ScaleConvention::Divide) => ("packed", Some("divides")),
+            WeightForm::Latent => ("latent", None),
+        };
+        let rounding = match quantization.rounding {
+            Rounding::HalfEven => "half to even",
+            Rounding::HalfUp => "half up",
+        };
+        Self { form, scale, rounding, input_norm_eps: quantization.input_norm_eps }
+    }
+}
+
+impl Geometry {
+    fn of(config: &Config) -> Self {
+        Self {
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            hidden_act: match config.hidden_act {
+                Activation::Relu2 => "relu2",
+                Activation::Silu => "silu",
+            },
+            rms_norm_eps: config.rms_norm_eps,
+            rope_theta: config.rope_theta,
+            max_position_embeddings: config.max_position_embeddings,
+            tie_word_embeddings: config.tie_word_embeddings,
+        }
+    }
+}
+
+impl Parameters {
+    fn of(config: &Config) -> Self {
+        let embedding = (config.vocab_size * config.hidden_size) as u64;
+        let head = if config.tie_word_embeddings { 0 } else { embedding };
+        let ternary = config.projections().map(|(_, (out, input))| (out * input) as u64).sum();
+        let (total, others) = (config.parameters(), config.norm_parameters());
+        Self { total, ternary, embedding, head, others }
+    }
+}
+
+impl Memory {
+    /// As [`Source::load`] does it: codes in padded tiles, embedding and head in bf16 if they are
+    /// stored so, the rest in f32.
+    fn of(source: &Source, parameters: &Parameters) -> Self {
+        let config = &source.config;
+        let float = source.embedding_dtype().size_in_bytes() as u64;
+        let projections = match config.quantization {
+            None => parameters.ternary * float,
+            Some(_) => {
+                let tiles = |(_, (out_features, in_features)): (String, (usize, usize))| {
+                    (out_features.div_ceil(tile::ROWS) * in_features.div_ceil(tile::COLS)) as u64
+                };
+                config.projections().map(tiles).sum::<u64>() * size_of::<tile::Tile>() as u64
+            }
+        };
+        let (embedding, head) = (parameters.embedding * float, parameters.head * float);
+        let norms = parameters.others * size_of::<f32>() as u64;
+        // Keys and values.
+        let width = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
+        Self {
+            projections,
+            embedding,
+            head,
+            norms,
+            total: projections + embedding + head + norms,
+            cache_per_1k_tokens: 1000 * (width * size_of::<f32>()) as u64,
+        }
+    }
+}
+
+fn files(source: &Source) -> anyhow::Result<BTreeMap<String, u64>> {
+    let Some(files) = &source.files else {
+        let weights = default_files().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
+        return Ok(weights.map(|(name, data)| (name.into(), data.len() as u64)).collect());
+    };
+    let size = |path: &std::path::PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let size = std::fs::metadata(path).with_context(|| path.display().to_string())?.len();
+        Ok((name, size))
+    };
+    files.weights.iter().map(size).collect()
+}
+
+fn tokenizer(source: &Source) -> anyhow::Result<Option<TokenizerInfo>> {
+    let Some(tokenizer) = source.tokenizer()? else { return Ok(None) };
+    let special_tokens = ["bos_token", "eos_token", "pad_token", "unk_token"]
+        .into_iter()
+        .filter_map(|name| Some((name, tokenizer.special_token(name)?)))
+        .map(|(name, token)| (name, SpecialToken { token: token.into(), id: tokenizer.token_to_id(token) }))
+        .collect();
+    Ok(Some(TokenizerInfo {
+        vocab_size: tokenizer.vocab_size(),
+        special_tokens,
+        // One that cannot be compiled is there all the same; who chats hears what is wrong with it.
+        chat_template: !matches!(tokenizer.chat_template(), Ok(None)),
+    }))
 }

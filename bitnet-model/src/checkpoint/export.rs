@@ -2,7 +2,8 @@
 //!
 //! - **packed**: 2-bit codes and a bf16 `weight_scale`, everything else bf16, as the Hub has 2B-4T
 //!   (BitNet, 1bitLLM under BitNet's names) or Falcon3-1.58bit (Llama);
-//! - **latent**: bf16 masters that quantize online to the same codes and the same scale.
+//! - **latent**: bf16 masters that quantize online to the same codes and the same scale; masters
+//!   that are there already stay as they are.
 
 use std::{fs, path::Path};
 
@@ -59,13 +60,13 @@ pub fn convert(
         .names()
         .filter(|name| !name.ends_with(".weight_scale"))
         .filter(|name| !(config.tie_word_embeddings && *name == "lm_head.weight"))
-        .map(|name| Plan::new(name, config, converted.family, checkpoint))
+        .map(|name| Plan::new(name, config, &converted, checkpoint))
         .collect();
     let specs = tensors.iter().flat_map(|plan| plan.specs(target)).collect();
     fs::create_dir_all(out).map_err(Error::io(out))?;
     let mut writer = SafetensorsWriter::create(&out.join("model.safetensors"), specs)?;
     for (index, plan) in tensors.iter().enumerate() {
-        plan.write(&mut writer, checkpoint, quantization, converted.quantization, target)?;
+        plan.write(&mut writer, checkpoint, quantization, converted.quantization)?;
         on_tensor(index + 1, tensors.len());
     }
     writer.finish()?;
@@ -82,11 +83,16 @@ fn converted(config: &Config, quantization: Quantization, target: Target) -> Con
         (Target::Packed, Family::Llama) => WeightForm::Packed(ScaleConvention::Divide),
         (Target::Packed, _) => WeightForm::Packed(ScaleConvention::Multiply),
     };
-    // Kept as they are: the rounding of a file that is in this form already.
-    let rounding = match (target, config.family) {
-        (Target::Packed, _) => Rounding::HalfEven,
-        (Target::Latent, Family::Llama) => Rounding::HalfUp,
-        (Target::Latent, _) => quantization.rounding,
+    // A packed file says half to even. Masters keep what they have; those made of a packed Llama get
+    // the plain configuration that is usual for them, unless their norms must be told.
+    let rounding = match (target, quantization.weights, config.family) {
+        (Target::Packed, ..) => Rounding::HalfEven,
+        (Target::Latent, WeightForm::Packed(_), Family::Llama)
+            if quantization.input_norm_eps.is_none() =>
+        {
+            Rounding::HalfUp
+        }
+        (Target::Latent, ..) => quantization.rounding,
     };
     let family = match (target, config.family) {
         (Target::Packed, Family::OneBitLlm) => Family::BitNet,
@@ -101,6 +107,8 @@ struct Plan {
     source: String,
     name: String,
     kind: Kind,
+    /// Of everything but codes and scales.
+    dtype: Dtype,
 }
 
 enum Kind {
@@ -109,9 +117,9 @@ enum Kind {
 }
 
 impl Plan {
-    fn new(source: &str, config: &Config, family: Family, checkpoint: &Checkpoint) -> Self {
+    fn new(source: &str, config: &Config, converted: &Config, checkpoint: &Checkpoint) -> Self {
         let mut name = source.to_string();
-        if family == Family::BitNet && config.family == Family::OneBitLlm {
+        if converted.family == Family::BitNet && config.family == Family::OneBitLlm {
             name = name.replace(".inner_attn_ln.", ".attn_sub_norm.");
             name = name.replace(".ffn_layernorm.", ".ffn_sub_norm.");
         }
@@ -127,7 +135,14 @@ impl Plan {
             }
             _ => Kind::Other { shape },
         };
-        Self { source: source.into(), name, kind }
+        let is_latent = |config: &Config| {
+            config.quantization.is_some_and(|q| q.weights == WeightForm::Latent)
+        };
+        let dtype = match checkpoint.get(source) {
+            Some(info) if is_latent(config) && is_latent(converted) => info.dtype,
+            _ => Dtype::BF16,
+        };
+        Self { source: source.into(), name, kind, dtype }
     }
 
     fn scale_name(name: &str) -> String {
@@ -137,14 +152,14 @@ impl Plan {
     fn specs(&self, target: Target) -> Vec<TensorSpec> {
         match (&self.kind, target) {
             (Kind::Other { shape }, _) => {
-                vec![TensorSpec::new(&self.name, Dtype::BF16, shape.clone())]
+                vec![TensorSpec::new(&self.name, self.dtype, shape.clone())]
             }
             (Kind::Projection { out_features, in_features }, Target::Packed) => vec![
                 TensorSpec::new(&self.name, Dtype::U8, [out_features.div_ceil(4), *in_features]),
                 TensorSpec::new(Self::scale_name(&self.name), Dtype::BF16, [1]),
             ],
             (Kind::Projection { out_features, in_features }, Target::Latent) => {
-                vec![TensorSpec::new(&self.name, Dtype::BF16, [*out_features, *in_features])]
+                vec![TensorSpec::new(&self.name, self.dtype, [*out_features, *in_features])]
             }
         }
     }
@@ -155,41 +170,28 @@ impl Plan {
         checkpoint: &Checkpoint,
         from: Quantization,
         to: Option<Quantization>,
-        target: Target,
     ) -> Result<()> {
-        let Kind::Projection { out_features, in_features } = self.kind else {
-            let tensor = checkpoint.read(&self.source)?.to_dtype(DType::BF16)?;
-            return writer.write_tensor(&self.name, &tensor);
-        };
-        let refuse = |reason: String| Error::Tensor {
-            path: checkpoint.path().into(),
-            name: self.source.clone(),
-            reason,
-        };
-        let weight = match from.weights {
-            WeightForm::Latent => {
-                let latent = checkpoint.read(&self.source)?;
-                if target == Target::Latent {
-                    return writer.write_tensor(&self.name, &latent.to_dtype(DType::BF16)?);
-                }
-                with_slice::<f32, _>(&latent.to_dtype(DType::F32)?, |w| {
-                    Ok(TernaryWeight::from_latent(w, out_features, in_features, from.rounding))
-                })?
+        let is_latent = |q: Quantization| q.weights == WeightForm::Latent;
+        let (out_features, in_features) = match self.kind {
+            Kind::Projection { out_features, in_features }
+                if !(is_latent(from) && to.is_some_and(is_latent)) =>
+            {
+                (out_features, in_features)
             }
-            WeightForm::Packed(convention) => {
-                let scale = checkpoint.read_scale(&Self::scale_name(&self.source))?;
-                let scale = match convention {
-                    ScaleConvention::Multiply => scale,
-                    ScaleConvention::Divide => 1. / scale,
-                };
-                let bytes = checkpoint.read_bytes(&self.source)?;
-                TernaryWeight::from_packed(&bytes, out_features, in_features, scale)
-                    .map_err(|e| refuse(e.to_string()))?
+            _ if checkpoint.get(&self.source).is_some_and(|info| info.dtype == self.dtype) => {
+                return writer.write(&self.name, &checkpoint.read_bytes(&self.source)?);
+            }
+            _ => {
+                let tensor = checkpoint.read(&self.source)?.to_dtype(DType::BF16)?;
+                return writer.write_tensor(&self.name, &tensor);
             }
         };
+        let weight = ternary(checkpoint, &self.source, (out_features, in_features), from)?;
         match to.map(|to| to.weights) {
             Some(WeightForm::Packed(convention)) => {
-                let codes = weight.to_packed().map_err(|e| refuse(e.to_string()))?;
+                let codes = weight
+                    .to_packed()
+                    .map_err(|e| checkpoint.wrong(&self.source, e.to_string()))?;
                 writer.write(&self.name, &codes)?;
                 let scale = match convention {
                     ScaleConvention::Multiply => weight.scale(),
@@ -205,6 +207,86 @@ impl Plan {
             }
         }
     }
+}
+
+/// The matrix `name` of `shape` (out_features, in_features), as `quantization` says it lies in
+/// `checkpoint`.
+fn ternary(
+    checkpoint: &Checkpoint,
+    name: &str,
+    (out_features, in_features): (usize, usize),
+    quantization: Quantization,
+) -> Result<TernaryWeight> {
+    match quantization.weights {
+        WeightForm::Latent => {
+            let latent = checkpoint.read(name)?.to_dtype(DType::F32)?;
+            let mut bad = None;
+            let weight = with_slice::<f32, _>(&latent, |w| {
+                bad = w.iter().position(|w| !w.is_finite()).map(|at| (at, w[at]));
+                let rounding = quantization.rounding;
+                Ok(TernaryWeight::from_latent(w, out_features, in_features, rounding))
+            })?;
+            match bad {
+                None => Ok(weight),
+                Some((at, value)) => {
+                    let (row, col) = (at / in_features, at % in_features);
+                    Err(checkpoint.wrong(name, format!("row {row}, column {col} is {value}")))
+                }
+            }
+        }
+        WeightForm::Packed(convention) => {
+            let scale = checkpoint.read_scale(&Plan::scale_name(name))?;
+            let scale = match convention {
+                ScaleConvention::Multiply => scale,
+                ScaleConvention::Divide => 1. / scale,
+            };
+            let bytes = checkpoint.read_bytes(name)?;
+            TernaryWeight::from_packed(&bytes, out_features, in_features, scale)
+                .map_err(|e| checkpoint.wrong(name, e.to_string()))
+        }
+    }
+}
+
+/// bf16 has 8 significant bits: its rounding errs by at most 2⁻⁹, twice if the scale is inverted.
+const SCALE_TOLERANCE: f32 = 1. / 256.;
+
+/// Reads back what [`convert`] wrote and compares every ternary matrix: equal codes, and scales equal
+/// up to the rounding to bf16. `on_matrix` hears of each matrix compared and how many there are.
+///
+/// # Errors
+/// The first tensor that is not as it was.
+pub fn verify(
+    (from, source): (&Config, &Checkpoint),
+    (to, written): (&Config, &Checkpoint),
+    mut on_matrix: impl FnMut(usize, usize),
+) -> Result<()> {
+    to.check_tensors(written)?;
+    let (Some(from), Some(to_quantization)) = (from.quantization, to.quantization) else {
+        return Err(written.wrong("model", "a full-precision model has no ternary weights".into()));
+    };
+    let matrices: Vec<(String, (usize, usize))> = to.projections().collect();
+    for (index, (name, shape)) in matrices.iter().enumerate() {
+        let old = ternary(source, name, *shape, from)?;
+        let new = ternary(written, name, *shape, to_quantization)?;
+        if !new.has_codes_of(&old) {
+            return Err(written.wrong(name, "read back, its codes are not the source's".into()));
+        }
+        let difference = (new.scale() / old.scale() - 1.).abs();
+        // Without a weight that is not 0 the scale multiplies nothing, and masters cannot tell it.
+        if difference > SCALE_TOLERANCE && !is_zero(&old) {
+            let (old, new) = (old.scale(), new.scale());
+            let reason = format!("read back, its scale is {new} and the source's is {old}");
+            return Err(written.wrong(name, reason));
+        }
+        on_matrix(index + 1, matrices.len());
+    }
+    Ok(())
+}
+
+/// Whether all weights are 0.
+fn is_zero(weight: &TernaryWeight) -> bool {
+    let (rows, cols) = (weight.out_features(), weight.in_features());
+    (0..rows).all(|row| (0..cols).all(|col| weight.code(row, col) == 1))
 }
 
 /// Masters that ternarize to the codes and the scale of `weight`.

@@ -41,7 +41,14 @@ impl TensorSpec {
 pub struct SafetensorsWriter {
     file: AtomicFile,
     data_start: u64,
-    pending: HashMap<String, TensorInfo>,
+    pending: HashMap<String, Pending>,
+}
+
+/// A declared tensor and how many of its bytes are written.
+#[derive(Debug)]
+struct Pending {
+    info: TensorInfo,
+    written: usize,
 }
 
 impl SafetensorsWriter {
@@ -60,7 +67,7 @@ impl SafetensorsWriter {
                     || wrong(format!("shape {shape:?} of {dtype} is too large to write")),
                 )?;
             let info = TensorInfo { dtype, shape, data_offsets: (begin, end) };
-            if pending.insert(name.clone(), info.clone()).is_some() {
+            if pending.insert(name.clone(), Pending { info: info.clone(), written: 0 }).is_some() {
                 return Err(wrong("declared twice".into()));
             }
             infos.push((name, info));
@@ -83,30 +90,52 @@ impl SafetensorsWriter {
 
     /// Writes one declared tensor: little-endian, row-major, exactly as many bytes as declared.
     pub fn write(&mut self, name: &str, data: &[u8]) -> Result<()> {
-        let info = self
-            .pending
-            .get(name)
-            .ok_or_else(|| self.wrong(name, "not declared, or already written".into()))?;
+        let Pending { info, written } = self.pending(name)?;
         let (begin, end) = info.data_offsets;
-        if data.len() != end - begin {
+        if data.len() != end - begin - written {
             let reason = format!(
                 "{} of shape {:?} takes {} bytes, got {}",
                 info.dtype,
                 info.shape,
                 end - begin,
-                data.len()
+                written + data.len()
             );
             return Err(self.wrong(name, reason));
         }
-        self.file.write_at(self.data_start + begin as u64, data)?;
-        self.pending.remove(name);
+        self.append(name, data)
+    }
+
+    /// Writes the next bytes of a declared tensor: for one that is too large to be in memory at once.
+    pub fn append(&mut self, name: &str, data: &[u8]) -> Result<()> {
+        let Pending { info, written } = self.pending(name)?;
+        let (begin, end) = info.data_offsets;
+        let (from, to) = (begin + written, begin + written + data.len());
+        if to > end {
+            let reason = format!("{} bytes more than declared", to - end);
+            return Err(self.wrong(name, reason));
+        }
+        self.file.write_at(self.data_start + from as u64, data)?;
+        match to == end {
+            true => drop(self.pending.remove(name)),
+            false => {
+                if let Some(pending) = self.pending.get_mut(name) {
+                    pending.written = to - begin;
+                }
+            }
+        }
         Ok(())
+    }
+
+    fn pending(&self, name: &str) -> Result<&Pending> {
+        self.pending
+            .get(name)
+            .ok_or_else(|| self.wrong(name, "not declared, or already written".into()))
     }
 
     /// Writes one declared tensor of the declared element type and shape.
     pub fn write_tensor(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
         let found = (View::dtype(tensor), tensor.dims());
-        if let Some(info) = self.pending.get(name)
+        if let Some(Pending { info, .. }) = self.pending.get(name)
             && (info.dtype, info.shape.as_slice()) != found
         {
             let reason =

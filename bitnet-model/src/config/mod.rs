@@ -168,6 +168,43 @@ impl Config {
         }
     }
 
+    /// Tensor name and shape (out_features, in_features) of every projection: the ternary matrices of
+    /// a quantized model.
+    pub fn projections(&self) -> impl Iterator<Item = (String, (usize, usize))> {
+        let projections = tensors::projections(self);
+        (0..self.num_hidden_layers).flat_map(move |layer| {
+            projections.map(|(name, out_features, in_features)| {
+                (format!("model.layers.{layer}.{name}.weight"), (out_features, in_features))
+            })
+        })
+    }
+
+    /// Values of all norms, and of biases.
+    pub fn norm_parameters(&self) -> u64 {
+        let sub_norms = match self.sub_norm_names() {
+            Some(_) => self.hidden_size + self.intermediate_size,
+            None => 0,
+        };
+        let layer = 2 * self.hidden_size + sub_norms;
+        let has_input_norms = self.quantization.is_some_and(|q| q.input_norm_eps.is_some());
+        let of_projections = |(name, (out_features, in_features)): (String, (usize, usize))| {
+            let has_bias = self.attention_bias && name.contains(".self_attn.");
+            u64::from(has_input_norms) * in_features as u64
+                + u64::from(has_bias) * out_features as u64
+        };
+        (self.num_hidden_layers * layer + self.hidden_size) as u64
+            + self.projections().map(of_projections).sum::<u64>()
+    }
+
+    /// Values of all tensors.
+    pub fn parameters(&self) -> u64 {
+        let embeddings = if self.tie_word_embeddings { 1 } else { 2 };
+        let projections = self.projections().map(|(_, (rows, cols))| (rows * cols) as u64);
+        embeddings * (self.vocab_size * self.hidden_size) as u64
+            + projections.sum::<u64>()
+            + self.norm_parameters()
+    }
+
     /// Checks that every tensor of the model is there, with the shape and element type this
     /// configuration implies. Tensors it does not know are ignored, as transformers does.
     pub fn check_tensors(&self, checkpoint: &Checkpoint) -> Result<()> {

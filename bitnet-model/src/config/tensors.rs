@@ -18,6 +18,22 @@ pub(super) fn check(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Name, output and input features of the projections of a block, in the order they are used.
+pub(super) fn projections(config: &Config) -> [(&'static str, usize, usize); 7] {
+    let &Config { hidden_size, intermediate_size, head_dim, .. } = config;
+    let query = config.num_attention_heads * head_dim;
+    let key_value = config.num_key_value_heads * head_dim;
+    [
+        ("self_attn.q_proj", query, hidden_size),
+        ("self_attn.k_proj", key_value, hidden_size),
+        ("self_attn.v_proj", key_value, hidden_size),
+        ("self_attn.o_proj", hidden_size, query),
+        ("mlp.gate_proj", intermediate_size, hidden_size),
+        ("mlp.up_proj", intermediate_size, hidden_size),
+        ("mlp.down_proj", hidden_size, intermediate_size),
+    ]
+}
+
 struct Checker<'a> {
     config: &'a Config,
     checkpoint: &'a Checkpoint,
@@ -27,10 +43,6 @@ struct Checker<'a> {
 impl Checker<'_> {
     fn model(&mut self) -> Result<()> {
         let &Config { vocab_size, hidden_size, intermediate_size, .. } = self.config;
-        let &Config { num_attention_heads, num_key_value_heads, head_dim, .. } = self.config;
-        let query = num_attention_heads * head_dim;
-        let key_value = num_key_value_heads * head_dim;
-
         self.float("model.embed_tokens.weight".into(), &[vocab_size, hidden_size], "")?;
         for layer in 0..self.config.num_hidden_layers {
             let layer = format!("model.layers.{layer}");
@@ -41,15 +53,7 @@ impl Checker<'_> {
                 self.float(format!("{layer}.self_attn.{attn}.weight"), &[hidden_size], "")?;
                 self.float(format!("{layer}.mlp.{ffn}.weight"), &[intermediate_size], "")?;
             }
-            for (projection, out_features, in_features) in [
-                ("self_attn.q_proj", query, hidden_size),
-                ("self_attn.k_proj", key_value, hidden_size),
-                ("self_attn.v_proj", key_value, hidden_size),
-                ("self_attn.o_proj", hidden_size, query),
-                ("mlp.gate_proj", intermediate_size, hidden_size),
-                ("mlp.up_proj", intermediate_size, hidden_size),
-                ("mlp.down_proj", hidden_size, intermediate_size),
-            ] {
+            for (projection, out_features, in_features) in projections(self.config) {
                 let linear = format!("{layer}.{projection}");
                 self.linear(&linear, out_features, in_features)?;
                 if self.config.attention_bias && projection.starts_with("self_attn") {

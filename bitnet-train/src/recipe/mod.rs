@@ -33,10 +33,7 @@
 //! Paths are relative to the recipe. Unknown keys are errors. Fields may be changed after reading; [`Recipe::validate`]
 //! then says whether they still make sense.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -47,6 +44,7 @@ use crate::{
     optimizer::{AdamWConfig, Decay, Schedule, ScheduleKind},
 };
 
+mod read;
 mod validate;
 
 /// A training run.
@@ -251,23 +249,6 @@ fn default_eps() -> f64 {
 }
 
 impl Recipe {
-    /// Reads and validates a recipe; relative paths start at the recipe's directory.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(Error::io(path))?;
-        let mut recipe: Self = toml::from_str(&text).map_err(|error| Error::RecipeSyntax {
-            path: path.to_owned(),
-            reason: error.to_string().trim_end().to_owned(),
-        })?;
-        let dir = path.parent().unwrap_or(Path::new(""));
-        let sources = recipe.data.train.iter_mut().chain(&mut recipe.data.validation);
-        let paths = sources.map(|source| &mut source.path).chain(&mut recipe.data.tokenizer);
-        for path in paths.chain([&mut recipe.output.dir]) {
-            *path = dir.join(&*path);
-        }
-        recipe.validate()?;
-        Ok(recipe)
-    }
-
     /// Updates in all, where an epoch has `per_epoch` batches.
     pub fn steps(&self, per_epoch: usize) -> Result<usize> {
         let steps = match (self.train.steps, self.train.epochs) {
@@ -352,6 +333,8 @@ pub(crate) fn difference(old: &Value, new: &Value) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, path::Path};
+
     use super::*;
 
     const TEXT: &str = r#"
