@@ -11,7 +11,7 @@ mod statistics;
 
 use std::{io, process::ExitCode};
 
-use clap::Parser;
+use clap::{Parser, error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand};
 
 use crate::args::Cli;
 
@@ -35,10 +35,10 @@ fn main() -> ExitCode {
 fn explain(error: &clap::Error) -> ExitCode {
     /// Exit status of a command line that cannot be understood, as clap and shells have it.
     const EXIT_USAGE: u8 = 2;
-    if !error.use_stderr() {
+    if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
         // A reader that has gone away wants no help.
         let _ = error.print();
-        return ExitCode::SUCCESS;
+        return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
     }
     let message = error.render().to_string();
     let said = message.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));

@@ -74,7 +74,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let spec = TensorSpec::new(NAME, Dtype::F32, [tokens.len(), vocab_size]);
     let mut writer = SafetensorsWriter::create(&args.output, vec![spec])?;
     let bar = progress::bar(global, tokens.len(), "{bar:30} {pos}/{len} tokens {eta}");
-    let mut cache = KvCache::new(&model, 1);
+    let mut cache = model.cache(1);
     let mut best = Vec::with_capacity(tokens.len());
     for chunk in tokens.chunks(CHUNK) {
         if interrupted.load(Ordering::Relaxed) {
