@@ -64,7 +64,10 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let (vocab_size, context) = (config.vocab_size, config.max_position_embeddings);
     ensure!(!tokens.is_empty(), "there are no tokens to run");
     if tokens.len() > context {
-        bail!("{} tokens are more than the model's context of {context}; shorten the text", tokens.len());
+        bail!(
+            "{} tokens are more than the model's context of {context}; shorten the text",
+            tokens.len()
+        );
     }
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
         bail!("token id {id} is outside the model's vocabulary of {vocab_size}");

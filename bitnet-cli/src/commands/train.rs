@@ -218,7 +218,9 @@ impl Display {
 fn evaluation(record: &EvaluationRecord, is_best: bool) -> String {
     let EvaluationRecord { step, nats_per_token, nats_per_byte, .. } = record;
     let best = if is_best { ", the best so far" } else { "" };
-    format!("evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{best}")
+    format!(
+        "evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{best}"
+    )
 }
 
 /// How the run ended, to stdout.
@@ -283,7 +285,14 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
     }
     for (name, value) in [
         ("parameters", count(parameters)),
-        ("data", format!("{} tokens, {} held out", count(train_tokens as u64), count(validation_tokens as u64))),
+        (
+            "data",
+            format!(
+                "{} tokens, {} held out",
+                count(train_tokens as u64),
+                count(validation_tokens as u64)
+            ),
+        ),
         ("updates", format!("{steps} of {tokens_per_step} tokens")),
         ("tokens", format!("{}, {epochs:.2} epochs", count(tokens))),
         ("memory", format!("about {}", bytes(memory))),

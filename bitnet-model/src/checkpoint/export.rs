@@ -135,9 +135,8 @@ impl Plan {
             }
             _ => Kind::Other { shape },
         };
-        let is_latent = |config: &Config| {
-            config.quantization.is_some_and(|q| q.weights == WeightForm::Latent)
-        };
+        let is_latent =
+            |config: &Config| config.quantization.is_some_and(|q| q.weights == WeightForm::Latent);
         let dtype = match checkpoint.get(source) {
             Some(info) if is_latent(config) && is_latent(converted) => info.dtype,
             _ => Dtype::BF16,
@@ -309,7 +308,8 @@ fn latent(weight: &TernaryWeight) -> Vec<half::bf16> {
                 return half::bf16::ZERO;
             }
             owed += value;
-            let next = if owed - low.to_f64() > (high.to_f64() - low.to_f64()) / 2. { high } else { low };
+            let next =
+                if owed - low.to_f64() > (high.to_f64() - low.to_f64()) / 2. { high } else { low };
             owed -= next.to_f64();
             if code == 2 { next } else { -next }
         })
