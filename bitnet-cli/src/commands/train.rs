@@ -29,6 +29,9 @@ const EXIT_INTERRUPTED: i32 = 130;
 /// Without a terminal, time between two lines about updates.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What the program, the vocabulary and a few megabytes of text take beside a run's tensors.
+const PROCESS_BYTES: u64 = 30_000_000;
+
 /// Kinds of training.
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -308,10 +311,10 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
 fn memory(recipe: &Recipe, parameters: u64) -> u64 {
     let model = &recipe.model;
     let key_value = model.hidden_size / model.num_attention_heads * model.num_key_value_heads;
-    // Values a token and layer: the stream and its sums, norms, projections and their quantized inputs.
-    let layer = 14 * model.hidden_size + 6 * model.intermediate_size + 4 * key_value;
-    let attention = 2 * model.num_attention_heads * recipe.data.sequence_length;
-    let token = model.num_hidden_layers * (layer + attention) + 3 * model.vocab_size;
+    // Values a token and layer: the stream and its sums, norms, projections and their quantized
+    // inputs. Attention keeps no scores; of the logits there are two copies and their gradient.
+    let layer = 10 * model.hidden_size + 4 * model.intermediate_size + 4 * key_value;
+    let token = model.num_hidden_layers * layer + 3 * model.vocab_size;
     let tokens = recipe.train.batch_size * recipe.data.sequence_length;
-    4 * (4 * parameters + (tokens * token) as u64)
+    PROCESS_BYTES + 4 * (4 * parameters + (tokens * token) as u64)
 }
