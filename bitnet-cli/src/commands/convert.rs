@@ -21,15 +21,15 @@ use crate::{args::Global, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
-#[command(long_about = "Rewrite a checkpoint in another form, as a folder in the Hub's layout.
-
-packed: 2-bit codes with a bf16 scale a matrix, everything else bf16: what microsoft/bitnet-b1.58-2B-4T (BitNet) or \
+#[command(
+    after_long_help = "packed: 2-bit codes with a bf16 scale a matrix, everything else bf16: what microsoft/bitnet-b1.58-2B-4T (BitNet) or \
 Falcon3-1.58bit (Llama) look like. A model of 1bitLLM becomes a BitNet.
 latent: bf16 masters, for training, that quantize to the same codes and scales. Masters that are there already are copied \
 as they are. A packed Llama without input norms gets a plain configuration, so run the result with --ternarize.
 
 Tokenizer and generation settings are copied. Every ternary matrix is read back and compared before OUT appears: \
-codes must be equal, scales up to the rounding to bf16.")]
+codes must be equal, scales up to the rounding to bf16."
+)]
 pub struct Args {
     /// Hub repo id (org/name), folder, .safetensors file, or `default`
     #[arg(value_name = "IN")]

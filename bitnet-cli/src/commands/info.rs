@@ -23,10 +23,7 @@ use crate::{
 /// Options of `bitnet info`.
 #[derive(clap::Args)]
 #[command(
-    long_about = "Say what a model is and what it needs: family, geometry, quantization, parameters, bits \
-per weight, memory, tokenizer.
-
-Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
+    after_long_help = "Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
 and values grows with the text, by `cache` for 1000 tokens."
 )]
 pub struct Args {

@@ -25,16 +25,16 @@ const CHUNK: usize = 64;
 
 /// Options of `bitnet logits`.
 #[derive(clap::Args)]
-#[command(long_about = "Write the logits of every position of a text to a safetensors file.
-
-The file holds one tensor, `logits`, f32, (tokens, vocabulary): row i is what the model predicts after \
-token i. It appears when it is complete.")]
+#[command(
+    after_long_help = "The file holds one tensor, `logits`, f32, (tokens, vocabulary): row i is what the model predicts after \
+token i. It appears when it is complete."
+)]
 #[command(group(clap::ArgGroup::new("input").required(true)))]
 pub struct Args {
     /// The model
     #[command(flatten)]
     model: ModelArgs,
-    /// Token ids to run, separated by commas; nothing is added to them
+    /// Token ids to run, separated by commas, at most the model's context; nothing is added to them
     #[arg(long, group = "input", value_delimiter = ',', value_name = "IDS")]
     tokens: Option<Vec<u32>>,
     /// Text to run, with the special tokens its tokenizer adds

@@ -41,15 +41,15 @@ pub enum Command {
 
 /// Options of `bitnet train qat`.
 #[derive(clap::Args)]
-#[command(long_about = "Train a BitNet from scratch, with quantization in every step.
-
-The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
+#[command(
+    after_long_help = "The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe.
 
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
 on with --resume, from its newest checkpoint, to the same bits as an uninterrupted one. Ctrl-C saves a checkpoint and \
-ends with status 130.")]
+ends with status 130."
+)]
 pub struct QatArgs {
     /// The recipe, a TOML file
     #[arg(value_name = "RECIPE")]
@@ -60,19 +60,19 @@ pub struct QatArgs {
     /// Folder of checkpoints, metrics and results, instead of output.dir
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Updates in all, instead of train.steps or train.epochs
+    /// Updates in all, at least 1, instead of train.steps or train.epochs
     #[arg(long, value_name = "N", conflicts_with = "epochs")]
     steps: Option<usize>,
-    /// Passes over the training data, instead of train.steps or train.epochs
+    /// Passes over the training data, more than 0, instead of train.steps or train.epochs
     #[arg(long, value_name = "X")]
     epochs: Option<f64>,
-    /// Windows in a forward pass, instead of train.batch_size
+    /// Windows in a forward pass, at least 1, instead of train.batch_size
     #[arg(long, value_name = "N")]
     batch_size: Option<usize>,
     /// Seed of the initial weights and of the order of the data, instead of train.seed
     #[arg(long, value_name = "SEED")]
     seed: Option<u64>,
-    /// Learning rate after the warm-up, instead of optimizer.peak_lr
+    /// Learning rate after the warm-up, more than 0, instead of optimizer.peak_lr
     #[arg(long, value_name = "RATE")]
     peak_lr: Option<f64>,
     /// `bitnet`, or `full` for the full-precision twin, instead of model.precision
