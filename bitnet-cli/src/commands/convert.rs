@@ -21,15 +21,15 @@ use crate::{args::Global, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
-#[command(long_about = "Rewrite a checkpoint in another form, as a folder in the Hub's layout.
-
-packed: 2-bit codes with a bf16 scale a matrix, everything else bf16: what microsoft/bitnet-b1.58-2B-4T (BitNet) or \
+#[command(
+    after_long_help = "packed: 2-bit codes with a bf16 scale a matrix, everything else bf16: what microsoft/bitnet-b1.58-2B-4T (BitNet) or \
 Falcon3-1.58bit (Llama) look like. A model of 1bitLLM becomes a BitNet.
 latent: bf16 masters, for training, that quantize to the same codes and scales. Masters that are there already are copied \
 as they are. A packed Llama without input norms gets a plain configuration, so run the result with --ternarize.
 
 Tokenizer and generation settings are copied. Every ternary matrix is read back and compared before OUT appears: \
-codes must be equal, scales up to the rounding to bf16.")]
+codes must be equal, scales up to the rounding to bf16."
+)]
 pub struct Args {
     /// Hub repo id (org/name), folder, .safetensors file, or `default`
     #[arg(value_name = "IN")]
@@ -95,7 +95,11 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
 
     let read: u64 = match &source.files {
         Some(files) => sizes(&files.weights)?,
-        None => default_files().iter().filter(|(n, _)| *n == "model.safetensors").map(|(_, d)| d.len() as u64).sum(),
+        None => default_files()
+            .iter()
+            .filter(|(n, _)| *n == "model.safetensors")
+            .map(|(_, d)| d.len() as u64)
+            .sum(),
     };
     let out = &mut io::stdout().lock();
     if args.json {
@@ -150,7 +154,9 @@ fn check_free(output: &Path, force: bool) -> anyhow::Result<()> {
     // What is replaced is deleted: only what looks like a model and nothing more.
     let is_model = output.join("config.json").is_file();
     if !is_model || entries.iter().any(|entry| entry.path().is_dir()) {
-        bail!("{path}: --force replaces a model's folder, and this has no config.json or has folders in it");
+        bail!(
+            "{path}: --force replaces a model's folder, and this has no config.json or has folders in it"
+        );
     }
     Ok(())
 }
@@ -204,7 +210,10 @@ fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> any
         config = config.ternarize(&path)?;
     }
     if config != converted {
-        bail!("{}: read back, it is not what was written; this is a mistake in this program", path.display());
+        bail!(
+            "{}: read back, it is not what was written; this is a mistake in this program",
+            path.display()
+        );
     }
     let written = Checkpoint::open(&[folder.join("model.safetensors")])?;
     export::verify((&source.config, &source.checkpoint), (&config, &written), step)?;
@@ -234,8 +243,7 @@ fn publish(folder: tempfile::TempDir, output: &Path) -> anyhow::Result<()> {
 }
 
 fn sizes(files: &[PathBuf]) -> anyhow::Result<u64> {
-    let size = |path: &PathBuf| {
-        Ok(fs::metadata(path).with_context(|| path.display().to_string())?.len())
-    };
+    let size =
+        |path: &PathBuf| Ok(fs::metadata(path).with_context(|| path.display().to_string())?.len());
     files.iter().map(size).sum()
 }

@@ -8,15 +8,15 @@ use crate::args::Global;
 
 /// Options of `bitnet download`.
 #[derive(clap::Args)]
-#[command(long_about = "Fetch a model from the Hub into the cache and print the folder it is in.
-
-Configuration, weights (safetensors) and tokenizer are fetched, nothing else. What the cache has is not \
+#[command(
+    after_long_help = "Configuration, weights (safetensors) and tokenizer are fetched, nothing else. What the cache has is not \
 fetched again, and an interrupted download goes on where it ended. Without a network a complete copy in \
 the cache is used, with a warning.
 
 The cache is the one of Python's huggingface_hub, found through HF_HUB_CACHE, HF_HOME or ~/.cache/huggingface. \
 HF_TOKEN or a token left by `huggingface-cli login` opens gated models, HF_ENDPOINT names a mirror, \
-HF_HUB_OFFLINE=1 forbids requests.")]
+HF_HUB_OFFLINE=1 forbids requests."
+)]
 pub struct Args {
     /// Repo id on the Hub: org/name
     #[arg(value_name = "REPO")]

@@ -22,11 +22,10 @@ use crate::{
 
 /// Options of `bitnet info`.
 #[derive(clap::Args)]
-#[command(long_about = "Say what a model is and what it needs: family, geometry, quantization, parameters, bits \
-per weight, memory, tokenizer.
-
-Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
-and values grows with the text, by `cache` for 1000 tokens.")]
+#[command(
+    after_long_help = "Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
+and values grows with the text, by `cache` for 1000 tokens."
+)]
 pub struct Args {
     /// The model, as with --model
     #[arg(value_name = "MODEL", conflicts_with = "model")]
@@ -244,15 +243,23 @@ impl Info {
         let tied = if g.tie_word_embeddings { "tied" } else { "with a head of its own" };
         row("vocabulary", format!("{}, {tied}", g.vocab_size))?;
         let (context, theta) = (g.max_position_embeddings, g.rope_theta);
-        row("context", format!("{context} tokens, rope theta {theta}, norm eps {:e}", g.rms_norm_eps))?;
+        row(
+            "context",
+            format!("{context} tokens, rope theta {theta}, norm eps {:e}", g.rms_norm_eps),
+        )?;
         let kind = if self.quantization.is_some() { "ternary" } else { "in projections" };
         let mut parts = vec![(p.ternary, kind), (p.embedding, "embedding")];
         parts.extend([(p.head, "head"), (p.others, "others")].into_iter().filter(|(n, _)| *n > 0));
-        let parts: Vec<String> = parts.iter().map(|(n, name)| format!("{} {name}", count(*n))).collect();
+        let parts: Vec<String> =
+            parts.iter().map(|(n, name)| format!("{} {name}", count(*n))).collect();
         row("parameters", format!("{} ({})", count(p.total), parts.join(", ")))?;
         let ternary = self.bits_per_weight.ternary;
-        let ternary = ternary.map(|bits| format!("{bits:.3} ternary matrices, ")).unwrap_or_default();
-        row("bits/weight", format!("{ternary}{:.2} the whole checkpoint", self.bits_per_weight.checkpoint))?;
+        let ternary =
+            ternary.map(|bits| format!("{bits:.3} ternary matrices, ")).unwrap_or_default();
+        row(
+            "bits/weight",
+            format!("{ternary}{:.2} the whole checkpoint", self.bits_per_weight.checkpoint),
+        )?;
         for (index, (file, size)) in self.files.iter().enumerate() {
             row(if index == 0 { "files" } else { "" }, format!("{file}, {}", bytes(*size)))?;
         }
@@ -260,7 +267,8 @@ impl Info {
         row("tensors", format!("{} ({})", self.tensors.len(), dtypes.join(", ")))?;
         let mut parts = vec![(m.projections, "projections"), (m.embedding, "embedding")];
         parts.extend([(m.head, "head"), (m.norms, "norms")].into_iter().filter(|(n, _)| *n > 0));
-        let parts: Vec<String> = parts.iter().map(|(n, name)| format!("{} {name}", bytes(*n))).collect();
+        let parts: Vec<String> =
+            parts.iter().map(|(n, name)| format!("{} {name}", bytes(*n))).collect();
         row("memory at rest", format!("{} ({})", bytes(m.total), parts.join(", ")))?;
         row("cache", format!("{} for 1000 tokens, f32", bytes(m.cache_per_1k_tokens)))?;
         match &self.tokenizer {
@@ -289,7 +297,12 @@ impl Info {
             let width = self.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
             writeln!(out)?;
             for TensorRow { name, dtype, shape, bytes: size } in &self.tensors {
-                writeln!(out, "{name:width$}  {dtype:5} {:16} {}", format!("{shape:?}"), bytes(*size as u64))?;
+                writeln!(
+                    out,
+                    "{name:width$}  {dtype:5} {:16} {}",
+                    format!("{shape:?}"),
+                    bytes(*size as u64)
+                )?;
             }
         }
         Ok(())
@@ -385,7 +398,8 @@ impl Memory {
 
 fn files(source: &Source) -> anyhow::Result<BTreeMap<String, u64>> {
     let Some(files) = &source.files else {
-        let weights = default_files().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
+        let weights =
+            default_files().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
         return Ok(weights.map(|(name, data)| (name.into(), data.len() as u64)).collect());
     };
     let size = |path: &std::path::PathBuf| {
@@ -401,7 +415,9 @@ fn tokenizer(source: &Source) -> anyhow::Result<Option<TokenizerInfo>> {
     let special_tokens = ["bos_token", "eos_token", "pad_token", "unk_token"]
         .into_iter()
         .filter_map(|name| Some((name, tokenizer.special_token(name)?)))
-        .map(|(name, token)| (name, SpecialToken { token: token.into(), id: tokenizer.token_to_id(token) }))
+        .map(|(name, token)| {
+            (name, SpecialToken { token: token.into(), id: tokenizer.token_to_id(token) })
+        })
         .collect();
     Ok(Some(TokenizerInfo {
         vocab_size: tokenizer.vocab_size(),

@@ -25,16 +25,16 @@ const CHUNK: usize = 64;
 
 /// Options of `bitnet logits`.
 #[derive(clap::Args)]
-#[command(long_about = "Write the logits of every position of a text to a safetensors file.
-
-The file holds one tensor, `logits`, f32, (tokens, vocabulary): row i is what the model predicts after \
-token i. It appears when it is complete.")]
+#[command(
+    after_long_help = "The file holds one tensor, `logits`, f32, (tokens, vocabulary): row i is what the model predicts after \
+token i. It appears when it is complete."
+)]
 #[command(group(clap::ArgGroup::new("input").required(true)))]
 pub struct Args {
     /// The model
     #[command(flatten)]
     model: ModelArgs,
-    /// Token ids to run, separated by commas; nothing is added to them
+    /// Token ids to run, separated by commas, at most the model's context; nothing is added to them
     #[arg(long, group = "input", value_delimiter = ',', value_name = "IDS")]
     tokens: Option<Vec<u32>>,
     /// Text to run, with the special tokens its tokenizer adds
@@ -64,7 +64,10 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let (vocab_size, context) = (config.vocab_size, config.max_position_embeddings);
     ensure!(!tokens.is_empty(), "there are no tokens to run");
     if tokens.len() > context {
-        bail!("{} tokens are more than the model's context of {context}; shorten the text", tokens.len());
+        bail!(
+            "{} tokens are more than the model's context of {context}; shorten the text",
+            tokens.len()
+        );
     }
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
         bail!("token id {id} is outside the model's vocabulary of {vocab_size}");

@@ -9,10 +9,10 @@ use crate::{args::Global, model::ModelArgs};
 
 /// Options of `bitnet tokenize`.
 #[derive(clap::Args)]
-#[command(long_about = "Show the token ids of a text, or the text of token ids.
-
-Without an option for the output, the ids are printed on one line, separated by spaces. The text is \
-taken as it is: a line end at the end of stdin is part of it.")]
+#[command(
+    after_long_help = "Without an option for the output, the ids are printed on one line, separated by spaces. The text is \
+taken as it is: a line end at the end of stdin is part of it."
+)]
 pub struct Args {
     /// The text; stdin if absent
     #[arg(value_name = "TEXT", conflicts_with = "decode")]

@@ -29,6 +29,9 @@ const EXIT_INTERRUPTED: i32 = 130;
 /// Without a terminal, time between two lines about updates.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What the program, the vocabulary and a few megabytes of text take beside a run's tensors.
+const PROCESS_BYTES: u64 = 30_000_000;
+
 /// Kinds of training.
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -38,15 +41,15 @@ pub enum Command {
 
 /// Options of `bitnet train qat`.
 #[derive(clap::Args)]
-#[command(long_about = "Train a BitNet from scratch, with quantization in every step.
-
-The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
+#[command(
+    after_long_help = "The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe.
 
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
 on with --resume, from its newest checkpoint, to the same bits as an uninterrupted one. Ctrl-C saves a checkpoint and \
-ends with status 130.")]
+ends with status 130."
+)]
 pub struct QatArgs {
     /// The recipe, a TOML file
     #[arg(value_name = "RECIPE")]
@@ -57,19 +60,19 @@ pub struct QatArgs {
     /// Folder of checkpoints, metrics and results, instead of output.dir
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Updates in all, instead of train.steps or train.epochs
+    /// Updates in all, at least 1, instead of train.steps or train.epochs
     #[arg(long, value_name = "N", conflicts_with = "epochs")]
     steps: Option<usize>,
-    /// Passes over the training data, instead of train.steps or train.epochs
+    /// Passes over the training data, more than 0, instead of train.steps or train.epochs
     #[arg(long, value_name = "X")]
     epochs: Option<f64>,
-    /// Windows in a forward pass, instead of train.batch_size
+    /// Windows in a forward pass, at least 1, instead of train.batch_size
     #[arg(long, value_name = "N")]
     batch_size: Option<usize>,
     /// Seed of the initial weights and of the order of the data, instead of train.seed
     #[arg(long, value_name = "SEED")]
     seed: Option<u64>,
-    /// Learning rate after the warm-up, instead of optimizer.peak_lr
+    /// Learning rate after the warm-up, more than 0, instead of optimizer.peak_lr
     #[arg(long, value_name = "RATE")]
     peak_lr: Option<f64>,
     /// `bitnet`, or `full` for the full-precision twin, instead of model.precision
@@ -218,7 +221,9 @@ impl Display {
 fn evaluation(record: &EvaluationRecord, is_best: bool) -> String {
     let EvaluationRecord { step, nats_per_token, nats_per_byte, .. } = record;
     let best = if is_best { ", the best so far" } else { "" };
-    format!("evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{best}")
+    format!(
+        "evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{best}"
+    )
 }
 
 /// How the run ended, to stdout.
@@ -283,7 +288,14 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
     }
     for (name, value) in [
         ("parameters", count(parameters)),
-        ("data", format!("{} tokens, {} held out", count(train_tokens as u64), count(validation_tokens as u64))),
+        (
+            "data",
+            format!(
+                "{} tokens, {} held out",
+                count(train_tokens as u64),
+                count(validation_tokens as u64)
+            ),
+        ),
         ("updates", format!("{steps} of {tokens_per_step} tokens")),
         ("tokens", format!("{}, {epochs:.2} epochs", count(tokens))),
         ("memory", format!("about {}", bytes(memory))),
@@ -299,10 +311,10 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
 fn memory(recipe: &Recipe, parameters: u64) -> u64 {
     let model = &recipe.model;
     let key_value = model.hidden_size / model.num_attention_heads * model.num_key_value_heads;
-    // Values a token and layer: the stream and its sums, norms, projections and their quantized inputs.
-    let layer = 14 * model.hidden_size + 6 * model.intermediate_size + 4 * key_value;
-    let attention = 2 * model.num_attention_heads * recipe.data.sequence_length;
-    let token = model.num_hidden_layers * (layer + attention) + 3 * model.vocab_size;
+    // Values a token and layer: the stream and its sums, norms, projections and their quantized
+    // inputs. Attention keeps no scores; of the logits there are two copies and their gradient.
+    let layer = 10 * model.hidden_size + 4 * model.intermediate_size + 4 * key_value;
+    let token = model.num_hidden_layers * layer + 3 * model.vocab_size;
     let tokens = recipe.train.batch_size * recipe.data.sequence_length;
-    4 * (4 * parameters + (tokens * token) as u64)
+    PROCESS_BYTES + 4 * (4 * parameters + (tokens * token) as u64)
 }

@@ -135,9 +135,8 @@ impl Plan {
             }
             _ => Kind::Other { shape },
         };
-        let is_latent = |config: &Config| {
-            config.quantization.is_some_and(|q| q.weights == WeightForm::Latent)
-        };
+        let is_latent =
+            |config: &Config| config.quantization.is_some_and(|q| q.weights == WeightForm::Latent);
         let dtype = match checkpoint.get(source) {
             Some(info) if is_latent(config) && is_latent(converted) => info.dtype,
             _ => Dtype::BF16,

@@ -140,7 +140,13 @@ fn writer_writes_what_the_crate_writes() {
         crate_view.iter().map(|(name, view)| TensorSpec::new(name, view.dtype(), view.shape()));
     let mut writer = SafetensorsWriter::create(&path, specs.collect()).unwrap();
     for (name, view) in crate_view.iter() {
-        writer.write(name, view.data()).unwrap();
+        match view.data().split_at_checked(2) {
+            Some((head, tail)) if !tail.is_empty() => {
+                writer.append(name, head).unwrap();
+                writer.append(name, tail).unwrap();
+            }
+            _ => writer.write(name, view.data()).unwrap(),
+        }
     }
     assert!(!path.exists());
     writer.finish().unwrap();
@@ -169,6 +175,8 @@ fn writer_refuses_and_leaves_nothing() {
     let unknown = writer.write("z", &[]).unwrap_err();
     let short = writer.write("y", &[0; 3]).unwrap_err();
     let shape = writer.write_tensor("y", &tensor).unwrap_err();
+    writer.append("y", &[0; 3]).unwrap();
+    let long = writer.append("y", &[0; 3]).unwrap_err();
     let missing = writer.finish().unwrap_err();
     let declared =
         SafetensorsWriter::create(&path, vec![spec("x", &[]), spec("x", &[])]).unwrap_err();
@@ -178,6 +186,7 @@ fn writer_refuses_and_leaves_nothing() {
         (unknown, "tensor `z`: not declared"),
         (short, "tensor `y`: F32 of shape [1] takes 4 bytes, got 3"),
         (shape, "tensor `y`: declared F32 [1], got F32 [2]"),
+        (long, "tensor `y`: 2 bytes more than declared"),
         (missing, "tensor `y`: declared but never written"),
         (declared, "tensor `x`: declared twice"),
         (overflow, "too large"),

@@ -18,7 +18,8 @@ impl Recipe {
     /// `train.steps` and `train.epochs` the one that is set replaces the other.
     pub fn from_file_with(path: &Path, settings: &[(String, String)]) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io(path))?;
-        let refuse = |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, &text) };
+        let refuse =
+            |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, &text) };
         let mut recipe: Self = toml::from_str(&text).map_err(refuse)?;
         let mut table: Table = toml::from_str(&text).map_err(refuse)?;
         for (key, value) in settings {
@@ -86,7 +87,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("recipe.toml");
         fs::write(&path, TEXT).unwrap();
-        let settings: Vec<_> = settings.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let settings: Vec<_> =
+            settings.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         Recipe::from_file_with(&path, &settings)
     }
 
@@ -104,7 +106,10 @@ mod tests {
         assert_eq!((recipe.train.steps, recipe.train.epochs), (Some(7), None));
         assert_eq!((recipe.train.seed, recipe.optimizer.peak_lr), (3, 2e-3));
         assert_eq!(recipe.output.dir, PathBuf::from("/elsewhere"));
-        assert_eq!(read(&[("train.steps", "7"), ("train.epochs", "2.0")]).unwrap().train.steps, None);
+        assert_eq!(
+            read(&[("train.steps", "7"), ("train.epochs", "2.0")]).unwrap().train.steps,
+            None
+        );
     }
 
     #[test]
