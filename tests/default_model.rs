@@ -49,9 +49,8 @@ fn the_card_shows_what_the_model_writes() {
         let ids = tokenizer.encode(prompt, true).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(158);
         let mut session = Session::new(bitnet.model.clone());
-        let reply = session
-            .generate(&ids, &options, &mut rng, |_| ControlFlow::Continue(()))
-            .unwrap();
+        let reply =
+            session.generate(&ids, &options, &mut rng, |_| ControlFlow::Continue(())).unwrap();
         let text = tokenizer.decode(&reply.tokens, true).unwrap();
         let story = format!("{prompt}{text}");
         assert!(card.contains(story.trim()), "not in the card: {story}");
@@ -69,7 +68,8 @@ fn it_is_small_and_its_tokenizer_loses_nothing() {
     assert_eq!((config.hidden_size % 256, config.intermediate_size % 256), (0, 0));
     assert!(config.tie_word_embeddings && config.num_key_value_heads < config.num_attention_heads);
     let tokenizer = bitnet.tokenizer.unwrap();
-    for text in ["naïve — 日本語 🙂\u{200d}🔥", "\u{0}\u{7f}\t\r\n  x", "Zażółć gęślą jaźń", ""] {
+    for text in ["naïve — 日本語 🙂\u{200d}🔥", "\u{0}\u{7f}\t\r\n  x", "Zażółć gęślą jaźń", ""]
+    {
         let ids = tokenizer.encode(text, false).unwrap();
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
     }
@@ -78,5 +78,7 @@ fn it_is_small_and_its_tokenizer_loses_nothing() {
     let chat = tokenizer.chat_template().unwrap().unwrap();
     let messages = [bitnet_model::text::Message::new("user", " hi ")];
     assert_eq!(chat.render(&messages, true).unwrap(), "User: hi<|eot_id|>Assistant: ");
-    assert!(bitnet.generation.eos_token_ids.contains(&tokenizer.token_to_id("<|eot_id|>").unwrap()));
+    assert!(
+        bitnet.generation.eos_token_ids.contains(&tokenizer.token_to_id("<|eot_id|>").unwrap())
+    );
 }

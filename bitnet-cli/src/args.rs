@@ -20,20 +20,23 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// Heading of the options of every command.
+const GLOBAL: &str = "Global options";
+
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
     /// Threads to compute with [default: one a core]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "N")]
     pub threads: Option<usize>,
     /// Where to compute; only `cpu` so far
-    #[arg(long, global = true, value_name = "DEVICE", default_value = "cpu")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// No progress bars and no statistics on stderr
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
     pub quiet: bool,
     /// What to log to stderr: error, warn, info, debug, trace, or a tracing filter
-    #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "FILTER", default_value = "warn")]
     pub log: String,
 }
 

@@ -25,10 +25,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", causes(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and what caused it, in one line; a cause that its effect already quotes is not repeated.
+fn causes(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| {
+        match said.contains(&cause) {
+            _ if said.is_empty() => cause,
+            true => said,
+            false => format!("{said}: {cause}"),
+        }
+    })
 }
 
 /// Help and version go to stdout; a mistake becomes one line on stderr, with clap's suggestion.
@@ -41,7 +52,8 @@ fn explain(error: &clap::Error) -> ExitCode {
         return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
     }
     let message = error.render().to_string();
-    let said = message.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let is_advice = |line: &str| line.starts_with("Usage:") || line.starts_with("For more");
+    let said = message.lines().map(str::trim).take_while(|line| !is_advice(line));
     let said: Vec<&str> = said.filter(|line| !line.is_empty()).collect();
     eprintln!("{} (see --help)", said.join(" "));
     ExitCode::from(EXIT_USAGE)

@@ -139,6 +139,18 @@ mod tests {
     }
 
     #[test]
+    fn ternary_is_the_clamped_round() {
+        let halves = [0.5f32, -0.5, 1.5, -1.5, 0., -0., 3., -3., f32::INFINITY];
+        let near = halves.iter().flat_map(|x| [*x, x.next_up(), x.next_down()]);
+        for x in near.chain((-300..300).map(|i| i as f32 * 0.0117)) {
+            for rounding in [Rounding::HalfEven, Rounding::HalfUp] {
+                let want = rounding.round(x).clamp(-1., 1.) as i8;
+                assert_eq!(ternary(x, 1., rounding), want, "{x:?} {rounding:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_matrix_becomes_three_values() {
         // mean|w| = (0.2 + 0.6 + 0 + 1.2) / 4 = 0.5
         let w = Tensor::new(&[[0.2f32, -0.6], [0., 1.2]], &Device::Cpu).unwrap();

@@ -12,6 +12,8 @@ mod gated;
 mod rms_norm;
 mod rope;
 pub mod ternary_matmul;
+#[cfg(test)]
+mod tests;
 
 pub use attention::attention;
 pub use dense_matmul::dense_matmul;

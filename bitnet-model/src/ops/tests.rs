@@ -1,0 +1,152 @@
+//! Values and gradients of each op against the same thing composed of Candle's differentiable ops.
+
+use candle_core::{D, DType, Device, Tensor, Var};
+
+use super::{attention, dense_matmul, gated, rms_norm, rope};
+use crate::config::Activation;
+
+fn random(shape: &[usize]) -> Var {
+    Var::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Asserts that both functions agree in value and in the gradients of all `vars`, to a few units in the
+/// last place of sums over hundreds of terms of order one.
+fn assert_same(
+    vars: &[&Var],
+    ours: impl Fn() -> candle_core::Result<Tensor>,
+    theirs: impl Fn() -> candle_core::Result<Tensor>,
+) {
+    let (y, want) = (ours().unwrap(), theirs().unwrap());
+    assert_eq!(y.shape(), want.shape());
+    let weights = Tensor::randn(0f32, 1., y.shape(), &Device::Cpu).unwrap();
+    let backward = |y: &Tensor| (y * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+    let (grads, want_grads) = (backward(&y), backward(&want));
+    let close = |what: &str, a: &Tensor, b: &Tensor| {
+        let scale = flat(b).iter().fold(1f32, |max, x| max.max(x.abs()));
+        for (a, b) in flat(a).iter().zip(flat(b)) {
+            assert!((a - b).abs() <= 1e-5 * scale, "{what}: {a} is not {b}");
+        }
+    };
+    close("value", &y, &want);
+    for (i, var) in vars.iter().enumerate() {
+        let grad = grads.get(var.as_tensor()).unwrap();
+        close(&format!("gradient {i}"), grad, want_grads.get(var.as_tensor()).unwrap());
+    }
+}
+
+#[test]
+fn rms_norm_equals_its_composition() {
+    let (x, weight) = (random(&[3, 70, 48]), random(&[48]));
+    assert_same(
+        &[&x, &weight],
+        || rms_norm(&x, &weight, 1e-5),
+        || candle_nn::ops::rms_norm_slow(&x, &weight, 1e-5),
+    );
+}
+
+#[test]
+fn rope_equals_its_composition() {
+    let (seq, half) = (9, 6);
+    let x = random(&[2, seq, 3, 2 * half]);
+    let angles = Tensor::rand(0f32, 6., (seq, half), &Device::Cpu).unwrap();
+    let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+    assert_same(
+        &[&x],
+        || rope(&x, &cos.unsqueeze(0)?, &sin.unsqueeze(0)?),
+        || {
+            // candle's layout is (batch, heads, seq, head_dim)
+            let x = x.transpose(1, 2)?.contiguous()?;
+            candle_nn::rotary_emb::rope_slow(&x, &cos, &sin)?.transpose(1, 2)?.contiguous()
+        },
+    );
+}
+
+#[test]
+fn gates_equal_their_composition() {
+    let (gate, up) = (random(&[5, 33]), random(&[5, 33]));
+    assert_same(
+        &[&gate, &up],
+        || gated(&gate, &up, Activation::Relu2),
+        || gate.relu()?.sqr()? * up.as_tensor(),
+    );
+    assert_same(
+        &[&gate, &up],
+        || gated(&gate, &up, Activation::Silu),
+        || candle_nn::ops::silu(&gate)? * up.as_tensor(),
+    );
+    let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
+    let y = gated(&nan, &nan.ones_like().unwrap(), Activation::Relu2).unwrap();
+    assert!(flat(&y)[0].is_nan(), "a NaN must not vanish in the gate");
+}
+
+#[test]
+fn dense_matmul_equals_candles() {
+    for tokens in [1, 7, 64, 150] {
+        let (x, weight) = (random(&[2, tokens, 40]), random(&[70, 40]));
+        assert_same(
+            &[&x, &weight],
+            || dense_matmul(&x, &weight),
+            || x.broadcast_matmul(&weight.t()?.unsqueeze(0)?),
+        );
+    }
+    let (x, weight) = (random(&[3, 40]), random(&[70, 40]));
+    let bf16 = weight.as_detached_tensor().to_dtype(DType::BF16).unwrap();
+    let widened = bf16.to_dtype(DType::F32).unwrap();
+    assert_same(&[&x], || dense_matmul(&x, &bf16), || x.matmul(&widened.t()?));
+}
+
+#[test]
+fn attention_equals_its_composition() {
+    let (batch, seq, heads, kv_heads, dim) = (2, 11, 6, 2, 8);
+    let q = random(&[batch, seq, heads, dim]);
+    let (k, v) = (random(&[batch, kv_heads, seq, dim]), random(&[batch, kv_heads, seq, dim]));
+    let repeat = |x: &Var| {
+        let groups = heads / kv_heads;
+        let wide = x.unsqueeze(2)?.broadcast_as((batch, kv_heads, groups, seq, dim))?;
+        wide.contiguous()?.reshape((batch, heads, seq, dim))
+    };
+    let mask: Vec<f32> =
+        (0..seq * seq).map(|i| if i % seq > i / seq { f32::NEG_INFINITY } else { 0. }).collect();
+    let mask = Tensor::from_vec(mask, (seq, seq), &Device::Cpu).unwrap();
+    assert_same(
+        &[&q, &k, &v],
+        || attention(&q, &k, &v, &[]),
+        || {
+            let q = q.transpose(1, 2)?.contiguous()?;
+            let scores = (q.matmul(&repeat(&k)?.t()?)? / (dim as f64).sqrt())?;
+            let p = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+            p.matmul(&repeat(&v)?)?.transpose(1, 2)?.contiguous()
+        },
+    );
+}
+
+#[test]
+fn attention_does_not_look_at_padding() {
+    let (seq, start) = (5, 2);
+    let q = random(&[1, seq, 2, 4]);
+    let (k, v) = (random(&[1, 1, seq, 4]), random(&[1, 1, seq, 4]));
+    let padded = attention(&q, &k, &v, &[start]).unwrap();
+    let cut = |x: &Var, dim| x.narrow(dim, start, seq - start).unwrap();
+    let alone = attention(&cut(&q, 1), &cut(&k, 2), &cut(&v, 2), &[]).unwrap();
+    assert_eq!(flat(&padded.narrow(1, start, seq - start).unwrap()), flat(&alone));
+    assert!(flat(&padded.narrow(1, 0, start).unwrap()).iter().all(|&y| y == 0.));
+    // No gradient flows into what was not seen.
+    let grads = padded.sum_all().unwrap().backward().unwrap();
+    let dk = grads.get(k.as_tensor()).unwrap().narrow(2, 0, start).unwrap();
+    assert!(flat(&dk).iter().all(|&g| g == 0.));
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_errors() {
+    let x = random(&[2, 3, 4]);
+    assert!(rms_norm(&x, &random(&[5]), 1e-5).is_err());
+    assert!(dense_matmul(&x, &random(&[6, 5])).is_err());
+    assert!(gated(&x, &random(&[2, 3, 5]), Activation::Silu).is_err());
+    let q = random(&[1, 2, 3, 4]);
+    assert!(attention(&q, &random(&[1, 2, 2, 4]), &random(&[1, 2, 2, 4]), &[]).is_err());
+    assert!(attention(&q, &random(&[1, 3, 1, 4]), &random(&[1, 3, 1, 4]), &[]).is_err());
+}
