@@ -131,7 +131,7 @@ fn tokens_of_a_model_with_a_tokenizer_are_text() {
     let tokenizer = Pretrained::open("default").unwrap().tokenizer.unwrap();
     let ids = tokenizer.encode("Once upon a time", true).unwrap();
     let ids = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-    let args = ["generate", "--tokens", &ids, "--temperature", "0", "--ignore-eos", "-n", "40"];
+    let args = [&["generate", "--tokens", &ids], &GREEDY[2..]].concat();
     assert_eq!(stdout(&args, ""), stdout(&GREEDY, ""));
 }
 
