@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SIZE_LIMIT = 8 << 20  # bytes; scripts/check.sh enforces the same limit on the committed files
+SIZE_LIMIT = 8 * 10**6  # bytes; scripts/check.sh enforces the same limit on the committed files
 HEADER_LIMIT = 100 * 10**6  # bytes; the safetensors library's own limit
 
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -38,7 +38,7 @@ FIXTURES = {
     "bitnet_online_tied": (SINGLE, ()),
     "legacy_1bitllm": (SINGLE, ()),
     "llama_packed_headdim": (SINGLE, ()),
-    "llama_packed_rmsnorm": (SINGLE + BATCH, ("source/latent.safetensors",)),
+    "llama_packed_rmsnorm": (SINGLE, ("source/latent.safetensors",)),
     "llama_packed_tied_sharded": (SINGLE, ()),
     "onebitllms_converted": (
         SINGLE,
