@@ -88,7 +88,9 @@ def main():
     parser.add_argument("twin", type=Path, help="output folder of the full-precision run")
     options = parser.parse_args()
     for name in FILES:
-        shutil.copyfile(options.run / "packed" / name, ASSETS / name)
+        source, target = options.run / "packed" / name, ASSETS / name
+        if not target.exists() or source.read_bytes() != target.read_bytes():
+            shutil.copyfile(source, target)
     subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
     binary = ROOT / "target" / "release" / "bitnet"
     samples = [(prompt, continuation(binary, prompt)) for prompt in PROMPTS]
