@@ -60,7 +60,7 @@ pub enum PackedError {
 
 impl TernaryWeight {
     /// Ternarizes float weights (out_features, in_features) by absolute mean
-    /// ([`quant`](crate::quant)).
+    /// ([`quant`]).
     ///
     /// # Panics
     /// If `weights` does not have `out_features · in_features` elements.
