@@ -23,9 +23,6 @@ use crate::{
     progress::{self, bytes, count, duration},
 };
 
-/// Exit status of a run ended by SIGINT, as shells have it: 128 + 2.
-const EXIT_INTERRUPTED: i32 = 130;
-
 /// Without a terminal, time between two lines about updates.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -113,7 +110,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     report(&recipe, &summary, args.json)?;
     if summary.outcome == Outcome::Interrupted {
         let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command());
-        std::process::exit(EXIT_INTERRUPTED);
+        interrupt::exit();
     }
     Ok(())
 }
