@@ -9,6 +9,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     model::Model,
     nn::{BitLinear, BitLinears, DenseLinears, LinearFactory},
+    ops::KvType,
     quant::{self, Rounding},
     sampler::{Sampler, SamplingParams},
     score::{ScoreRequest, loglikelihood},
@@ -105,7 +106,7 @@ fn a_plain_llama_equals_candle_transformers() {
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
     let oracle = llama::Llama::load(vb, &theirs).unwrap();
     let tokens = ids(5, 40);
-    let mut cache = model.cache(1);
+    let mut cache = model.cache(KvType::F32, 1);
     for (from, to) in [(0, 17), (17, 18), (18, 40)] {
         let input = tensor(&[&tokens[from..to]]);
         let ours = flat(&model.forward(&input, &mut cache).unwrap());
@@ -118,8 +119,8 @@ fn a_plain_llama_equals_candle_transformers() {
 }
 
 /// Logits of every position, computed in the given cuts.
-fn logits_in_cuts(model: &Model, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
-    let mut cache = model.cache(1);
+fn logits_in_cuts(model: &Model, kv_type: KvType, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
+    let mut cache = model.cache(kv_type, 1);
     let mut logits = Vec::new();
     let mut from = 0;
     for to in cuts.iter().copied().chain([tokens.len()]).filter(|&to| to <= tokens.len()) {
@@ -154,7 +155,11 @@ proptest! {
         let tokens = ids(seed, len);
         let mut cuts = cuts;
         cuts.sort_unstable();
-        prop_assert_eq!(bits(&logits_in_cuts(&model, &tokens, &cuts)), bits(&whole(&model, &tokens)));
+        let in_cuts = |kv_type| bits(&logits_in_cuts(&model, kv_type, &tokens, &cuts));
+        prop_assert_eq!(in_cuts(KvType::F32), bits(&whole(&model, &tokens)));
+        for kv_type in KvType::ALL {
+            prop_assert_eq!(in_cuts(kv_type), bits(&logits_in_cuts(&model, kv_type, &tokens, &[])));
+        }
     }
 
     #[test]
@@ -170,7 +175,7 @@ proptest! {
             rows.iter().map(|row| [vec![0; longest - row.len()], row.clone()].concat()).collect();
         let input = tensor(&padded.iter().map(Vec::as_slice).collect::<Vec<_>>());
         let starts: Vec<usize> = lengths.iter().map(|len| longest - len).collect();
-        let mut cache = model.padded_cache(starts.clone());
+        let mut cache = model.padded_cache(KvType::F32, starts.clone());
         let hidden = model.hidden_states(&input, Some(&mut cache)).unwrap();
         let logits = model.logits(&hidden).unwrap();
         for (i, row) in rows.iter().enumerate() {

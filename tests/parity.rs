@@ -14,6 +14,7 @@ use std::{
 
 use bitnet_model::{
     nn::{BitLinears, LinearFactory, LinearSpec, Projection},
+    ops::KvType,
     quant,
 };
 use bitnet_tests::{
@@ -203,7 +204,7 @@ fn a_left_padded_batch() {
     for fixture in Fixture::forward().iter().filter(|f| f.expected.contains_key("batch.logits")) {
         let model = fixture.model();
         let rows = padded_rows(fixture);
-        let mut cache = model.padded_cache(rows.iter().map(|row| row.0).collect());
+        let mut cache = model.padded_cache(KvType::F32, rows.iter().map(|row| row.0).collect());
         let tokens = fixture.tokens("batch.input_ids");
         let hidden = model.hidden_states(&tokens, Some(&mut cache)).unwrap();
         let logits = model.logits(&hidden).unwrap();
@@ -248,7 +249,7 @@ fn greedy_continuations() {
             let reference = fixture.rows(&format!("{kind}.tokens"));
             let steps = reference[0].len();
             let margins = fixture.floats(&format!("{kind}.margin"));
-            let mut cache = model.padded_cache(starts);
+            let mut cache = model.padded_cache(KvType::F32, starts);
             let mut ours = vec![Vec::new(); reference.len()];
             for _ in 0..steps {
                 let logits = model.forward(&input, &mut cache).unwrap();

@@ -1,8 +1,9 @@
 //! The command line: what the user typed, not yet resolved.
 
-use std::io::IsTerminal;
+use std::{io::IsTerminal, num::NonZeroUsize};
 
 use anyhow::{Context, bail};
+use bitnet_model::threads;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -78,13 +79,14 @@ impl Global {
         if self.device != "cpu" {
             bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
         }
-        match self.threads {
-            Some(0) => bail!("--threads 0 cannot compute: give at least 1"),
-            Some(threads) => rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build_global()
-                .context("the thread pool could not be started"),
-            None => Ok(()),
-        }
+        let Some(threads) = self.threads else { return Ok(()) };
+        let Some(threads) = NonZeroUsize::new(threads) else {
+            bail!("--threads 0 cannot compute: give at least 1")
+        };
+        threads::set_count(threads);
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.get())
+            .build_global()
+            .context("the thread pool could not be started")
     }
 }

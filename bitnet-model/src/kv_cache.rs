@@ -3,16 +3,17 @@
 //! Preallocated for a while and doubled when it fills up, never beyond the model's maximum. Rows of a
 //! batch share their slots; a row that is padded on the left starts later.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
-use crate::config::Config;
+use crate::{config::Config, ops::KvType};
 
 /// Slots allocated at first.
 const INITIAL_CAPACITY: usize = 256;
 
-/// Keys and values of every layer, f32.
+/// Keys and values of every layer.
 #[derive(Debug)]
 pub struct KvCache {
+    kv_type: KvType,
     layers: Vec<Layer>,
     /// First slot of each row that is not padding.
     starts: Vec<usize>,
@@ -23,7 +24,7 @@ pub struct KvCache {
     device: Device,
 }
 
-/// One layer's storage, each (batch, kv_heads, capacity, head_dim); absent until the first token.
+/// One layer's storage, each (batch, kv_heads, capacity, stored row); absent until the first token.
 #[derive(Debug, Default)]
 struct Layer {
     kv: Option<(Tensor, Tensor)>,
@@ -33,6 +34,7 @@ struct Layer {
 #[derive(Debug)]
 pub struct LayerCache<'a> {
     layer: &'a mut Layer,
+    kv_type: KvType,
     starts: &'a [usize],
     len: usize,
     max_len: usize,
@@ -42,8 +44,9 @@ impl KvCache {
     /// A cache for the model of `config` and `starts.len()` sequences, of at most
     /// `max_position_embeddings` tokens each; row `i` begins at slot `starts[i]`, what is before it is
     /// padding. [`Model::cache`](crate::model::Model::cache) makes one.
-    pub fn new(config: &Config, starts: Vec<usize>, device: &Device) -> Self {
+    pub fn new(config: &Config, kv_type: KvType, starts: Vec<usize>, device: &Device) -> Self {
         Self {
+            kv_type,
             layers: (0..config.num_hidden_layers).map(|_| Layer::default()).collect(),
             starts,
             len: 0,
@@ -79,10 +82,16 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// How keys and values are stored.
+    pub fn kv_type(&self) -> KvType {
+        self.kv_type
+    }
+
     /// Bytes allocated now.
     pub fn bytes(&self) -> usize {
         let tensors = self.layers.iter().filter_map(|layer| layer.kv.as_ref());
-        tensors.map(|(k, v)| (k.elem_count() + v.elem_count()) * size_of::<f32>()).sum()
+        let elements: usize = tensors.map(|(k, v)| k.elem_count() + v.elem_count()).sum();
+        elements * self.kv_type.dtype().size_in_bytes()
     }
 
     /// The positions of `seq` new tokens in every row, row-major: slots counted from the row's start.
@@ -114,9 +123,10 @@ impl KvCache {
                 continue;
             }
             let doubled = needed.max(2 * capacity).max(INITIAL_CAPACITY).min(self.max_len);
-            let shape = (self.starts.len(), self.kv_heads, doubled, self.head_dim);
+            let width = self.kv_type.width(self.head_dim);
+            let shape = (self.starts.len(), self.kv_heads, doubled, width);
             let grow = |old: Option<&Tensor>| -> Result<Tensor> {
-                let new = Tensor::zeros(shape, DType::F32, &self.device)?;
+                let new = Tensor::zeros(shape, self.kv_type.dtype(), &self.device)?;
                 if let Some(old) = old {
                     new.slice_set(old, 2, 0)?;
                 }
@@ -133,6 +143,7 @@ impl KvCache {
     pub(crate) fn layer(&mut self, index: usize) -> LayerCache<'_> {
         LayerCache {
             layer: &mut self.layers[index],
+            kv_type: self.kv_type,
             starts: &self.starts,
             len: self.len,
             max_len: self.max_len,
@@ -151,14 +162,14 @@ impl<'a> LayerCache<'a> {
         self.starts
     }
 
-    /// Stores `k` and `v` (batch, kv_heads, seq, head_dim) behind what is there and returns all of it,
-    /// (batch, kv_heads, context, head_dim) views.
+    /// Stores `k` and `v` (batch, kv_heads, seq, head_dim) behind what is there and returns all of it as stored,
+    /// (batch, kv_heads, context, stored row) views.
     pub(crate) fn append(self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = &self.layer.kv else {
             bail!("the cache has no room reserved for {} tokens", self.max_len)
         };
-        keys.slice_set(&k.contiguous()?, 2, self.len)?;
-        values.slice_set(&v.contiguous()?, 2, self.len)?;
+        keys.slice_set(&self.kv_type.encode(k)?, 2, self.len)?;
+        values.slice_set(&self.kv_type.encode(v)?, 2, self.len)?;
         let context = self.len + k.dim(2)?;
         Ok((keys.narrow(2, 0, context)?, values.narrow(2, 0, context)?))
     }

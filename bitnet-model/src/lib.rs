@@ -41,6 +41,7 @@ pub mod score;
 pub mod session;
 pub mod storage;
 pub mod text;
+pub mod threads;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     kv_cache::KvCache,
     nn::{Angles, Block, DenseLinear, LinearFactory, Projection, RmsNorm, RotaryEmbedding},
+    ops::KvType,
 };
 
 /// A decoder-only language model. Immutable and shared; state lives in a [`KvCache`].
@@ -60,13 +61,13 @@ impl Model {
     }
 
     /// An empty cache for `batch` sequences.
-    pub fn cache(&self, batch: usize) -> KvCache {
-        self.padded_cache(vec![0; batch])
+    pub fn cache(&self, kv_type: KvType, batch: usize) -> KvCache {
+        self.padded_cache(kv_type, vec![0; batch])
     }
 
     /// An empty cache for rows padded on the left: row `i` begins at slot `starts[i]`.
-    pub fn padded_cache(&self, starts: Vec<usize>) -> KvCache {
-        KvCache::new(&self.config, starts, &self.device)
+    pub fn padded_cache(&self, kv_type: KvType, starts: Vec<usize>) -> KvCache {
+        KvCache::new(&self.config, kv_type, starts, &self.device)
     }
 
     /// The blocks, for looking at the residual stream between them.

@@ -12,7 +12,7 @@ use std::{
 use candle_core::Tensor;
 use rand::Rng;
 
-use crate::{Error, Result, kv_cache::KvCache, model::Model, sampler::Sampler};
+use crate::{Error, Result, kv_cache::KvCache, model::Model, ops::KvType, sampler::Sampler};
 
 /// Prompt tokens run at once: bounds the memory of the activations.
 const PREFILL_CHUNK: usize = 512;
@@ -67,9 +67,14 @@ pub struct Generation {
 }
 
 impl Session {
-    /// An empty session.
+    /// An empty session with the default cache, in half precision.
     pub fn new(model: Arc<Model>) -> Self {
-        let cache = model.cache(1);
+        Self::with_cache(model, KvType::default())
+    }
+
+    /// An empty session that remembers keys and values as `kv_type` says.
+    pub fn with_cache(model: Arc<Model>, kv_type: KvType) -> Self {
+        let cache = model.cache(kv_type, 1);
         Self { model, cache, tokens: Vec::new() }
     }
 

@@ -16,6 +16,46 @@ pub fn contiguous<'a, T: WithDType>(
     })
 }
 
+/// Rows of the last dimension, all other dimensions taken together: the result of a fused projection is a view whose rows
+/// begin further apart than they are long.
+pub struct Rows<'a, T: Clone> {
+    data: Cow<'a, [T]>,
+    width: usize,
+    stride: usize,
+}
+
+impl<'a, T: WithDType> Rows<'a, T> {
+    /// Borrows the rows when they are dense and evenly spaced, gathers them otherwise.
+    pub fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let (Some((&width, outer)), Some((&1, strides))) =
+            (layout.dims().split_last(), layout.stride().split_last())
+        else {
+            let width = layout.dims().last().copied().unwrap_or(1);
+            return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
+        };
+        // Dimensions of size 1 have no say; of the others, each must step over all of the next.
+        let mut steps = outer.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1);
+        let stride = steps.clone().next().map_or(width, |(_, stride)| *stride);
+        let mut next = stride;
+        let even = steps.all(|(dim, stride)| std::mem::replace(&mut next, stride * dim) == *stride);
+        if !even || stride < width {
+            return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
+        }
+        let data = Cow::Borrowed(&storage.as_slice::<T>()?[layout.start_offset()..]);
+        Ok(Self { data, width, stride })
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Row `index`.
+    pub fn row(&self, index: usize) -> &[T] {
+        &self.data[index * self.stride..][..self.width]
+    }
+}
+
 /// The elements of a strided layout in row-major order.
 fn gather<T: Copy>(all: &[T], layout: &Layout) -> Vec<T> {
     let Some((&width, outer)) = layout.dims().split_last() else {

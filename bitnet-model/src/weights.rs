@@ -12,6 +12,7 @@ use crate::{
         tile::{self, COLS, ROWS, Tile},
     },
     quant::{self, Rounding},
+    threads,
 };
 
 /// A ternary matrix (out_features, in_features): 2 bits a weight and one scale.
@@ -219,48 +220,56 @@ impl TernaryWeight {
             }
         }
     }
+}
 
-    /// `y = x·Wᵀ` for quantized rows, with the kernel given: `y[token][row] = scale[token] · Σ`.
-    /// The integer sum is exact, so every kernel gives the same bits.
-    pub(crate) fn matmul(&self, kernel: &Kernel, x: &QuantizedRows, y: &mut [f32]) {
-        let bands = self.out_features.div_ceil(ROWS);
-        let n = self.out_features;
-        if x.tokens() == 1 {
-            let task = |band: usize, y: &mut [f32]| {
-                let sums = kernel.ternary_dot(self.band(band), &x.codes, x.sums[0]);
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum as f32 * x.scales[0]);
-            };
-            // A task of 16 rows · 2560 columns takes about 1 µs: give a thread several.
-            let bands_a_task = (PARALLEL_CODES / (ROWS * self.in_features).max(1)).max(1);
-            y.par_chunks_mut(ROWS * bands_a_task).enumerate().for_each(|(i, y)| {
-                for (j, y) in y.chunks_mut(ROWS).enumerate() {
-                    task(i * bands_a_task + j, y);
-                }
-            });
-            return;
+/// `y = x·Wᵀ` (tokens, Σ out_features) with the kernel given, for matrices of the same inputs stacked on one another:
+/// `y[token][row] = weight_scale / a[token] · Σ`. The integer sum is exact, so every kernel gives the same bits.
+pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeight], y: &mut [f32]) {
+    let (cuts, parts) = cut(weights, x.tokens());
+    threads::for_each_block(y, TOKEN_BLOCK, &cuts, |(first, j), mut y| {
+        let (weight, first_band) = parts[j];
+        let tokens = first..first + y.rows();
+        let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
+        let mut scales = [0f32; TOKEN_BLOCK];
+        let (sums, scales) = (&mut sums[..tokens.len()], &mut scales[..tokens.len()]);
+        for (scale, factor) in scales.iter_mut().zip(&x.factors[tokens.clone()]) {
+            *scale = weight.scale / factor;
         }
-        // A task owns whole rows of y: every band passes over its tokens while they are in cache.
-        y.par_chunks_mut(TOKEN_BLOCK * n).enumerate().for_each(|(i, y)| {
-            let first = i * TOKEN_BLOCK;
-            let tokens = first..first + y.len() / n;
-            let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
-            let sums = &mut sums[..tokens.len()];
-            for band in 0..bands {
-                let rows = ROWS.min(n - band * ROWS);
-                kernel.ternary_dots(
-                    self.band(band),
-                    x.rows(&tokens),
-                    &x.sums[tokens.clone()],
-                    sums,
-                );
-                for (token, sums) in sums.iter().enumerate() {
-                    let y = &mut y[token * n + band * ROWS..][..rows];
-                    let scale = x.scales[first + token];
-                    y.iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
-                }
+        for band in 0..(cuts[j + 1] - cuts[j]).div_ceil(ROWS) {
+            let tiles = weight.band(first_band + band);
+            kernel.ternary_dots(tiles, x.rows(&tokens), &x.sums[tokens.clone()], sums);
+            for (token, (sums, scale)) in sums.iter().zip(scales.iter()).enumerate() {
+                let y = y.row(token)[band * ROWS..].iter_mut();
+                y.zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
             }
-        });
+        }
+    });
+}
+
+/// Cuts stacked matrices into tasks: the columns of `y` at which they begin, and the matrix and first band of each.
+fn cut(weights: &[TernaryWeight], tokens: usize) -> (Vec<usize>, Vec<(&TernaryWeight, usize)>) {
+    let (mut cuts, mut parts, mut end) = (vec![0], Vec::new(), 0);
+    for weight in weights {
+        let bands = bands_of_a_task(weight.in_features, tokens);
+        for first in (0..weight.out_features.div_ceil(ROWS)).step_by(bands) {
+            parts.push((weight, first));
+            cuts.push(end + weight.out_features.min((first + bands) * ROWS));
+        }
+        end += weight.out_features;
     }
+    (cuts, parts)
+}
+
+/// Bands of tiles for one task: enough that handing it out costs nothing, few enough that all threads finish together
+/// and that the tiles stay in the second-level cache while the tokens pass.
+fn bands_of_a_task(in_features: usize, tokens: usize) -> usize {
+    /// Products of a task: 2 µs and more.
+    const PRODUCTS: usize = 1 << 19;
+    /// Codes of a task: 128 KiB of tiles.
+    const CODES: usize = 1 << 19;
+    let codes = (ROWS * in_features).max(1);
+    let bands = PRODUCTS.div_ceil(codes * tokens.clamp(1, TOKEN_BLOCK));
+    bands.max(if tokens > TOKEN_BLOCK { CODES / codes } else { 1 })
 }
 
 /// A 1 in the low bit of each 2-bit field that holds code 3.
@@ -278,44 +287,41 @@ fn first_invalid(bytes: &[u8]) -> Option<usize> {
     Some(block * BLOCK + found)
 }
 
-/// Codes a thread should read before another one is worth waking.
-const PARALLEL_CODES: usize = 1 << 18;
-/// Tokens that pass over one band of tiles together.
-const TOKEN_BLOCK: usize = 32;
+/// Tokens that pass over a band of tiles together.
+const TOKEN_BLOCK: usize = 64;
 
-/// Rows of activations as int8 codes, each with its sum and the factor that scales its results.
+/// Rows of activations as int8 codes, each with its sum and its factor `a`.
 pub(crate) struct QuantizedRows {
     /// (tokens, columns padded to whole tiles); the padding is 0.
     codes: Vec<i8>,
     /// Σ codes of each row.
     sums: Vec<i32>,
-    /// `weight_scale / a` of each row.
-    scales: Vec<f32>,
+    /// `a` of each row: a code is `round(x · a)`.
+    factors: Vec<f32>,
     padded: usize,
 }
 
 impl QuantizedRows {
-    /// Quantizes rows of `in_features` values for a product with a matrix scaled by `weight_scale`.
-    pub(crate) fn new(
-        kernel: &Kernel,
-        x: &[f32],
-        in_features: usize,
-        weight_scale: f32,
-        rounding: Rounding,
-    ) -> Self {
+    /// Quantizes rows of `in_features` values.
+    pub(crate) fn new(kernel: &Kernel, x: &[f32], in_features: usize, rounding: Rounding) -> Self {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
         let padded = in_features.next_multiple_of(COLS);
         let mut codes = vec![0i8; tokens * padded];
-        let (scales, sums) = codes
-            .par_chunks_mut(padded.max(1))
-            .zip(x.par_chunks(in_features.max(1)))
-            .with_min_len((1 << 14) / padded.max(1) + 1)
-            .map(|(codes, x)| {
-                let (factor, sum) = kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
-                (weight_scale / factor, sum)
-            })
-            .unzip();
-        Self { codes, sums, scales, padded }
+        let mut rows = vec![(0f32, 0i32); tokens];
+        let block = match tokens {
+            0..8 => tokens.max(1), // a few microseconds
+            _ => 4,
+        };
+        let half_up = rounding == Rounding::HalfUp;
+        let pair = ((&mut codes[..], (block * padded).max(1)), (&mut rows[..], block));
+        threads::for_each_chunk_pair(pair.0, pair.1, |index, codes, rows| {
+            let x = x[index * block * in_features..].chunks(in_features.max(1));
+            for ((codes, row), x) in codes.chunks_mut(padded.max(1)).zip(rows).zip(x) {
+                *row = kernel.quantize_row(x, half_up, codes);
+            }
+        });
+        let (factors, sums) = rows.into_iter().unzip();
+        Self { codes, sums, factors, padded }
     }
 
     fn tokens(&self) -> usize {
@@ -343,12 +349,14 @@ pub fn quantized_activations(x: &[f32], in_features: usize, rounding: Rounding) 
     y
 }
 
-/// Quantizes `x` (tokens, in_features) and multiplies it with the kernel chosen for this machine:
-/// (tokens, out_features).
-pub fn ternary_product(x: &[f32], weight: &TernaryWeight, rounding: Rounding) -> Vec<f32> {
+/// Quantizes `x` (tokens, in_features) and multiplies it by matrices of `in_features` columns each, stacked on one another,
+/// with the kernel chosen for this machine: (tokens, Σ out_features).
+pub fn ternary_product(x: &[f32], weights: &[TernaryWeight], rounding: Rounding) -> Vec<f32> {
     let kernel = kernels::active();
-    let x = QuantizedRows::new(kernel, x, weight.in_features, weight.scale, rounding);
-    let mut y = vec![0f32; x.tokens() * weight.out_features];
-    weight.matmul(kernel, &x, &mut y);
+    let in_features = weights.first().map_or(0, |weight| weight.in_features);
+    let x = QuantizedRows::new(kernel, x, in_features, rounding);
+    let out_features: usize = weights.iter().map(|weight| weight.out_features).sum();
+    let mut y = vec![0f32; x.tokens() * out_features];
+    matmul(kernel, &x, weights, &mut y);
     y
 }

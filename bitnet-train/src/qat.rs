@@ -83,7 +83,7 @@ impl CustomOp2 for QatMatmul {
         let x = contiguous::<f32>(x, x_layout)?;
         let latent = contiguous::<f32>(latent, latent_layout)?;
         let weight = TernaryWeight::from_latent(&latent, out_features, in_features, self.rounding);
-        let y = ternary_product(&x, &weight, self.rounding);
+        let y = ternary_product(&x, &[weight], self.rounding);
         Ok((CpuStorage::F32(y), (tokens, out_features).into()))
     }
 

@@ -11,6 +11,7 @@ use bitnet_model::{
     checkpoint::{Dtype, SafetensorsWriter, TensorSpec},
     kv_cache::KvCache,
     model::Model,
+    ops::KvType,
 };
 use candle_core::{Device, Tensor};
 
@@ -77,7 +78,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let spec = TensorSpec::new(NAME, Dtype::F32, [tokens.len(), vocab_size]);
     let mut writer = SafetensorsWriter::create(&args.output, vec![spec])?;
     let bar = progress::bar(global, tokens.len(), "{bar:30} {pos}/{len} tokens {eta}");
-    let mut cache = model.cache(1);
+    let mut cache = model.cache(KvType::F32, 1);
     let mut best = Vec::with_capacity(tokens.len());
     for chunk in tokens.chunks(CHUNK) {
         if interrupted.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! AVX2 with FMA: `vpmaddubsw` multiplies unsigned codes by signed activations and adds neighbours, in 16 bits.
+//! AVX2 with FMA and F16C: `vpmaddubsw` multiplies unsigned codes by signed activations and adds neighbours, in 16 bits.
 
 use std::arch::x86_64::*;
 
@@ -9,9 +9,13 @@ use super::{
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avx2",
-    is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+    is_available: || {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    },
     accumulate,
-    routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma")]),
+    routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma,f16c")]),
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -73,7 +77,7 @@ fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]; N]) {
     }
 }
 
-/// Proof of AVX2 and FMA: made only in functions that have these features.
+/// Proof of AVX2, FMA and F16C: made only in functions that have these features.
 #[derive(Clone, Copy)]
 struct Avx2(());
 
@@ -99,6 +103,28 @@ impl Simd for Avx2 {
         unsafe {
             let x: *const __m128i = x.as_ptr().cast();
             [widen(_mm_loadu_si128(x)), widen(_mm_loadu_si128(x.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves F16C; x is twice 128 bits.
+        unsafe {
+            let x: *const __m128i = x.as_ptr().cast();
+            [_mm256_cvtph_ps(_mm_loadu_si128(x)), _mm256_cvtph_ps(_mm_loadu_si128(x.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves AVX2; x is 128 bits.
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm_unpackhi_epi64(x, x);
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)),
+            ]
         }
     }
 

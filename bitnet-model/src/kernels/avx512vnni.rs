@@ -112,6 +112,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512; x is 256 bits.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512; x is 128 bits.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
     fn store(self, x: Self::F32, out: &mut [f32; LANES]) {
         // SAFETY: `self` proves AVX-512; out is one register long.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }

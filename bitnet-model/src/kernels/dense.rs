@@ -65,6 +65,10 @@ pub enum DenseWeights<'a> {
     F32(Matrix<'a, f32>),
     /// The bits of bfloat16 values, widened exactly.
     Bf16(Matrix<'a, u16>),
+    /// The bits of half-precision values, widened exactly.
+    F16(Matrix<'a, u16>),
+    /// Integers.
+    I8(Matrix<'a, i8>),
 }
 
 impl DenseWeights<'_> {
@@ -72,7 +76,8 @@ impl DenseWeights<'_> {
     pub fn rows(&self) -> usize {
         match self {
             Self::F32(w) => w.rows,
-            Self::Bf16(w) => w.rows,
+            Self::Bf16(w) | Self::F16(w) => w.rows,
+            Self::I8(w) => w.rows,
         }
     }
 
@@ -80,27 +85,52 @@ impl DenseWeights<'_> {
     pub fn cols(&self) -> usize {
         match self {
             Self::F32(w) => w.cols,
-            Self::Bf16(w) => w.cols,
+            Self::Bf16(w) | Self::F16(w) => w.cols,
+            Self::I8(w) => w.cols,
         }
     }
 }
 
-/// A stored element that widens to f32.
-trait Element: Copy + Default {
-    fn load<S: Simd>(simd: S, x: &[Self; LANES]) -> S::F32;
+/// A kind of stored element that widens to f32.
+trait Element {
+    type Stored: Copy + Default;
+    fn load<S: Simd>(simd: S, x: &[Self::Stored; LANES]) -> S::F32;
 }
 
-impl Element for f32 {
+enum F32 {}
+enum Bf16 {}
+enum F16 {}
+enum I8 {}
+
+impl Element for F32 {
+    type Stored = f32;
     #[inline(always)]
     fn load<S: Simd>(simd: S, x: &[f32; LANES]) -> S::F32 {
         simd.load(x)
     }
 }
 
-impl Element for u16 {
+impl Element for Bf16 {
+    type Stored = u16;
     #[inline(always)]
     fn load<S: Simd>(simd: S, x: &[u16; LANES]) -> S::F32 {
         simd.load_bf16(x)
+    }
+}
+
+impl Element for F16 {
+    type Stored = u16;
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, x: &[u16; LANES]) -> S::F32 {
+        simd.load_f16(x)
+    }
+}
+
+impl Element for I8 {
+    type Stored = i8;
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, x: &[i8; LANES]) -> S::F32 {
+        simd.load_i8(x)
     }
 }
 
@@ -168,15 +198,17 @@ pub(super) fn matmul_nt<S: Simd, const R: usize, const C: usize>(
     y_stride: usize,
 ) {
     match w {
-        DenseWeights::F32(w) => Product { simd, x, w, y, y_stride }.run::<R, C>(),
-        DenseWeights::Bf16(w) => Product { simd, x, w, y, y_stride }.run::<R, C>(),
+        DenseWeights::F32(w) => Product::<S, F32> { simd, x, w, y, y_stride }.run::<R, C>(),
+        DenseWeights::Bf16(w) => Product::<S, Bf16> { simd, x, w, y, y_stride }.run::<R, C>(),
+        DenseWeights::F16(w) => Product::<S, F16> { simd, x, w, y, y_stride }.run::<R, C>(),
+        DenseWeights::I8(w) => Product::<S, I8> { simd, x, w, y, y_stride }.run::<R, C>(),
     }
 }
 
-struct Product<'a, S, T> {
+struct Product<'a, S, T: Element> {
     simd: S,
     x: Matrix<'a, f32>,
-    w: Matrix<'a, T>,
+    w: Matrix<'a, T::Stored>,
     y: &'a mut [f32],
     y_stride: usize,
 }
@@ -233,7 +265,7 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
             for r in 0..R {
                 let x_lanes = simd.load(&pad(x[r].1, 0.));
                 for c in 0..C {
-                    let w_lanes = T::load(simd, &pad(w[c].1, T::default()));
+                    let w_lanes = T::load(simd, &pad(w[c].1, T::Stored::default()));
                     acc[r][c] = simd.mul_add(x_lanes, w_lanes, acc[r][c]);
                 }
             }
@@ -247,53 +279,106 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
     }
 }
 
-/// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, each `d` one chain of fused products in the order of `j`; four vectors of
-/// `d` at a time hide the latency.
+/// `out[r · dims + d] = Σⱼ p[r][j] · v[j][d]`, each `r` and `d` one chain of fused products in the order of `j`. Rows
+/// share what is loaded of `v`, four at a time.
 #[inline(always)]
-pub(super) fn weighted_sum<S: Simd>(
+pub(super) fn weighted_sums<S: Simd>(
     simd: S,
-    p: &[f32],
-    v: &[f32],
-    v_stride: usize,
+    p: Matrix<'_, f32>,
+    v: DenseWeights<'_>,
     out: &mut [f32],
 ) {
-    let dims = out.len();
-    let (groups, tail) = out.as_chunks_mut::<LANES>();
-    let (wide, narrow) = groups.as_chunks_mut::<4>();
-    for (block, out) in wide.iter_mut().enumerate() {
-        weighted_columns(simd, p, v, v_stride, block * 4 * LANES, out);
-    }
-    let done = wide.len() * 4;
-    for (group, out) in narrow.iter_mut().enumerate() {
-        weighted_columns(simd, p, v, v_stride, (done + group) * LANES, array::from_mut(out));
-    }
-    let start = dims - tail.len();
-    tail.fill(0.);
-    for (j, &p) in p.iter().enumerate() {
-        axpy(p, &v[j * v_stride + start..][..tail.len()], tail);
+    match v {
+        DenseWeights::F32(v) => weighted::<S, F32>(simd, p, v, out),
+        DenseWeights::Bf16(v) => weighted::<S, Bf16>(simd, p, v, out),
+        DenseWeights::F16(v) => weighted::<S, F16>(simd, p, v, out),
+        DenseWeights::I8(v) => weighted::<S, I8>(simd, p, v, out),
     }
 }
 
-/// The columns of [`weighted_sum`] that begin at `start`.
 #[inline(always)]
-fn weighted_columns<S: Simd, const W: usize>(
+fn weighted<S: Simd, T: Element>(
     simd: S,
-    p: &[f32],
-    v: &[f32],
-    v_stride: usize,
-    start: usize,
-    out: &mut [[f32; LANES]; W],
+    p: Matrix<'_, f32>,
+    v: Matrix<'_, T::Stored>,
+    out: &mut [f32],
 ) {
-    let mut acc = [simd.splat(0.); W];
-    for (j, &p) in p.iter().enumerate() {
-        let p = simd.splat(p);
-        let v = v[j * v_stride + start..][..W * LANES].as_chunks::<LANES>().0;
-        for w in 0..W {
-            acc[w] = simd.mul_add(p, simd.load(&v[w]), acc[w]);
+    let whole = p.rows - p.rows % 4;
+    for r in (0..whole).step_by(4) {
+        weighted_rows::<S, T, 4, 4>(
+            simd,
+            array::from_fn(|i| p.row(r + i)),
+            v,
+            &mut out[r * v.cols..],
+        );
+    }
+    for r in whole..p.rows {
+        weighted_rows::<S, T, 1, 4>(simd, [p.row(r)], v, &mut out[r * v.cols..]);
+    }
+}
+
+/// `R` rows of [`weighted_sums`], `W` vectors of columns at a time: enough chains to hide the latency.
+#[inline(always)]
+fn weighted_rows<S: Simd, T: Element, const R: usize, const W: usize>(
+    simd: S,
+    p: [&[f32]; R],
+    v: Matrix<'_, T::Stored>,
+    out: &mut [f32],
+) {
+    let (dims, groups) = (v.cols, v.cols / LANES);
+    let wide = groups - groups % W;
+    for group in (0..wide).step_by(W) {
+        weighted_block::<S, T, R, W>(simd, p, v, group * LANES, out);
+    }
+    for group in wide..groups {
+        weighted_block::<S, T, R, 1>(simd, p, v, group * LANES, out);
+    }
+    let start = groups * LANES;
+    if start < dims {
+        let mut acc = [simd.splat(0.); R];
+        #[allow(clippy::needless_range_loop)] // j runs through R rows of p and through v
+        for j in 0..v.rows {
+            let v = T::load(simd, &pad(&v.row(j)[start..], T::Stored::default()));
+            for r in 0..R {
+                acc[r] = simd.mul_add(simd.splat(p[r][j]), v, acc[r]);
+            }
+        }
+        let mut lanes = [0.; LANES];
+        for r in 0..R {
+            simd.store(acc[r], &mut lanes);
+            out[r * dims + start..][..dims - start].copy_from_slice(&lanes[..dims - start]);
         }
     }
-    for w in 0..W {
-        simd.store(acc[w], &mut out[w]);
+}
+
+/// The `W` vectors of columns that begin at `start`.
+#[inline(always)]
+fn weighted_block<S: Simd, T: Element, const R: usize, const W: usize>(
+    simd: S,
+    p: [&[f32]; R],
+    v: Matrix<'_, T::Stored>,
+    start: usize,
+    out: &mut [f32],
+) {
+    let mut acc = [[simd.splat(0.); W]; R];
+    for j in 0..v.rows {
+        let row = v.row(j)[start..][..W * LANES].as_chunks::<LANES>().0;
+        let mut lanes = [simd.splat(0.); W];
+        for w in 0..W {
+            lanes[w] = T::load(simd, &row[w]);
+        }
+        for r in 0..R {
+            let p = simd.splat(p[r][j]);
+            for w in 0..W {
+                acc[r][w] = simd.mul_add(p, lanes[w], acc[r][w]);
+            }
+        }
+    }
+    for r in 0..R {
+        let out = out[r * v.cols + start..][..W * LANES].as_chunks_mut::<LANES>().0;
+        for w in 0..W {
+            simd.store(acc[r][w], &mut out[w]);
+        }
     }
 }
 

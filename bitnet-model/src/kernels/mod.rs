@@ -152,14 +152,15 @@ impl Kernel {
         unsafe { (self.routines.max)(x) }
     }
 
-    /// `out[d] = Σⱼ p[j] · v[j · v_stride + d]`, fused, in the order of `j`.
+    /// `out[r][d] = Σⱼ p[r][j] · v[j][d]`, fused, in the order of `j`: p times v.
     ///
     /// # Panics
-    /// If `v` is shorter than that, or its rows overlap.
-    pub fn weighted_sum(&self, p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
-        assert!(dense::fits(v.len(), p.len(), out.len(), v_stride), "values outside their slice");
+    /// If `p` has not one column a row of `v`, or `out` not one value a row of `p` and column of `v`.
+    pub fn weighted_sums(&self, p: Matrix<'_, f32>, v: DenseWeights<'_>, out: &mut [f32]) {
+        assert_eq!(p.cols(), v.rows(), "inner dimensions of a product");
+        assert_eq!(out.len(), p.rows() * v.cols(), "product outside its slice");
         // SAFETY: `self` came from `available`, which checked the processor.
-        unsafe { (self.routines.weighted_sum)(p, v, v_stride, out) }
+        unsafe { (self.routines.weighted_sums)(p, v, out) }
     }
 
     /// `y[d] = a · x[d] + y[d]`, fused.

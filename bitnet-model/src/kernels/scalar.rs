@@ -46,6 +46,17 @@ fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
 #[derive(Clone, Copy)]
 struct Scalar;
 
+/// The half-precision float with these bits. Shifted into place its exponent is 112 too small, which a product mends,
+/// for subnormals as well; infinity and NaN keep all exponent bits.
+#[inline(always)]
+fn widen_f16(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let sign = u32::from(bits & 0x8000) << 16;
+    let finite = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
+    let value = if bits & 0x7c00 == 0x7c00 { magnitude | 0x7f80_0000 } else { finite.to_bits() };
+    f32::from_bits(value | sign)
+}
+
 #[inline(always)]
 fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     array::from_fn(|l| f(a[l], b[l]))
@@ -67,6 +78,16 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F32 {
         x.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {
+        x.map(widen_f16)
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        x.map(f32::from)
     }
 
     #[inline(always)]

@@ -21,6 +21,10 @@ pub(super) trait Simd: Copy {
     fn load(self, x: &[f32; LANES]) -> Self::F32;
     /// Lane `l` is the bfloat16 with the bits `x[l]`.
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F32;
+    /// Lane `l` is the half-precision float with the bits `x[l]`.
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32;
+    /// Lane `l` is `x[l]`.
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
     /// The inverse of `load`.
     fn store(self, x: Self::F32, out: &mut [f32; LANES]);
     /// `a + b`.
@@ -50,7 +54,7 @@ pub(super) struct Routines {
     pub sum: unsafe fn(&[f32]) -> f32,
     pub sum_squares: unsafe fn(&[f32]) -> f32,
     pub max: unsafe fn(&[f32]) -> f32,
-    pub weighted_sum: unsafe fn(&[f32], &[f32], usize, &mut [f32]),
+    pub weighted_sums: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32]),
     pub axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub exp: unsafe fn(&mut [f32]),
     pub softmax: unsafe fn(&mut [f32]),
@@ -82,8 +86,8 @@ macro_rules! routines {
             dense::max($simd, x)
         }
         $(#[$feature])?
-        fn weighted_sum(p: &[f32], v: &[f32], v_stride: usize, out: &mut [f32]) {
-            dense::weighted_sum($simd, p, v, v_stride, out)
+        fn weighted_sums(p: dense::Matrix<'_, f32>, v: dense::DenseWeights<'_>, out: &mut [f32]) {
+            dense::weighted_sums($simd, p, v, out)
         }
         $(#[$feature])?
         fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
@@ -98,7 +102,7 @@ macro_rules! routines {
             exp::softmax($simd, scores)
         }
         $crate::kernels::simd::Routines {
-            quantize_row, matmul_nt, sum, sum_squares, max, weighted_sum, axpy, exp, softmax,
+            quantize_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp, softmax,
         }
     }};
 }

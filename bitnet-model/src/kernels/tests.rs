@@ -305,9 +305,14 @@ fn weighted_sums_and_axpy_equal_naive() {
                 }
             }
             for kernel in available() {
-                let mut out = vec![f32::NAN; dims];
-                kernel.weighted_sum(&p, &v, stride, &mut out);
-                assert_eq!(bits(&out), bits(&expected), "{}: {rows} × {dims}", kernel.name());
+                for copies in [1, 3, 4, 9] {
+                    let mut out = vec![f32::NAN; copies * dims];
+                    let (p, v) = (p.repeat(copies), Matrix::strided(&v, rows, dims, stride));
+                    let p = Matrix::new(&p, copies, rows);
+                    kernel.weighted_sums(p, DenseWeights::F32(v), &mut out);
+                    let expected = expected.repeat(copies);
+                    assert_eq!(bits(&out), bits(&expected), "{}: {rows} × {dims}", kernel.name());
+                }
                 let mut out = vec![0.; dims];
                 for (j, p) in p.iter().enumerate() {
                     kernel.axpy(*p, &v[j * stride..][..dims], &mut out);
@@ -315,6 +320,30 @@ fn weighted_sums_and_axpy_equal_naive() {
                 assert_eq!(bits(&out), bits(&expected), "{}: {rows} × {dims}", kernel.name());
             }
         }
+    }
+}
+
+/// Every half-precision float and every integer, as a product with 1.
+#[test]
+fn stored_elements_widen_exactly() {
+    let halves: Vec<u16> = (0..=u16::MAX).collect();
+    let integers: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+    for kernel in available() {
+        let mut out = vec![0f32; halves.len()];
+        let one = Matrix::new(&[1.], 1, 1);
+        kernel.weighted_sums(
+            one,
+            DenseWeights::F16(Matrix::new(&halves, 1, halves.len())),
+            &mut out,
+        );
+        for (half, value) in halves.iter().zip(&out) {
+            let want = half::f16::from_bits(*half).to_f32() + 0.; // the sum begins with +0
+            let same = want.to_bits() == value.to_bits() || want.is_nan() && value.is_nan();
+            assert!(same, "{}: {half:#06x} is {want}, not {value}", kernel.name());
+        }
+        let out = &mut out[..integers.len()];
+        kernel.weighted_sums(one, DenseWeights::I8(Matrix::new(&integers, 1, out.len())), out);
+        assert!(integers.iter().zip(out).all(|(i, x)| f32::from(*i) == *x), "{}", kernel.name());
     }
 }
 
@@ -404,6 +433,8 @@ fn shapes_that_do_not_match_are_refused() {
     refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 3, 2)), &mut [0.; 9], 3));
     refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 2, 3)), &mut [0.; 3], 2));
     refused(|| kernel.matmul_nt(two, DenseWeights::F32(Matrix::new(&w, 2, 3)), &mut [0.; 9], 1));
-    refused(|| kernel.weighted_sum(&[1.; 2], &[0.; 5], 3, &mut [0.; 3]));
+    let p = Matrix::new(&[1.; 2], 1, 2);
+    refused(|| kernel.weighted_sums(p, DenseWeights::F32(Matrix::new(&w, 3, 2)), &mut [0.; 2]));
+    refused(|| kernel.weighted_sums(p, DenseWeights::F32(Matrix::new(&w, 2, 3)), &mut [0.; 2]));
     refused(|| kernel.axpy(1., &[0.; 2], &mut [0.; 3]));
 }

@@ -1,17 +1,18 @@
 //! Multi-head attention with grouped key/value heads and rotary positions.
 
-use candle_core::{Module, Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use super::{Angles, LinearFactory, LinearSpec, Projection, RmsNorm};
+use super::{Angles, LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{kv_cache::LayerCache, ops};
 
 /// `o_proj(norm(softmax(q·kᵀ/√d)·v))`; the sub-norm exists in BitNet models only.
 #[derive(Clone)]
 pub struct Attention {
-    q_proj: Projection,
-    k_proj: Projection,
-    v_proj: Projection,
+    /// `q_proj`, `k_proj` and `v_proj`.
+    qkv_proj: Arc<dyn Projections>,
     o_proj: Projection,
     sub_norm: Option<RmsNorm>,
     spec: AttentionSpec,
@@ -41,14 +42,17 @@ impl Attention {
         vb: VarBuilder,
     ) -> Result<Self> {
         let AttentionSpec { hidden_size, heads, kv_heads, head_dim, bias } = spec;
-        let linear = |name, in_features, out_features| {
-            linears.linear(LinearSpec { name, in_features, out_features, bias }, vb.pp(name))
-        };
+        let linear =
+            |name, in_features, out_features| LinearSpec { name, in_features, out_features, bias };
+        let qkv = [
+            linear("q_proj", hidden_size, heads * head_dim),
+            linear("k_proj", hidden_size, kv_heads * head_dim),
+            linear("v_proj", hidden_size, kv_heads * head_dim),
+        ];
         Ok(Self {
-            q_proj: linear("q_proj", hidden_size, heads * head_dim)?,
-            k_proj: linear("k_proj", hidden_size, kv_heads * head_dim)?,
-            v_proj: linear("v_proj", hidden_size, kv_heads * head_dim)?,
-            o_proj: linear("o_proj", heads * head_dim, hidden_size)?,
+            qkv_proj: linears.linears(&qkv, &vb)?,
+            o_proj: linears
+                .linear(linear("o_proj", heads * head_dim, hidden_size), vb.pp("o_proj"))?,
             sub_norm,
             spec,
         })
@@ -64,10 +68,12 @@ impl Attention {
     ) -> Result<Tensor> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let (batch, seq, _) = x.dims3()?;
-        let split = |y: Tensor, heads: usize| y.reshape((batch, seq, heads, head_dim));
-        let q = angles.rotate(&split(self.q_proj.forward(x)?, heads)?)?;
-        let k = angles.rotate(&split(self.k_proj.forward(x)?, kv_heads)?)?.transpose(1, 2)?;
-        let v = split(self.v_proj.forward(x)?, kv_heads)?.transpose(1, 2)?;
+        let [q, k, v] = &self.qkv_proj.forward(x)?[..] else {
+            bail!("qkv_proj: there are three projections")
+        };
+        let q = angles.rotate(q, heads)?; // (batch, seq, heads, head_dim)
+        let k = angles.rotate(k, kv_heads)?.transpose(1, 2)?; // (batch, kv_heads, seq, head_dim)
+        let v = v.reshape((batch, seq, kv_heads, head_dim))?.transpose(1, 2)?;
         let y = match cache {
             Some(cache) => {
                 let starts = cache.starts();

@@ -1,16 +1,18 @@
 //! The gated feed-forward layer.
 
-use candle_core::{Module, Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use super::{LinearFactory, LinearSpec, Projection, RmsNorm};
+use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{config::Activation, ops};
 
 /// `down(norm(act(gate(x)) · up(x)))`; the sub-norm exists in BitNet models only.
 #[derive(Clone)]
 pub struct FeedForward {
-    gate_proj: Projection,
-    up_proj: Projection,
+    /// `gate_proj` and `up_proj`.
+    gate_up_proj: Arc<dyn Projections>,
     down_proj: Projection,
     sub_norm: Option<RmsNorm>,
     act: Activation,
@@ -38,13 +40,16 @@ impl FeedForward {
         vb: VarBuilder,
     ) -> Result<Self> {
         let FeedForwardSpec { hidden_size, intermediate_size, act, bias } = spec;
-        let linear = |name, in_features, out_features| {
-            linears.linear(LinearSpec { name, in_features, out_features, bias }, vb.pp(name))
-        };
+        let linear =
+            |name, in_features, out_features| LinearSpec { name, in_features, out_features, bias };
+        let gate_up = [
+            linear("gate_proj", hidden_size, intermediate_size),
+            linear("up_proj", hidden_size, intermediate_size),
+        ];
+        let down = linear("down_proj", intermediate_size, hidden_size);
         Ok(Self {
-            gate_proj: linear("gate_proj", hidden_size, intermediate_size)?,
-            up_proj: linear("up_proj", hidden_size, intermediate_size)?,
-            down_proj: linear("down_proj", intermediate_size, hidden_size)?,
+            gate_up_proj: linears.linears(&gate_up, &vb)?,
+            down_proj: linears.linear(down, vb.pp("down_proj"))?,
             sub_norm,
             act,
         })
@@ -54,9 +59,10 @@ impl FeedForward {
 impl Module for FeedForward {
     /// `x` (…, hidden_size) → (…, hidden_size).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(x)?;
-        let up = self.up_proj.forward(x)?;
-        let mut hidden = ops::gated(&gate, &up, self.act)?; // (…, intermediate_size)
+        let [gate, up] = &self.gate_up_proj.forward(x)?[..] else {
+            bail!("gate_up_proj: there are two projections")
+        };
+        let mut hidden = ops::gated(gate, up, self.act)?; // (…, intermediate_size)
         if let Some(norm) = &self.sub_norm {
             hidden = norm.forward(&hidden)?;
         }

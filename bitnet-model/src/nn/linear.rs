@@ -11,6 +11,18 @@ use crate::ops::dense_matmul;
 /// A projection `(…, in_features) → (…, out_features)`, f32 in and out.
 pub type Projection = Arc<dyn Module + Send + Sync>;
 
+/// Projections of one input, in the order of their specs.
+pub trait Projections: Send + Sync {
+    /// `x` (…, in_features) → one (…, out_features) each, f32; rows of the result may be views into wider rows.
+    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>>;
+}
+
+impl Projections for Vec<Projection> {
+    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        self.iter().map(|projection| projection.forward(x)).collect()
+    }
+}
+
 /// What the model wants: which projection, and its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearSpec {
@@ -31,6 +43,16 @@ pub trait LinearFactory {
     /// # Errors
     /// A tensor that is absent, has another shape, or holds impossible values.
     fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection>;
+
+    /// Loads projections of the same input, each at its name below `vb`. A factory that can do more with them together
+    /// than one by one does so here.
+    ///
+    /// # Errors
+    /// As [`linear`](Self::linear).
+    fn linears(&self, specs: &[LinearSpec], vb: &VarBuilder) -> Result<Arc<dyn Projections>> {
+        let each = specs.iter().map(|&spec| self.linear(spec, vb.pp(spec.name)));
+        Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?))
+    }
 }
 
 /// `y = x·Wᵀ + b` with dense weights: full-precision models, and the output head of all.

@@ -13,6 +13,6 @@ pub use attention::Attention;
 pub use bit_linear::{BitLinear, BitLinears};
 pub use block::Block;
 pub use feed_forward::FeedForward;
-pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projection};
+pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projection, Projections};
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};

@@ -47,8 +47,8 @@ impl RotaryEmbedding {
 }
 
 impl Angles {
-    /// Rotates `x` (batch, seq, heads, head_dim).
-    pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rope(x, &self.cos, &self.sin)
+    /// Rotates `x` (batch, seq, heads · head_dim): (batch, seq, heads, head_dim).
+    pub fn rotate(&self, x: &Tensor, heads: usize) -> Result<Tensor> {
+        ops::rope(x, heads, &self.cos, &self.sin)
     }
 }

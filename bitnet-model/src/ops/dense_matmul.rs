@@ -13,6 +13,7 @@ use super::{PARALLEL_ELEMENTS, for_each_chunk};
 use crate::{
     kernels::{self, DenseWeights, Matrix},
     storage::{contiguous, with_slice},
+    threads,
 };
 
 /// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
@@ -162,23 +163,15 @@ fn matmul<'a>(
         });
     } else {
         // Few tokens: a task owns a block of output features.
-        let blocks = n.div_ceil(OUT_BLOCK);
-        let block = |block: usize| {
-            let rows = block * OUT_BLOCK..n.min((block + 1) * OUT_BLOCK);
-            let mut y = vec![0f32; tokens * rows.len()];
-            kernel.matmul_nt(Matrix::new(x, tokens, k), weight(rows.clone()), &mut y, rows.len());
-            y
-        };
-        let results: Vec<Vec<f32>> = match tokens * n * k < PARALLEL_ELEMENTS {
-            true => (0..blocks).map(block).collect(),
-            false => (0..blocks).into_par_iter().map(block).collect(),
-        };
-        for (result, first) in results.iter().zip((0..n).step_by(OUT_BLOCK)) {
-            let width = result.len() / tokens;
-            for (token, row) in result.chunks(width).enumerate() {
-                y[token * n + first..][..width].copy_from_slice(row);
-            }
-        }
+        let x = Matrix::new(x, tokens, k);
+        let width = if tokens * n * k < PARALLEL_ELEMENTS { n } else { OUT_BLOCK };
+        let cuts: Vec<usize> = (0..n).step_by(width.max(1)).chain([n]).collect();
+        threads::for_each_block(&mut y, tokens.max(1), &cuts, |(_, j), mut block| {
+            let width = cuts[j + 1] - cuts[j];
+            let mut out = vec![0f32; tokens * width];
+            kernel.matmul_nt(x, weight(cuts[j]..cuts[j + 1]), &mut out, width);
+            out.chunks(width).enumerate().for_each(|(i, out)| block.row(i).copy_from_slice(out));
+        });
     }
     y
 }

@@ -3,10 +3,10 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::for_each_chunk;
 use crate::{
     config::Activation,
-    storage::{contiguous, with_slice},
+    storage::{Rows, with_slice},
+    threads,
 };
 
 /// `act(gate) · up`, element by element; f32, equal shapes. `act` is relu² (2B-4T) or SiLU (Llama).
@@ -65,15 +65,27 @@ impl CustomOp2 for Gated {
         if gate_layout.shape() != up_layout.shape() {
             bail!("gated: gate {:?}, up {:?}", gate_layout.shape(), up_layout.shape());
         }
-        let gate = contiguous::<f32>(gate, gate_layout)?;
-        let up = contiguous::<f32>(up, up_layout)?;
-        let mut y = vec![0f32; gate.len()];
-        for_each_chunk(&mut y, CHUNK, gate.len(), |chunk, y| {
-            let at = chunk * CHUNK;
-            for (y, (gate, up)) in y.iter_mut().zip(gate[at..].iter().zip(&up[at..])) {
-                *y = self.act.value(*gate) * up;
-            }
-        });
+        let gate = Rows::<f32>::new(gate, gate_layout)?;
+        let up = Rows::<f32>::new(up, up_layout)?;
+        let (len, width) = (gate_layout.shape().elem_count(), gate.width());
+        let mut y = vec![0f32; len];
+        let parts = width.div_ceil(CHUNK).max(1); // of a row
+        let cuts: Vec<usize> = (0..=parts).map(|part| part * width / parts).collect();
+        threads::for_each_block(
+            &mut y,
+            (CHUNK / width.max(1)).max(1),
+            &cuts,
+            |(first, j), mut y| {
+                let part = cuts[j]..cuts[j + 1];
+                for i in 0..y.rows() {
+                    let gate = &gate.row(first + i)[part.clone()];
+                    let up = &up.row(first + i)[part.clone()];
+                    for (y, (gate, up)) in y.row(i).iter_mut().zip(gate.iter().zip(up)) {
+                        *y = self.act.value(*gate) * up;
+                    }
+                }
+            },
+        );
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 

@@ -4,7 +4,10 @@
 //! is computed in an order that depends on that row alone, so it has the same bits whatever its
 //! neighbours in the batch are and however a prompt is cut.
 
-use crate::kernels::{DenseWeights, Kernel, Matrix};
+use crate::{
+    kernels::{DenseWeights, Kernel, Matrix},
+    threads,
+};
 
 mod attention;
 pub mod dense_matmul;
@@ -15,14 +18,14 @@ pub mod ternary_matmul;
 #[cfg(test)]
 mod tests;
 
-pub use attention::attention;
+pub use attention::{KvType, attention};
 pub use dense_matmul::dense_matmul;
 pub use gated::gated;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use ternary_matmul::ternary_matmul;
 
-/// Elements below which starting threads costs more than it saves (a rayon task is some 5 µs).
+/// Elements below which another thread is not worth calling (a region of [`threads`] is about a microsecond).
 pub(crate) const PARALLEL_ELEMENTS: usize = 1 << 14;
 
 /// Runs `task` on each `size`-element chunk of `out`, in parallel when `work` elements are worth it.
@@ -30,16 +33,15 @@ pub(crate) fn for_each_chunk(
     out: &mut [f32],
     size: usize,
     work: usize,
-    task: impl Fn(usize, &mut [f32]) + Send + Sync,
+    task: impl Fn(usize, &mut [f32]) + Sync,
 ) {
-    use rayon::prelude::*;
     if out.is_empty() || size == 0 {
         return;
     }
     if work < PARALLEL_ELEMENTS {
         out.chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
     } else {
-        out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
+        threads::for_each_chunk(out, size, task);
     }
 }
 

@@ -4,15 +4,17 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::for_each_chunk;
-use crate::storage::contiguous;
+use crate::storage::{Rows, contiguous};
 
-/// Rotates `x` (batch, seq, heads, head_dim) by `cos` and `sin` (batch or 1, seq, head_dim / 2);
-/// all f32. The angles are constants: no gradient flows into them.
-pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    x.apply_op3(cos, sin, Rope)
+/// Rotates `x` (batch, seq, heads · head_dim) by `cos` and `sin` (batch or 1, seq, head_dim / 2):
+/// (batch, seq, heads, head_dim); all f32. The angles are constants: no gradient flows into them.
+pub fn rope(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    x.apply_op3(cos, sin, Rope { heads })
 }
 
-struct Rope;
+struct Rope {
+    heads: usize,
+}
 
 impl CustomOp3 for Rope {
     fn name(&self) -> &'static str {
@@ -28,25 +30,25 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sin_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (batch, seq, heads, head_dim) = x_layout.shape().dims4()?;
+        let ((batch, seq, width), heads) = (x_layout.shape().dims3()?, self.heads);
         let (angle_rows, angle_seq, half) = cos_layout.shape().dims3()?;
         let angles_fit = cos_layout.shape() == sin_layout.shape()
             && (angle_rows == batch || angle_rows == 1)
             && angle_seq == seq
-            && 2 * half == head_dim;
+            && 2 * half * heads == width;
         if !angles_fit {
-            bail!("rope: angles {:?} do not fit x {:?}", cos_layout.shape(), x_layout.shape());
+            let (angles, x) = (cos_layout.shape(), x_layout.shape());
+            bail!("rope: angles {angles:?} do not fit {heads} heads of x {x:?}");
         }
-        let x = contiguous::<f32>(x, x_layout)?;
+        let x = Rows::<f32>::new(x, x_layout)?;
         let cos = contiguous::<f32>(cos, cos_layout)?;
         let sin = contiguous::<f32>(sin, sin_layout)?;
-        let width = heads * head_dim;
-        let mut y = vec![0f32; x.len()];
-        for_each_chunk(&mut y, width, x.len(), |token, y| {
+        let head_dim = 2 * half;
+        let mut y = vec![0f32; batch * seq * width];
+        for_each_chunk(&mut y, width, batch * seq * width, |token, y| {
             let at = (token % (angle_rows * seq)) * half;
             let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
-            let x = &x[token * width..][..width];
-            for (x, y) in x.chunks(head_dim).zip(y.chunks_mut(head_dim)) {
+            for (x, y) in x.row(token).chunks(head_dim).zip(y.chunks_mut(head_dim)) {
                 let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
                 for i in 0..half {
                     y1[i] = x1[i] * cos[i] - x2[i] * sin[i];
@@ -54,18 +56,19 @@ impl CustomOp3 for Rope {
                 }
             }
         });
-        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+        Ok((CpuStorage::F32(y), (batch, seq, heads, head_dim).into()))
     }
 
     /// The gradient turns back by the same angle.
     fn bwd(
         &self,
-        _x: &Tensor,
+        x: &Tensor,
         cos: &Tensor,
         sin: &Tensor,
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(rope(dy, cos, &sin.neg()?)?), None, None))
+        let dy = dy.flatten_from(2)?;
+        Ok((Some(rope(&dy, self.heads, cos, &sin.neg()?)?.reshape(x.shape())?), None, None))
     }
 }

@@ -1,4 +1,4 @@
-//! `TernaryMatmul`: int8 activations times packed ternary weights.
+//! `TernaryMatmul`: int8 activations times packed ternary weights, one matrix or several with the same inputs.
 //!
 //! Candle has no i8 dtype, so quantized activations cannot travel between ops: one op quantizes,
 //! multiplies in integers and rescales.
@@ -15,33 +15,38 @@ use crate::{
     weights::{TernaryWeight, ternary_product},
 };
 
-/// `x` (…, in_features) f32, quantized to int8 per row, times the transpose of `weight`:
-/// (…, out_features) f32. The gradient passes straight through the quantization of `x`; the weight
-/// is frozen.
+/// `x` (…, in_features) f32, quantized to int8 per row, times the transposes of `weights`, matrices of the same inputs
+/// stacked on one another: (…, Σ out_features) f32. The gradient passes straight through the quantization of `x`; the
+/// weights are frozen.
 pub fn ternary_matmul(
     x: &Tensor,
-    weight: &Arc<TernaryWeight>,
+    weights: &Arc<[TernaryWeight]>,
     rounding: Rounding,
 ) -> Result<Tensor> {
     let mut shape = x.dims().to_vec();
-    match shape.last_mut() {
-        Some(last) if *last == weight.in_features() => *last = weight.out_features(),
-        _ => bail!(
-            "ternary-matmul: x {:?} does not fit a weight of {} × {}",
-            x.shape(),
-            weight.out_features(),
-            weight.in_features()
-        ),
+    let in_features = shape.last().copied().unwrap_or(0);
+    if let Some(weight) = weights.iter().find(|weight| weight.in_features() != in_features) {
+        let (rows, cols) = (weight.out_features(), weight.in_features());
+        bail!("ternary-matmul: x {:?} does not fit a weight of {rows} × {cols}", x.shape());
     }
-    x.reshape(((), weight.in_features()))?
-        .apply_op1(TernaryMatmul { weight: weight.clone(), rounding })?
+    if let Some(last) = shape.last_mut() {
+        *last = weights.iter().map(TernaryWeight::out_features).sum();
+    }
+    x.reshape(((), in_features))?
+        .apply_op1(TernaryMatmul { weights: weights.clone(), rounding })?
         .reshape(shape)
 }
 
 /// The op behind [`ternary_matmul`].
 struct TernaryMatmul {
-    weight: Arc<TernaryWeight>,
+    weights: Arc<[TernaryWeight]>,
     rounding: Rounding,
+}
+
+impl TernaryMatmul {
+    fn out_features(&self) -> usize {
+        self.weights.iter().map(TernaryWeight::out_features).sum()
+    }
 }
 
 impl CustomOp1 for TernaryMatmul {
@@ -52,27 +57,31 @@ impl CustomOp1 for TernaryMatmul {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (tokens, _) = layout.shape().dims2()?;
         let x = contiguous::<f32>(x, layout)?;
-        let y = ternary_product(&x, &self.weight, self.rounding);
-        Ok((CpuStorage::F32(y), (tokens, self.weight.out_features()).into()))
+        let y = ternary_product(&x, &self.weights, self.rounding);
+        Ok((CpuStorage::F32(y), (tokens, self.out_features()).into()))
     }
 
-    /// `dx = dy·W`: sixteen rows of W are decoded at a time, never the whole matrix.
+    /// `dx = Σ dy·W`: sixteen rows of W are decoded at a time, never a whole matrix.
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         /// Tokens whose gradients share one decoded block.
         const TOKENS: usize = 64;
-        let (n, k) = (self.weight.out_features(), self.weight.in_features());
+        let (n, (_, k)) = (self.out_features(), x.dims2()?);
         let kernel = kernels::active();
         let dx = with_slice::<f32, _>(dy, |dy| {
-            let mut dx = vec![0f32; dy.len() / n * k];
+            let mut dx = vec![0f32; x.elem_count()];
             dx.par_chunks_mut(TOKENS * k).zip(dy.par_chunks(TOKENS * n)).for_each(|(dx, dy)| {
                 let mut block = vec![0f32; ROWS * k];
-                for band in 0..n.div_ceil(ROWS) {
-                    let rows = ROWS.min(n - band * ROWS);
-                    self.weight.decode_band(band, &mut block[..rows * k]);
-                    for (dx, dy) in dx.chunks_mut(k).zip(dy.chunks(n)) {
-                        for (row, dy) in block[..rows * k].chunks(k).zip(&dy[band * ROWS..]) {
-                            kernel.axpy(*dy, row, dx);
+                let mut first = 0;
+                for weight in self.weights.iter() {
+                    for band in 0..weight.out_features().div_ceil(ROWS) {
+                        let rows = ROWS.min(weight.out_features() - band * ROWS);
+                        weight.decode_band(band, &mut block[..rows * k]);
+                        for (dx, dy) in dx.chunks_mut(k).zip(dy.chunks(n)) {
+                            for (row, dy) in block[..rows * k].chunks(k).zip(&dy[first..]) {
+                                kernel.axpy(*dy, row, dx);
+                            }
                         }
+                        first += rows;
                     }
                 }
             });

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::{attention, dense_matmul, gated, rms_norm, rope};
+use super::{KvType, attention, dense_matmul, gated, rms_norm, rope};
 use crate::config::Activation;
 
 fn random(shape: &[usize]) -> Var {
@@ -56,7 +56,7 @@ fn rope_equals_its_composition() {
     let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
     assert_same(
         &[&x],
-        || rope(&x, &cos.unsqueeze(0)?, &sin.unsqueeze(0)?),
+        || rope(&x.flatten_from(2)?, 3, &cos.unsqueeze(0)?, &sin.unsqueeze(0)?),
         || {
             // candle's layout is (batch, heads, seq, head_dim)
             let x = x.transpose(1, 2)?.contiguous()?;
@@ -138,6 +138,71 @@ fn attention_does_not_look_at_padding() {
     let grads = padded.sum_all().unwrap().backward().unwrap();
     let dk = grads.get(k.as_tensor()).unwrap().narrow(2, 0, start).unwrap();
     assert!(flat(&dk).iter().all(|&g| g == 0.));
+}
+
+#[test]
+fn views_equal_their_copies() {
+    let wide = random(&[2, 5, 40]);
+    let part = |first, len| wide.narrow(2, first, len).unwrap();
+    let copy = |first, len| part(first, len).contiguous().unwrap();
+    for act in [Activation::Relu2, Activation::Silu] {
+        let y = gated(&part(3, 17), &part(20, 17), act).unwrap();
+        assert_eq!(flat(&y), flat(&gated(&copy(3, 17), &copy(20, 17), act).unwrap()));
+    }
+    let angles = Tensor::rand(0f32, 6., (1, 5, 4), &Device::Cpu).unwrap();
+    let y = rope(&part(8, 24), 3, &angles, &angles).unwrap();
+    assert_eq!(flat(&y), flat(&rope(&copy(8, 24), 3, &angles, &angles).unwrap()));
+    let one = gated(
+        &part(3, 17).narrow(1, 2, 1).unwrap(),
+        &copy(20, 17).narrow(1, 2, 1).unwrap(),
+        Activation::Relu2,
+    );
+    assert_eq!(one.unwrap().dims(), [2, 1, 17]);
+}
+
+/// More keys than a block has: the same bits however many queries come at once, wherever the row begins, and however
+/// keys and values are stored.
+#[test]
+fn attention_over_many_keys_does_not_depend_on_the_cut() {
+    let (seq, heads, kv_heads, dim) = (600, 4, 2, 16);
+    let q = random(&[1, seq, heads, dim]);
+    let (k, v) = (random(&[1, kv_heads, seq, dim]), random(&[1, kv_heads, seq, dim]));
+    let exact = flat(&attention(&q, &k, &v, &[]).unwrap());
+    for kv_type in KvType::ALL {
+        let (k, v) = (kv_type.encode(&k).unwrap(), kv_type.encode(&v).unwrap());
+        let whole = attention(&q, &k, &v, &[]).unwrap();
+        for (from, to) in [(0, 1), (1, 7), (255, 257), (300, 301), (511, 600), (599, 600)] {
+            let cut = |x: &Tensor, first, len| x.narrow(2, first, len).unwrap();
+            let some = |len| q.narrow(1, from, len).unwrap();
+            let y = attention(&some(to - from), &cut(&k, 0, to), &cut(&v, 0, to), &[]).unwrap();
+            assert_eq!(flat(&y), flat(&whole.narrow(1, from, to - from).unwrap()), "{kv_type:?}");
+        }
+        // The same row behind padding, beside another.
+        let pad = |x: &Tensor, dim: usize| {
+            let padding = x.narrow(dim, 0, 37).unwrap();
+            let other = Tensor::cat(&[x, &padding], dim).unwrap();
+            Tensor::cat(&[&Tensor::cat(&[&padding, x], dim).unwrap(), &other], 0).unwrap()
+        };
+        let padded = attention(&pad(&q, 1), &pad(&k, 2), &pad(&v, 2), &[37, 0]).unwrap();
+        assert_eq!(
+            flat(&padded.narrow(0, 0, 1).unwrap().narrow(1, 37, seq).unwrap()),
+            flat(&whole)
+        );
+        // Values of order one: half a unit of the last stored bit in keys and values.
+        let bound = match kv_type {
+            KvType::F32 => 0.,
+            KvType::F16 => 4e-3,
+            KvType::Bf16 => 3e-2,
+            KvType::Int8 => 5e-2,
+        };
+        let error =
+            flat(&whole).iter().zip(&exact).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+        assert!(error <= bound, "{kv_type:?}: {error}");
+    }
+    let large = Tensor::new(&[[70000f32, 1.]], &Device::Cpu).unwrap();
+    let error = KvType::F16.encode(&large).unwrap_err().to_string();
+    assert!(error.contains("exceeds 65504"), "{error}");
+    assert!(KvType::Bf16.encode(&large).is_ok());
 }
 
 #[test]

@@ -1,0 +1,124 @@
+//! Causal scaled-dot-product attention with grouped key/value heads, `softmax(q·kᵀ/√d)·v`, as one op
+//! with a gradient.
+
+mod backward;
+mod forward;
+mod key_values;
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+pub use self::key_values::KvType;
+use self::{backward::Gradients, forward::Forward, key_values::KeyValues};
+use crate::{
+    kernels,
+    storage::{contiguous, with_slice},
+};
+
+/// Attends `q` (batch, seq, heads, head_dim) f32 over `k` and `v` (batch, kv_heads, context, head_dim), f32 or as a
+/// [`KvType`] stores them: (batch, seq, heads, head_dim) f32. Differentiable when all are f32.
+///
+/// The queries are the last `seq` positions of the context. Query head `h` uses key/value head
+/// `h / (heads / kv_heads)`. Positions before `starts[row]` are padding and not seen; an empty
+/// `starts` means none. A query that is itself padding gets zeros.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, starts: &[usize]) -> Result<Tensor> {
+    q.apply_op3(k, v, Attention { starts: starts.to_vec() })
+}
+
+struct Attention {
+    starts: Vec<usize>,
+}
+
+/// The sizes all parts of the op share, checked once.
+#[derive(Clone, Copy)]
+struct Dims {
+    batch: usize,
+    seq: usize,
+    heads: usize,
+    kv_heads: usize,
+    context: usize,
+    head_dim: usize,
+}
+
+impl Dims {
+    /// `stored` tells the head's dimension from the width of a stored row.
+    fn new(q: &Shape, k: &Shape, v: &Shape, stored: impl Fn(usize) -> usize) -> Result<Self> {
+        let (batch, seq, heads, head_dim) = q.dims4()?;
+        let (k_batch, kv_heads, context, k_dim) = k.dims4()?;
+        let fits = k == v
+            && k_batch == batch
+            && stored(k_dim) == head_dim
+            && seq <= context
+            && kv_heads > 0
+            && heads.is_multiple_of(kv_heads);
+        if !fits {
+            bail!("attention: q {q:?}, k {k:?} and v {v:?} do not fit together");
+        }
+        Ok(Self { batch, seq, heads, kv_heads, context, head_dim })
+    }
+
+    fn scale(&self) -> f32 {
+        1. / (self.head_dim as f32).sqrt()
+    }
+}
+
+impl Attention {
+    fn start(&self, row: usize) -> usize {
+        self.starts.get(row).copied().unwrap_or(0)
+    }
+
+    /// First position and number of positions that query `i` of `row` sees.
+    fn visible(&self, dims: &Dims, row: usize, i: usize) -> (usize, usize) {
+        let start = self.start(row);
+        let end = dims.context - dims.seq + i + 1;
+        (start.min(end), end.saturating_sub(start))
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (k, v) = (KeyValues::new(k, k_layout)?, KeyValues::new(v, v_layout)?);
+        let (q_shape, k_shape, v_shape) = (q_layout.shape(), k_layout.shape(), v_layout.shape());
+        let dims = Dims::new(q_shape, k_shape, v_shape, |width| k.head_dim(width))?;
+        let q = contiguous::<f32>(q, q_layout)?;
+        let out =
+            Forward { dims, starts: &self.starts, q: &q, k, v, kernel: kernels::active() }.run();
+        Ok((CpuStorage::F32(out), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dims = Dims::new(q.shape(), k.shape(), v.shape(), |width| width)?;
+        let gradients = with_slice::<f32, _>(q, |q| {
+            with_slice::<f32, _>(k, |k| {
+                with_slice::<f32, _>(v, |v| {
+                    with_slice::<f32, _>(dy, |dy| Ok(self.backward(&dims, q, k, v, dy)))
+                })
+            })
+        })?;
+        let Gradients { dq, dk, dv } = gradients;
+        let device = q.device();
+        Ok((
+            Some(Tensor::from_vec(dq, q.shape(), device)?),
+            Some(Tensor::from_vec(dk, k.shape(), device)?),
+            Some(Tensor::from_vec(dv, v.shape(), device)?),
+        ))
+    }
+}
