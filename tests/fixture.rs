@@ -75,7 +75,7 @@ impl Fixture {
     }
 
     pub fn model(&self) -> Model {
-        self.model_with(&BitLinears(self.config.quantization.unwrap()))
+        self.model_with(&BitLinears::new(self.config.quantization.unwrap()))
     }
 
     /// An expected f32 tensor, flattened.

@@ -390,7 +390,7 @@ fn a_divided_scale_and_a_multiplied_one_are_the_same_matrix() {
             out_features: 16,
             bias: false,
         };
-        BitLinears(form).linear(spec, vb).map(|linear| {
+        BitLinears::new(form).linear(spec, vb).map(|linear| {
             flat(
                 &linear.forward(&Tensor::ones((1, 16), DType::F32, &Device::Cpu).unwrap()).unwrap(),
             )

@@ -42,7 +42,7 @@ impl LinearFactory for Tap {
         Ok(Arc::new(Tapped {
             name: vb.prefix(),
             base: self.base.linear(spec, vb)?,
-            rounding: self.base.0.rounding,
+            rounding: self.base.quantization().rounding,
             codes: self.codes.clone(),
         }))
     }
@@ -71,7 +71,7 @@ const TIE: f64 = 1.2e-4;
 /// tie that the reference's may.
 fn flippable(fixture: &Fixture, tokens: &[u32]) -> Vec<bool> {
     let codes = Arc::new(Mutex::new(BTreeMap::new()));
-    let base = BitLinears(fixture.config.quantization.unwrap());
+    let base = BitLinears::new(fixture.config.quantization.unwrap());
     let model = fixture.model_with(&Tap { base, codes: codes.clone() });
     let input = Tensor::new(tokens, model.device()).unwrap().unsqueeze(0).unwrap();
     model.hidden_states(&input, None).unwrap();
@@ -80,7 +80,7 @@ fn flippable(fixture: &Fixture, tokens: &[u32]) -> Vec<bool> {
     let flippable = |row: usize| {
         oracle.codes.iter().any(|(name, seen)| {
             // Behind a norm of its own, a projection's codes are not those of its input.
-            let same = base.0.input_norm_eps.is_some() || ours[name][row] == seen.codes[row];
+            let same = base.quantization().input_norm_eps.is_some() || ours[name][row] == seen.codes[row];
             !same || seen.tie_distance[row] < TIE
         })
     };
@@ -114,7 +114,7 @@ fn assert_rows(
 #[test]
 fn every_unit_from_its_given_input() {
     for fixture in Fixture::forward() {
-        let quantization = BitLinears(fixture.config.quantization.unwrap());
+        let quantization = BitLinears::new(fixture.config.quantization.unwrap());
         let vb = fixture.checkpoint.var_builder(candle_core::DType::F32, &candle_core::Device::Cpu);
         let model = fixture.model();
         let mut units = 0;

@@ -2,6 +2,7 @@
 
 use bitnet_model::{
     hub::Hub,
+    ops::KvType,
     pretrained::{DEFAULT, Precision, Source},
 };
 use clap::Args;
@@ -23,6 +24,22 @@ pub struct ModelArgs {
     /// Run float weights without a quantization_config as they are, in full precision
     #[arg(long)]
     pub full_precision: bool,
+}
+
+/// How a generating command remembers what it has read.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct CacheArgs {
+    /// How keys and values are stored: f32 as computed; f16, half the memory and read in half the time; bf16, for
+    /// values that f16 refuses; int8, half of that again, less exact
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]
+    pub kv_cache: KvType,
+}
+
+fn kv_type(name: &str) -> Result<KvType, String> {
+    KvType::ALL.into_iter().find(|kv_type| kv_type.name() == name).ok_or_else(|| {
+        let names = KvType::ALL.map(KvType::name).join(", ");
+        format!("there is no cache of type `{name}`: take one of {names}")
+    })
 }
 
 impl ModelArgs {

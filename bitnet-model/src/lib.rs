@@ -34,6 +34,7 @@ pub mod kv_cache;
 pub mod model;
 pub mod nn;
 pub mod ops;
+pub mod pages;
 pub mod pretrained;
 pub mod quant;
 pub mod sampler;

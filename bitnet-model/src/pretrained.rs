@@ -189,7 +189,7 @@ impl Source {
     /// Loads the weights for inference: packed codes stay packed, latent ones are packed one matrix at
     /// a time. bf16 embeddings stay bf16.
     pub fn load(&self, device: &Device) -> Result<Model> {
-        let packed = self.config.quantization.map(BitLinears);
+        let packed = self.config.quantization.map(BitLinears::new);
         match &packed {
             Some(linears) => self.load_with(linears, device),
             None => self.load_with(&DenseLinears, device),

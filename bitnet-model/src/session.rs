@@ -78,6 +78,11 @@ impl Session {
         Self { model, cache, tokens: Vec::new() }
     }
 
+    /// The network.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
     /// The tokens run so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens

@@ -4,6 +4,8 @@
 //! which the kernels read them: all tiles of sixteen output rows, then the next sixteen. Shapes that
 //! are not multiples of the tile are padded with code 1 (weight 0), here and nowhere else.
 
+use std::{io, ops::Deref};
+
 use rayon::prelude::*;
 
 use crate::{
@@ -11,19 +13,45 @@ use crate::{
         self, Kernel,
         tile::{self, COLS, ROWS, Tile},
     },
+    pages::{Arena, Pages},
     quant::{self, Rounding},
     threads,
 };
 
 /// A ternary matrix (out_features, in_features): 2 bits a weight and one scale.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct TernaryWeight {
     /// Row of tiles after row of tiles.
-    tiles: Vec<Tile>,
+    tiles: Tiles,
     out_features: usize,
     in_features: usize,
     /// Multiplies: `W = scale · code − scale`.
     scale: f32,
+}
+
+/// Tiles by themselves, or beside others in large pages.
+#[derive(Debug)]
+enum Tiles {
+    Heap(Vec<Tile>),
+    Paged(Pages),
+}
+
+impl Deref for Tiles {
+    type Target = [Tile];
+
+    fn deref(&self) -> &[Tile] {
+        match self {
+            Self::Heap(tiles) => tiles,
+            Self::Paged(bytes) => bytes.as_chunks().0,
+        }
+    }
+}
+
+/// The same matrix: shape, codes and scale.
+impl PartialEq for TernaryWeight {
+    fn eq(&self, other: &Self) -> bool {
+        self.has_codes_of(other) && self.scale == other.scale
+    }
 }
 
 /// What is wrong with packed data.
@@ -74,11 +102,13 @@ impl TernaryWeight {
         assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
         let scale = quant::weight_scale(weights);
         let inverse = 1. / scale;
-        Self::from_rows(out_features, in_features, scale, |row, col, codes| {
-            let weights = &weights[row * in_features + col..][..codes.len()];
+        Self::from_rows(out_features, in_features, scale, |row, col| {
+            let weights = &weights[row * in_features..][..in_features][col..];
+            let mut codes = [1; COLS];
             for (code, &weight) in codes.iter_mut().zip(weights) {
                 *code = (quant::ternary(weight, inverse, rounding) + 1) as u8;
             }
+            tile::row_of(&codes)
         })
     }
 
@@ -107,33 +137,50 @@ impl TernaryWeight {
             let row = field * quarter + at / in_features;
             return Err(PackedError::Code { row, col: at % in_features });
         }
-        Ok(Self::from_rows(out_features, in_features, scale, |row, col, codes| {
-            let shift = 2 * (row / quarter);
-            let bytes = &bytes[row % quarter * in_features + col..][..codes.len()];
-            codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte >> shift & 3);
+        Ok(Self::from_rows(out_features, in_features, scale, |row, col| {
+            let field = row / quarter;
+            let bytes = &bytes[row % quarter * in_features..][..in_features][col..];
+            match bytes.first_chunk() {
+                Some(bytes) => tile::packed_row(bytes, field),
+                None => {
+                    let mut padded = [tile::PACKED_ZEROS; COLS];
+                    padded[..bytes.len()].copy_from_slice(bytes);
+                    tile::packed_row(&padded, field)
+                }
+            }
         }))
     }
 
-    /// `fill(row, col, codes)` gives the codes of `weight[row][col..]`, at most a tile's width.
+    /// `row_codes(row, col)` gives the codes of `weight[row][col..]`, a tile's row.
     fn from_rows(
         out_features: usize,
         in_features: usize,
         scale: f32,
-        fill: impl Fn(usize, usize, &mut [u8]) + Send + Sync,
+        row_codes: impl Fn(usize, usize) -> [u8; 4] + Send + Sync,
     ) -> Self {
         let width = in_features.div_ceil(COLS);
         let mut tiles = vec![tile::EMPTY; out_features.div_ceil(ROWS) * width];
         tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
             for row in 0..ROWS.min(out_features - band * ROWS) {
                 for (i, tile) in tiles.iter_mut().enumerate() {
-                    let mut codes = [1; COLS];
-                    let inside = COLS.min(in_features - i * COLS);
-                    fill(band * ROWS + row, i * COLS, &mut codes[..inside]);
-                    tile::set_row(tile, row, &codes);
+                    tile::set_row(tile, row, row_codes(band * ROWS + row, i * COLS));
                 }
             }
         });
-        Self { tiles, out_features, in_features, scale }
+        Self { tiles: Tiles::Heap(tiles), out_features, in_features, scale }
+    }
+
+    /// The same matrix in large pages, beside others of `arena`.
+    ///
+    /// # Errors
+    /// The system has no more memory.
+    pub fn into_pages(self, arena: &Arena) -> io::Result<Self> {
+        let mut pages = arena.zeroed(self.bytes())?;
+        pages
+            .par_chunks_mut(1 << 20)
+            .zip(self.tiles.as_flattened().par_chunks(1 << 20))
+            .for_each(|(pages, tiles)| pages.copy_from_slice(tiles));
+        Ok(Self { tiles: Tiles::Paged(pages), ..self })
     }
 
     /// The Hub's packing of the codes: (out_features / 4, in_features) bytes, row-major.
@@ -168,7 +215,7 @@ impl TernaryWeight {
     /// Whether all codes are those of `other`; the scales may differ.
     pub fn has_codes_of(&self, other: &Self) -> bool {
         let shape = |weight: &Self| (weight.out_features, weight.in_features);
-        shape(self) == shape(other) && self.tiles == other.tiles
+        shape(self) == shape(other) && *self.tiles == *other.tiles
     }
 
     /// The tiles of output rows `16·index ..`.

@@ -22,7 +22,7 @@ use crate::{
     args::Global,
     continuation::{self, Finish, TextOutput, check_prompt},
     interrupt,
-    model::ModelArgs,
+    model::{CacheArgs, ModelArgs},
     sampling::{MaxNewTokens, SamplingArgs},
 };
 
@@ -67,6 +67,9 @@ pub struct Args {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its memory.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -102,7 +105,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         stdout.write_all(echo.as_bytes())?;
         stdout.flush()?;
     }
-    let mut session = Session::new(model.model.clone());
+    let mut session = Session::with_cache(model.model.clone(), args.cache.kv_cache);
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let sampling = (&plan.options, &mut rng);
     let (continuation, text) = match &model.tokenizer {

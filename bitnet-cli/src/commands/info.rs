@@ -9,6 +9,7 @@ use anyhow::Context;
 use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     kernels::{self, tile},
+    ops::KvType,
     pretrained::{Precision, Source, default_files},
     quant::Rounding,
 };
@@ -270,7 +271,7 @@ impl Info {
         let parts: Vec<String> =
             parts.iter().map(|(n, name)| format!("{} {name}", bytes(*n))).collect();
         row("memory at rest", format!("{} ({})", bytes(m.total), parts.join(", ")))?;
-        row("cache", format!("{} for 1000 tokens, f32", bytes(m.cache_per_1k_tokens)))?;
+        row("cache", format!("{} for 1000 tokens, f16", bytes(m.cache_per_1k_tokens)))?;
         match &self.tokenizer {
             None => row("tokenizer", "none".into())?,
             Some(tokenizer) => {
@@ -384,14 +385,14 @@ impl Memory {
         let (embedding, head) = (parameters.embedding * float, parameters.head * float);
         let norms = parameters.others * size_of::<f32>() as u64;
         // Keys and values.
-        let width = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
+        let rows = 2 * config.num_key_value_heads * config.num_hidden_layers;
         Self {
             projections,
             embedding,
             head,
             norms,
             total: projections + embedding + head + norms,
-            cache_per_1k_tokens: 1000 * (width * size_of::<f32>()) as u64,
+            cache_per_1k_tokens: 1000 * (rows * KvType::default().bytes(config.head_dim)) as u64,
         }
     }
 }

@@ -11,7 +11,7 @@ const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128,
 fn set_code(tile: &mut Tile, row: usize, col: usize, code: u8) {
     let mut codes = tile::row(tile, row);
     codes[col] = code;
-    tile::set_row(tile, row, &codes);
+    tile::set_row(tile, row, tile::row_of(&codes));
 }
 
 fn rng() -> ChaCha8Rng {

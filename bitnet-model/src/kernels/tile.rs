@@ -36,15 +36,31 @@ pub fn code(tile: &Tile, row: usize, col: usize) -> u8 {
     tile[byte] >> shift & 3
 }
 
-/// Sets the sixteen codes of a row.
+/// Sets the four bytes of a row, as [`row_of`] and [`packed_row`] make them.
 #[inline]
-pub fn set_row(tile: &mut Tile, row: usize, codes: &[u8; COLS]) {
+pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
+    tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
+}
+
+/// The four bytes of a row with these codes.
+#[inline]
+pub fn row_of(codes: &[u8; COLS]) -> [u8; 4] {
+    debug_assert!(codes.iter().all(|&code| code <= 2), "{codes:?} are not ternary codes");
+    packed_row(codes, 0)
+}
+
+/// A byte of the Hub's packing whose four rows have weight 0.
+pub const PACKED_ZEROS: u8 = 0b01_01_01_01;
+
+/// The four bytes of a row whose codes are bits `2·field..2·field + 2` of sixteen bytes of the Hub's packing.
+#[inline]
+pub fn packed_row(bytes: &[u8; COLS], field: usize) -> [u8; 4] {
     // Four codes a word: word `lane` holds columns 4·lane .. 4·lane + 4, and goes to bits 2·lane.
-    let word = codes.as_chunks::<4>().0.iter().enumerate().fold(0, |word, (lane, codes)| {
-        debug_assert!(codes.iter().all(|&code| code <= 2), "{codes:?} are not ternary codes");
-        word | u32::from_le_bytes(*codes) << (2 * lane)
+    let words = bytes.as_chunks::<4>().0.iter().enumerate();
+    let word = words.fold(0, |word, (lane, &bytes)| {
+        word | (u32::from_le_bytes(bytes) >> (2 * field) & 0x0303_0303) << (2 * lane)
     });
-    tile[4 * row..4 * row + 4].copy_from_slice(&word.to_le_bytes());
+    word.to_le_bytes()
 }
 
 /// The sixteen codes of a row.

@@ -9,6 +9,7 @@ use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
     ops::ternary_matmul,
+    pages::Arena,
     quant::Rounding,
     storage::with_slice,
     weights::TernaryWeight,
@@ -27,16 +28,6 @@ impl BitLinear {
     /// A projection that rounds activations by `rounding`.
     pub fn new(weight: TernaryWeight, rounding: Rounding, input_norm: Option<RmsNorm>) -> Self {
         Self { weights: Arc::new([weight]), rounding, input_norm }
-    }
-
-    /// Loads `weight` ([`load_weight`]) and, if the checkpoint has one, the norm of the input.
-    pub fn load(spec: LinearSpec, quantization: Quantization, vb: VarBuilder) -> Result<Self> {
-        let input_norm = match quantization.input_norm_eps {
-            Some(eps) => Some(RmsNorm::load(spec.in_features, eps, vb.pp("rms_norm"))?),
-            None => None,
-        };
-        let weight = load_weight(spec, quantization, vb)?;
-        Ok(Self::new(weight, quantization.rounding, input_norm))
     }
 
     /// The packed weights.
@@ -114,23 +105,49 @@ impl Projections for BitLinear {
 }
 
 /// The factory of packed inference: every projection is a [`BitLinear`].
-#[derive(Clone, Copy, Debug)]
-pub struct BitLinears(pub Quantization);
+#[derive(Debug)]
+pub struct BitLinears {
+    quantization: Quantization,
+    arena: Arena,
+}
+
+impl BitLinears {
+    /// Loads projections quantized like this, into memory of large pages.
+    pub fn new(quantization: Quantization) -> Self {
+        Self { quantization, arena: Arena::default() }
+    }
+
+    /// How the projections are quantized.
+    pub fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
+    fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
+        let weight = load_weight(spec, self.quantization, vb)?;
+        weight.into_pages(&self.arena).map_err(candle_core::Error::wrap)
+    }
+}
 
 impl LinearFactory for BitLinears {
     fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
-        Ok(Arc::new(BitLinear::load(spec, self.0, vb)?))
+        let Quantization { rounding, input_norm_eps, .. } = self.quantization;
+        let input_norm = match input_norm_eps {
+            Some(eps) => Some(RmsNorm::load(spec.in_features, eps, vb.pp("rms_norm"))?),
+            None => None,
+        };
+        Ok(Arc::new(BitLinear::new(self.load_weight(spec, vb)?, rounding, input_norm)))
     }
 
     /// One [`BitLinear`]: the input is quantized once and the matrices are one parallel region. Norms of their own keep
     /// projections apart.
     fn linears(&self, specs: &[LinearSpec], vb: &VarBuilder) -> Result<Arc<dyn Projections>> {
-        if self.0.input_norm_eps.is_some() {
+        let Quantization { rounding, input_norm_eps, .. } = self.quantization;
+        if input_norm_eps.is_some() {
             let each = specs.iter().map(|&spec| self.linear(spec, vb.pp(spec.name)));
             return Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?));
         }
-        let weights = specs.iter().map(|&spec| load_weight(spec, self.0, vb.pp(spec.name)));
+        let weights = specs.iter().map(|&spec| self.load_weight(spec, vb.pp(spec.name)));
         let weights = weights.collect::<Result<Vec<_>>>()?.into();
-        Ok(Arc::new(BitLinear { weights, rounding: self.0.rounding, input_norm: None }))
+        Ok(Arc::new(BitLinear { weights, rounding, input_norm: None }))
     }
 }

@@ -1,11 +1,10 @@
 //! The messages so far and the session that answers them.
 
-use std::{fs, io::Write, path::Path, sync::Arc, time::Duration};
+use std::{fs, io::Write, path::Path, time::Duration};
 
 use anyhow::{Context, bail};
 use bitnet_model::{
     config::Config,
-    model::Model,
     session::Session,
     text::{Message, Tokenizer},
 };
@@ -36,15 +35,15 @@ pub struct Conversation {
 impl Conversation {
     /// An empty conversation; `tokenizer` has a chat template.
     pub fn new(
-        model: &Arc<Model>,
+        session: Session,
         tokenizer: Tokenizer,
         plan: Plan,
         system: Option<String>,
         load_time: Duration,
     ) -> Self {
         Self {
-            config: model.config().clone(),
-            session: Session::new(model.clone()),
+            config: session.model().config().clone(),
+            session,
             tokenizer,
             rng: ChaCha8Rng::seed_from_u64(plan.seed),
             plan,

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use bitnet_model::text::Tokenizer;
+use bitnet_model::{session::Session, text::Tokenizer};
 use candle_core::Device;
 
 use self::{
@@ -31,7 +31,7 @@ use crate::{
     args::Global,
     continuation::Finish,
     interrupt,
-    model::ModelArgs,
+    model::{CacheArgs, ModelArgs},
     sampling::{MaxNewTokens, SamplingArgs},
 };
 
@@ -58,6 +58,9 @@ pub struct Args {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its memory.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -85,8 +88,9 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if is_terminal && !global.quiet {
         say(&format!("Chatting with {}; /help lists the commands, Ctrl-D leaves", model.name));
     }
+    let session = Session::with_cache(model.model.clone(), args.cache.kv_cache);
     let mut conversation =
-        Conversation::new(&model.model, tokenizer, plan, args.system.clone(), start.elapsed());
+        Conversation::new(session, tokenizer, plan, args.system.clone(), start.elapsed());
     let mut input = match is_terminal {
         true => Input::terminal(!args.no_history)?,
         false => Input::pipe(),
