@@ -71,7 +71,8 @@ const TIE: f64 = 1.2e-4;
 /// tie that the reference's may.
 fn flippable(fixture: &Fixture, tokens: &[u32]) -> Vec<bool> {
     let codes = Arc::new(Mutex::new(BTreeMap::new()));
-    let base = BitLinears::new(fixture.config.quantization.unwrap());
+    let quantization = fixture.config.quantization.unwrap();
+    let base = BitLinears::new(quantization);
     let model = fixture.model_with(&Tap { base, codes: codes.clone() });
     let input = Tensor::new(tokens, model.device()).unwrap().unsqueeze(0).unwrap();
     model.hidden_states(&input, None).unwrap();
@@ -80,7 +81,7 @@ fn flippable(fixture: &Fixture, tokens: &[u32]) -> Vec<bool> {
     let flippable = |row: usize| {
         oracle.codes.iter().any(|(name, seen)| {
             // Behind a norm of its own, a projection's codes are not those of its input.
-            let same = base.quantization().input_norm_eps.is_some() || ours[name][row] == seen.codes[row];
+            let same = quantization.input_norm_eps.is_some() || ours[name][row] == seen.codes[row];
             !same || seen.tie_distance[row] < TIE
         })
     };
