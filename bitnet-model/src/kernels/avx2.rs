@@ -18,62 +18,120 @@ pub(super) static KERNEL: Kernel = Kernel {
     routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma,f16c")]),
 };
 
+/// Tokens that share a decoded tile: their sums, two registers a token, leave room for codes and activations.
+const BLOCK: usize = 4;
+
+/// Tiles whose products fit the 16-bit sums: a tile adds four of at most `2 · 2 · 128`, and `15 · 4 · 512 < 2¹⁵`.
+const RUN: usize = 15;
+
+/// As [`RUN`], where half of the products are taken four times: `7 · 2 · 4 · 512 < 2¹⁵`.
+const SINGLE_RUN: usize = 7;
+
 #[target_feature(enable = "avx2,fma")]
 fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     let cols = tiles.len() * COLS;
-    let (blocks, rest) = acc.as_chunks_mut::<4>();
-    let (x, x_rest) = x.split_at(blocks.len() * 4 * cols);
+    let (blocks, rest) = acc.as_chunks_mut::<BLOCK>();
+    let (x, x_rest) = x.split_at(blocks.len() * BLOCK * cols);
     for (i, acc) in blocks.iter_mut().enumerate() {
-        block(tiles, &x[i * 4 * cols..][..4 * cols], acc);
+        block::<BLOCK>(tiles, &x[i * BLOCK * cols..][..BLOCK * cols], acc);
     }
-    for (i, acc) in rest.iter_mut().enumerate() {
-        block(tiles, &x_rest[i * cols..][..cols], std::array::from_mut(acc));
+    match rest {
+        [] => {}
+        [acc] => single(tiles, x_rest, acc),
+        [_, _] => block::<2>(tiles, x_rest, rest),
+        _ => block::<3>(tiles, x_rest, rest),
     }
 }
 
-/// `N` tokens: their sums stay in registers, and a tile is decoded once for all of them.
+/// `N` tokens: their sums stay in registers for a run of tiles, and a tile is decoded once for all of them.
 #[target_feature(enable = "avx2,fma")]
-fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]; N]) {
+fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     let cols = tiles.len() * COLS;
-    assert_eq!(x.len(), N * cols);
+    assert_eq!((x.len(), acc.len()), (N * cols, N));
     let low2 = _mm256_set1_epi8(3);
-    let ones = _mm256_set1_epi16(1);
-    let mut sums = [[_mm256_setzero_si256(); 2]; N];
-    for (i, tile) in tiles.iter().enumerate() {
-        for half in 0..2 {
-            // SAFETY: a `Tile` is 64 bytes: rows 0 to 7 in the first half, 8 to 15 in the second.
-            let codes = unsafe { _mm256_loadu_si256(tile.as_ptr().add(32 * half).cast()) };
-            let lanes = [
-                _mm256_and_si256(codes, low2),
-                _mm256_and_si256(_mm256_srli_epi16::<2>(codes), low2),
-                _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low2),
-                _mm256_and_si256(_mm256_srli_epi16::<6>(codes), low2),
-            ];
-            for (token, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: token < N and i < tiles.len(), so these sixteen values end within the N · cols of x.
-                let x = unsafe { _mm_loadu_si128(x.as_ptr().add(token * cols + i * COLS).cast()) };
-                let x = _mm256_broadcastsi128_si256(x);
-                // |2 · 128 + 2 · 128| = 512 in each product, 2048 in their sum: far from 2¹⁵.
-                let products = [
-                    _mm256_maddubs_epi16(lanes[0], _mm256_shuffle_epi32::<0x00>(x)),
-                    _mm256_maddubs_epi16(lanes[1], _mm256_shuffle_epi32::<0x55>(x)),
-                    _mm256_maddubs_epi16(lanes[2], _mm256_shuffle_epi32::<0xaa>(x)),
-                    _mm256_maddubs_epi16(lanes[3], _mm256_shuffle_epi32::<0xff>(x)),
-                ];
-                let products = _mm256_add_epi16(
-                    _mm256_add_epi16(products[0], products[1]),
-                    _mm256_add_epi16(products[2], products[3]),
-                );
-                sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(products, ones));
+    for (run, tiles) in tiles.chunks(RUN).enumerate() {
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for (i, tile) in tiles.iter().enumerate() {
+            let [mut low, mut high] = halves(tile);
+            for lane in 0..4 {
+                let codes = [_mm256_and_si256(low, low2), _mm256_and_si256(high, low2)];
+                (low, high) = (_mm256_srli_epi16::<2>(low), _mm256_srli_epi16::<2>(high));
+                for (token, sums) in sums.iter_mut().enumerate() {
+                    let start = token * cols + (run * RUN + i) * COLS + 4 * lane;
+                    // SAFETY: token < N and the tile is one of `cols / COLS`, so these four values end within x.
+                    let x = unsafe { broadcast(x.as_ptr().add(start)) };
+                    for (sum, codes) in sums.iter_mut().zip(codes) {
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, x));
+                    }
+                }
             }
         }
+        acc.iter_mut().zip(sums).for_each(|(acc, sums)| add_pairs(acc, sums));
     }
-    for (acc, sums) in acc.iter_mut().zip(sums) {
-        for (acc, sum) in acc.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
-            let acc = acc.as_mut_ptr().cast();
-            // SAFETY: eight i32 are one register.
-            unsafe { _mm256_storeu_si256(acc, _mm256_add_epi32(_mm256_loadu_si256(acc), sum)) };
+}
+
+/// One token. Half of the codes are used where they stand, as four times their value, in sums of their own: a shift
+/// for every two lanes.
+#[target_feature(enable = "avx2,fma")]
+fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
+    let (once, four_times) = (_mm256_set1_epi8(3), _mm256_set1_epi8(3 << 2));
+    let runs = tiles.chunks(SINGLE_RUN).zip(x.as_chunks::<COLS>().0.chunks(SINGLE_RUN));
+    for (tiles, x) in runs {
+        let mut sums = [[_mm256_setzero_si256(); 2]; 2]; // of each half: once, four times
+        for (tile, x) in tiles.iter().zip(x) {
+            for (sums, codes) in sums.iter_mut().zip(halves(tile)) {
+                for (lanes, codes) in [codes, _mm256_srli_epi16::<4>(codes)].into_iter().enumerate()
+                {
+                    // SAFETY: lanes < 2, so the eight values end within the sixteen of x.
+                    let (x0, x1) = unsafe {
+                        let x = x.as_ptr().add(8 * lanes);
+                        (broadcast(x), broadcast(x.add(4)))
+                    };
+                    let products = _mm256_maddubs_epi16(_mm256_and_si256(codes, once), x0);
+                    sums[0] = _mm256_add_epi16(sums[0], products);
+                    let products = _mm256_maddubs_epi16(_mm256_and_si256(codes, four_times), x1);
+                    sums[1] = _mm256_add_epi16(sums[1], products);
+                }
+            }
         }
+        let [low, high] = sums;
+        let total = [
+            _mm256_add_epi16(low[0], _mm256_srai_epi16::<2>(low[1])),
+            _mm256_add_epi16(high[0], _mm256_srai_epi16::<2>(high[1])),
+        ];
+        add_pairs(acc, total);
+    }
+}
+
+/// Rows 0 to 7 and 8 to 15 of a tile.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn halves(tile: &Tile) -> [__m256i; 2] {
+    let tile: *const __m256i = tile.as_ptr().cast();
+    // SAFETY: a `Tile` is 64 bytes, two registers.
+    unsafe { [_mm256_loadu_si256(tile), _mm256_loadu_si256(tile.add(1))] }
+}
+
+/// The four values at `x` in every 32-bit lane.
+///
+/// # Safety
+/// `x` is valid for reads of four bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn broadcast(x: *const i8) -> __m256i {
+    // SAFETY: upheld by the caller.
+    _mm256_set1_epi32(unsafe { x.cast::<i32>().read_unaligned() })
+}
+
+/// Adds to each row its two neighbouring 16-bit sums.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_pairs(acc: &mut [i32; ROWS], sums: [__m256i; 2]) {
+    for (acc, sum) in acc.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+        let acc = acc.as_mut_ptr().cast();
+        let sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        // SAFETY: eight i32 are one register.
+        unsafe { _mm256_storeu_si256(acc, _mm256_add_epi32(_mm256_loadu_si256(acc), sum)) };
     }
 }
 

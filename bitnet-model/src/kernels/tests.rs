@@ -8,6 +8,9 @@ use super::*;
 /// Lengths below, at and above one vector, with every kind of ragged end.
 const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128, 1003];
 
+/// Below, at and above the runs of tiles after which kernels widen their sums.
+const TILE_COUNTS: [usize; 13] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 37, 61];
+
 fn set_code(tile: &mut Tile, row: usize, col: usize, code: u8) {
     let mut codes = tile::row(tile, row);
     codes[col] = code;
@@ -101,7 +104,7 @@ fn tiles_hold_what_was_set() {
 #[test]
 fn ternary_products_equal_naive() {
     let mut rng = rng();
-    for tiles in [0, 1, 2, 3, 5, 8, 37] {
+    for tiles in TILE_COUNTS {
         for tokens in (0..=21).chain([40]) {
             let (packed, weights) = tile_row(&mut rng, tiles);
             let cols = tiles * COLS;
@@ -137,12 +140,18 @@ fn ternary_products_equal_naive() {
 fn extreme_codes_do_not_saturate() {
     for (code, weight) in [(0u8, -1), (1, 0), (2, 1)] {
         let tile = [code * 0b01_01_01_01; 64];
-        for value in [-128i8, 127] {
-            let x = [value; 67 * COLS];
-            let sum = x.len() as i32 * i32::from(value);
+        for (value, tiles) in [-128i8, 127].into_iter().flat_map(|v| TILE_COUNTS.map(|t| (v, t))) {
+            let tokens = 12;
+            let x = vec![value; tokens * tiles * COLS];
+            let sum = (tiles * COLS) as i32 * i32::from(value);
             for kernel in available() {
-                let dot = kernel.ternary_dot(&[tile; 67], &x, sum);
-                assert_eq!(dot, [weight * sum; ROWS], "{}", kernel.name());
+                for tokens in 1..=tokens {
+                    let mut out = vec![[7; ROWS]; tokens];
+                    let x = &x[..tokens * tiles * COLS];
+                    kernel.ternary_dots(&vec![tile; tiles], x, &vec![sum; tokens], &mut out);
+                    let name = kernel.name();
+                    assert_eq!(out, vec![[weight * sum; ROWS]; tokens], "{name}: {tiles} tiles");
+                }
             }
         }
     }
