@@ -80,8 +80,16 @@ impl CustomOp2 for Gated {
                 for i in 0..y.rows() {
                     let gate = &gate.row(first + i)[part.clone()];
                     let up = &up.row(first + i)[part.clone()];
-                    for (y, (gate, up)) in y.row(i).iter_mut().zip(gate.iter().zip(up)) {
-                        *y = self.act.value(*gate) * up;
+                    let out = y.row(i).iter_mut().zip(gate.iter().zip(up));
+                    // A loop for each activation: in a common one the compiler evaluates both, and
+                    // the exponential costs.
+                    match self.act {
+                        Activation::Relu2 => {
+                            out.for_each(|(y, (g, up))| *y = Activation::Relu2.value(*g) * up);
+                        }
+                        Activation::Silu => {
+                            out.for_each(|(y, (g, up))| *y = Activation::Silu.value(*g) * up);
+                        }
                     }
                 }
             },
