@@ -355,10 +355,10 @@ fn info_of_every_fixture() {
         assert_eq!(table, stdout(&["info", "-m", str(&dir), "--tensors"]));
     }
     let info = json(&["info", str(&fixture("bitnet_packed_tied")), "--json"]);
-    // By hand: 2 · (128·128·2 + 64·128·2 + 3·256·128), and 4 bytes, 2 layers, 2 tensors, 64 wide.
+    // By hand: 2 · (128·128·2 + 64·128·2 + 3·256·128), and 2 bytes, 2 layers, 2 tensors, 64 wide.
     assert_eq!(info["parameters"]["ternary"], 294_912);
     assert_eq!(info["memory"]["projections"], 294_912 / 4);
-    assert_eq!(info["memory"]["cache_per_1k_tokens"], 1000 * 4 * 2 * 2 * 64);
+    assert_eq!(info["memory"]["cache_per_1k_tokens"], 1000 * 2 * 2 * 2 * 64);
     assert_eq!(info["generation"]["max_length"], 256);
 }
 
