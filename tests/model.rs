@@ -372,6 +372,50 @@ fn a_session_reuses_its_prefix_and_ends_where_it_should() {
     assert_eq!(after.tokens, first.tokens);
 }
 
+/// Greedy or sampled, whatever is drafted: the tokens of plain decoding, the same end, and a session that goes on.
+#[test]
+fn speculation_changes_no_token() {
+    let (_, model) = small(6);
+    let model = Arc::new(model);
+    let (mut drafted, mut accepted) = (0, 0);
+    for seed in 0..12 {
+        let some = ids(seed, 5);
+        let prompt = [&some[..], &some, &some[..seed as usize % 5]].concat();
+        for (temperature, max, eos) in [(0., 50, 96), (0.05, 50, 96), (0.05, 7, 96), (1., 50, 40)] {
+            let mut options = options(max, vec![eos]);
+            let params = SamplingParams { temperature, ..Default::default() };
+            options.sampler = Sampler::new(params).unwrap();
+            let run = |session: &mut Session, prompt: &[u32], stop: usize| {
+                let mut left = stop;
+                let go = |_: u32| {
+                    left -= 1;
+                    if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                let generation = session.generate(prompt, &options, &mut rng, go).unwrap();
+                (
+                    generation.tokens,
+                    generation.finish,
+                    generation.drafted,
+                    session.tokens().to_vec(),
+                )
+            };
+            for stop in [1, 9, usize::MAX] {
+                let mut plain = Session::new(model.clone());
+                let mut speculating = Session::new(model.clone()).speculating();
+                let want = run(&mut plain, &prompt, stop);
+                let ours = run(&mut speculating, &prompt, stop);
+                assert_eq!((&ours.0, ours.1, &ours.3), (&want.0, want.1, &want.3));
+                drafted += ours.2.tokens;
+                accepted += ours.2.accepted;
+                let longer = [&prompt[..], &ours.0[..ours.0.len() / 2]].concat();
+                assert_eq!(run(&mut speculating, &longer, 5).0, run(&mut plain, &longer, 5).0);
+            }
+        }
+    }
+    assert!(0 < accepted && accepted < drafted, "{accepted} of {drafted}");
+}
+
 #[test]
 fn a_divided_scale_and_a_multiplied_one_are_the_same_matrix() {
     let latent: Vec<f32> = (0..16 * 16).map(|i| (i as f32 * 0.7).sin()).collect();

@@ -1,11 +1,15 @@
 //! Which model, and how to sample from it: the options that several commands share.
 
+use std::sync::Arc;
+
 use bitnet_model::{
     hub::Hub,
+    model::Model,
     ops::KvType,
     pretrained::{DEFAULT, Precision, Source},
+    session::Session,
 };
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::args::Global;
 
@@ -26,13 +30,35 @@ pub struct ModelArgs {
     pub full_precision: bool,
 }
 
-/// How a generating command remembers what it has read.
+/// How a generating command runs its model.
 #[derive(Args, Clone, Copy, Debug)]
-pub struct CacheArgs {
+pub struct SessionArgs {
     /// How keys and values are stored: f32 as computed; f16, half the memory and read in half the time; bf16, for
     /// values that f16 refuses; int8, half of that again, less exact
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]
     pub kv_cache: KvType,
+    /// Draft what followed the last tokens before, and verify it at once: the same text, sooner where it repeats itself
+    /// (summaries, edits, code)
+    #[arg(long, value_name = "HOW")]
+    pub speculate: Option<Speculate>,
+}
+
+/// Where drafts come from.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Speculate {
+    /// Earlier occurrences of the last two to four tokens
+    Ngram,
+}
+
+impl SessionArgs {
+    /// An empty session.
+    pub fn session(self, model: &Arc<Model>) -> Session {
+        let session = Session::with_cache(model.clone(), self.kv_cache);
+        match self.speculate {
+            Some(Speculate::Ngram) => session.speculating(),
+            None => session,
+        }
+    }
 }
 
 fn kv_type(name: &str) -> Result<KvType, String> {

@@ -20,6 +20,11 @@ pub struct Statistics {
     time_to_first_token_seconds: Option<f64>,
     /// Prompt and continuation, without loading.
     total_seconds: f64,
+    /// Tokens that speculation proposed, and how many of them were right; absent without speculation.
+    #[serde(skip_serializing_if = "is_zero")]
+    drafted_tokens: usize,
+    #[serde(skip_serializing_if = "is_zero")]
+    accepted_tokens: usize,
     /// Finding, reading and checking the model.
     load_seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,10 +50,17 @@ impl Statistics {
             decode_tokens_per_second: rate(decoded, generation.decode_time),
             time_to_first_token_seconds: first_token.map(|time| time.as_secs_f64()),
             total_seconds: (generation.prompt_time + generation.decode_time).as_secs_f64(),
+            drafted_tokens: generation.drafted.tokens,
+            accepted_tokens: generation.drafted.accepted,
             load_seconds: load_time.as_secs_f64(),
             peak_memory_bytes: peak_memory(),
         }
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl fmt::Display for Statistics {
@@ -60,6 +72,9 @@ impl fmt::Display for Statistics {
         part(f, self.prompt_tokens, "prompt", self.prompt_tokens_per_second)?;
         write!(f, ", ")?;
         part(f, self.new_tokens, "new", self.decode_tokens_per_second)?;
+        if self.drafted_tokens > 0 {
+            write!(f, ", {} of {} drafted accepted", self.accepted_tokens, self.drafted_tokens)?;
+        }
         if let Some(seconds) = self.time_to_first_token_seconds {
             write!(f, ", first token after {seconds:.3} s")?;
         }
@@ -109,6 +124,7 @@ mod tests {
             prompt_tokens: 10,
             prompt_time: Duration::from_millis(100),
             decode_time: Duration::from_millis(500),
+            drafted: Default::default(),
         };
         let first = Some(Duration::from_millis(125));
         let mut statistics = Statistics::new(&generation, 2, first, Duration::from_secs(1));

@@ -40,6 +40,7 @@ pub mod quant;
 pub mod sampler;
 pub mod score;
 pub mod session;
+pub mod speculative;
 pub mod storage;
 pub mod text;
 pub mod threads;

@@ -12,7 +12,10 @@ use std::{
 use candle_core::Tensor;
 use rand::Rng;
 
-use crate::{Error, Result, kv_cache::KvCache, model::Model, ops::KvType, sampler::Sampler};
+use crate::{
+    Error, Result, kv_cache::KvCache, model::Model, ops::KvType, sampler::Sampler,
+    speculative::NgramDrafter,
+};
 
 /// Prompt tokens run at once: bounds the memory of the activations.
 const PREFILL_CHUNK: usize = 512;
@@ -23,6 +26,7 @@ pub struct Session {
     cache: KvCache,
     /// The tokens the cache holds.
     tokens: Vec<u32>,
+    drafter: Option<NgramDrafter>,
 }
 
 /// How to continue a prompt.
@@ -64,6 +68,17 @@ pub struct Generation {
     pub prompt_time: Duration,
     /// Time from then until the last token.
     pub decode_time: Duration,
+    /// Tokens that were drafted, and those of them that the sampler chose as well.
+    pub drafted: Drafted,
+}
+
+/// How speculation went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drafted {
+    /// Tokens proposed.
+    pub tokens: usize,
+    /// Tokens of these that became part of the text.
+    pub accepted: usize,
 }
 
 impl Session {
@@ -75,7 +90,15 @@ impl Session {
     /// An empty session that remembers keys and values as `kv_type` says.
     pub fn with_cache(model: Arc<Model>, kv_type: KvType) -> Self {
         let cache = model.cache(kv_type, 1);
-        Self { model, cache, tokens: Vec::new() }
+        Self { model, cache, tokens: Vec::new(), drafter: None }
+    }
+
+    /// The same session, decoding several tokens at once where the text repeats itself ([`speculative`]): the same
+    /// tokens, sooner.
+    ///
+    /// [`speculative`]: crate::speculative
+    pub fn speculating(self) -> Self {
+        Self { drafter: Some(NgramDrafter::default()), ..self }
     }
 
     /// The network.
@@ -119,6 +142,14 @@ impl Session {
         let logits = self.model.forward(&input, &mut self.cache)?;
         self.tokens.extend_from_slice(chunk);
         Ok(logits)
+    }
+
+    /// Runs `tokens` in one pass and returns the logits after each of them.
+    fn run_each(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        let input = Tensor::new(tokens, self.model.device())?.unsqueeze(0)?;
+        let hidden = self.model.hidden_states(&input, Some(&mut self.cache))?;
+        self.tokens.extend_from_slice(tokens);
+        Ok(self.model.logits(&hidden.squeeze(0)?)?.to_vec2()?)
     }
 
     /// Makes the session hold `prompt` and returns the logits after it; only what differs from the
@@ -165,11 +196,12 @@ impl Session {
         let prefilled = self.prefill(prompt, &options.interrupt)?;
         let decode_start = Instant::now();
         let mut generated = Vec::new();
+        let mut drafted = Drafted::default();
         let finish = match prefilled {
-            Some(logits) => self.decode(prompt, logits, options, rng, &mut |token| {
-                generated.push(token);
-                on_token(token)
-            })?,
+            Some(logits) => {
+                let mut text = Text { prompt, generated: &mut generated, options, rng };
+                self.decode(logits, &mut text, &mut drafted, &mut on_token)?
+            }
             None => Finish::Stopped,
         };
         Ok(Generation {
@@ -178,38 +210,86 @@ impl Session {
             prompt_tokens,
             prompt_time: decode_start - start,
             decode_time: decode_start.elapsed(),
+            drafted,
         })
     }
 
-    fn decode(
+    fn decode<R: Rng>(
         &mut self,
-        prompt: &[u32],
-        mut logits: Vec<f32>,
-        options: &GenerateOptions,
-        rng: &mut impl Rng,
+        logits: Vec<f32>,
+        text: &mut Text<'_, R>,
+        drafted: &mut Drafted,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Finish> {
-        let mut generated = Vec::new();
-        while generated.len() < options.max_new_tokens {
-            if options.interrupt.load(Ordering::Relaxed) {
-                return Ok(Finish::Stopped);
-            }
-            let token = options.sampler.sample(&logits, prompt, &generated, rng)?;
-            if options.eos_token_ids.contains(&token) {
-                return Ok(Finish::Eos);
-            }
-            generated.push(token);
-            if on_token(token).is_break() {
-                return Ok(Finish::Stopped);
-            }
-            if generated.len() == options.max_new_tokens {
-                break;
-            }
-            if self.tokens.len() == self.cache.max_len() {
+        let (max_new_tokens, context) = (text.options.max_new_tokens, self.cache.max_len());
+        if max_new_tokens == 0 {
+            return Ok(Finish::Length);
+        }
+        let mut draft = Vec::new();
+        let mut rows = vec![logits]; // after the last token, and after each of the draft
+        loop {
+            let before = self.tokens.len() - draft.len(); // tokens known to be right
+            let mut accepted = 0;
+            let token = loop {
+                if text.options.interrupt.load(Ordering::Relaxed) {
+                    self.truncate(before + accepted);
+                    return Ok(Finish::Stopped);
+                }
+                let token = text.sample(&rows[accepted])?;
+                let finish = match text.options.eos_token_ids.contains(&token) {
+                    true => Some(Finish::Eos),
+                    false => {
+                        text.generated.push(token);
+                        let stopped = on_token(token).is_break().then_some(Finish::Stopped);
+                        let long = text.generated.len() == max_new_tokens;
+                        stopped.or(long.then_some(Finish::Length))
+                    }
+                };
+                if let Some(finish) = finish {
+                    drafted.accepted += accepted;
+                    self.truncate(before + accepted);
+                    return Ok(finish);
+                }
+                match draft.get(accepted) == Some(&token) {
+                    true => accepted += 1,
+                    false => break token,
+                }
+            };
+            drafted.accepted += accepted;
+            self.truncate(before + accepted);
+            if self.tokens.len() == context {
                 return Ok(Finish::Context);
             }
-            logits = self.append(&[token])?;
+            let limit = (context - self.tokens.len() - 1)
+                .min(max_new_tokens - text.generated.len()) // the last token need not run
+                .saturating_sub(1);
+            let verified = draft.len();
+            draft = match &mut self.drafter {
+                Some(drafter) => {
+                    drafter.judge(verified, accepted);
+                    drafter.draft(&[text.prompt, text.generated].concat(), limit)
+                }
+                None => Vec::new(),
+            };
+            drafted.tokens += draft.len();
+            rows = match draft.is_empty() {
+                true => vec![self.append(&[token])?],
+                false => self.run_each(&[&[token], &draft[..]].concat())?,
+            };
         }
-        Ok(Finish::Length)
+    }
+}
+
+/// The text so far and how it goes on.
+struct Text<'a, R> {
+    prompt: &'a [u32],
+    generated: &'a mut Vec<u32>,
+    options: &'a GenerateOptions,
+    rng: &'a mut R,
+}
+
+impl<R: Rng> Text<'_, R> {
+    fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        self.options.sampler.sample(logits, self.prompt, self.generated, self.rng)
     }
 }

@@ -10,7 +10,6 @@ use std::{
 use anyhow::{Context, bail};
 use bitnet_model::{
     pretrained::{Pretrained, Source},
-    session::Session,
     text::Tokenizer,
 };
 use candle_core::Device;
@@ -22,7 +21,7 @@ use crate::{
     args::Global,
     continuation::{self, Finish, TextOutput, check_prompt},
     interrupt,
-    model::{CacheArgs, ModelArgs},
+    model::{ModelArgs, SessionArgs},
     sampling::{MaxNewTokens, SamplingArgs},
 };
 
@@ -67,9 +66,9 @@ pub struct Args {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Its memory.
+    /// How to run it.
     #[command(flatten)]
-    pub cache: CacheArgs,
+    pub session: SessionArgs,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -105,7 +104,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         stdout.write_all(echo.as_bytes())?;
         stdout.flush()?;
     }
-    let mut session = Session::with_cache(model.model.clone(), args.cache.kv_cache);
+    let mut session = args.session.session(&model.model);
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let sampling = (&plan.options, &mut rng);
     let (continuation, text) = match &model.tokenizer {

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use bitnet_model::{session::Session, text::Tokenizer};
+use bitnet_model::text::Tokenizer;
 use candle_core::Device;
 
 use self::{
@@ -31,7 +31,7 @@ use crate::{
     args::Global,
     continuation::Finish,
     interrupt,
-    model::{CacheArgs, ModelArgs},
+    model::{ModelArgs, SessionArgs},
     sampling::{MaxNewTokens, SamplingArgs},
 };
 
@@ -58,9 +58,9 @@ pub struct Args {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Its memory.
+    /// How to run it.
     #[command(flatten)]
-    pub cache: CacheArgs,
+    pub session: SessionArgs,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -88,7 +88,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if is_terminal && !global.quiet {
         say(&format!("Chatting with {}; /help lists the commands, Ctrl-D leaves", model.name));
     }
-    let session = Session::with_cache(model.model.clone(), args.cache.kv_cache);
+    let session = args.session.session(&model.model);
     let mut conversation =
         Conversation::new(session, tokenizer, plan, args.system.clone(), start.elapsed());
     let mut input = match is_terminal {
