@@ -14,8 +14,6 @@ mod avx512vnni;
 mod dense;
 mod exp;
 pub mod head;
-#[cfg(test)]
-mod head_tests;
 mod quantize;
 mod scalar;
 mod simd;

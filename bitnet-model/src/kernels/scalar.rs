@@ -3,8 +3,7 @@
 use std::array;
 
 use super::{
-    COLS, Kernel, ROWS, Tile,
-    head::{self, GROUP, HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums},
+    COLS, Kernel, ROWS, Tile, head,
     simd::{LANES, Simd, routines},
 };
 
@@ -13,14 +12,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     is_available: || true,
     accumulate,
     routines: routines!(Scalar, 2 x 2),
-    head: HEAD,
-};
-
-/// Products of the head for instruction sets that have none of their own.
-pub(super) const HEAD: HeadRoutines = HeadRoutines {
-    q8: head_q8,
-    q6: head_groups::<{ HeadFormat::Q6 as u8 }>,
-    q4: head_groups::<{ HeadFormat::Q4 as u8 }>,
+    head: head::portable::ROUTINES,
 };
 
 /// Tiles whose products fit 16 bits: each of the 64 sums takes four of a tile, `31 · 4 · 2 · 128 = 31744 < 2¹⁵`.
@@ -47,68 +39,6 @@ fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
             for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<4>().0) {
                 *acc += sums.iter().map(|sum| i32::from(*sum)).sum::<i32>();
             }
-        }
-    }
-}
-
-fn head_q8(lines: &[Line], x: &[[i8; 8]], sums: &mut [PlaneSums]) {
-    for (token, sums) in sums.iter_mut().enumerate() {
-        *sums = [[0; ROWS]; 2];
-        for (line, x) in lines.iter().zip(&x[token * lines.len()..]) {
-            let (hi, lo) = x.split_at(4);
-            add_products(line, hi, &mut sums[0]);
-            add_products(line, lo, &mut sums[1]);
-        }
-    }
-}
-
-fn head_groups<const FORMAT: u8>(
-    lines: &[Line],
-    scales: &[[u16; ROWS]],
-    x: HeadActivations<'_>,
-    out: &mut [[f32; ROWS]],
-) {
-    let format = if FORMAT == HeadFormat::Q6 as u8 { HeadFormat::Q6 } else { HeadFormat::Q4 };
-    let groups = scales.len();
-    for out in out.iter_mut() {
-        *out = [0.; ROWS];
-    }
-    for (group, (lines, scales)) in
-        lines.chunks_exact(format.lines_per_group()).zip(scales).enumerate()
-    {
-        // The group as lines of 8-bit codes.
-        let mut codes = [[0; 64]; GROUP / 4];
-        for row in 0..ROWS {
-            let quads = head::group(format, lines, row);
-            for (line, quad) in codes.iter_mut().zip(quads.as_chunks::<4>().0) {
-                line[4 * row..4 * row + 4].copy_from_slice(quad);
-            }
-        }
-        for (token, out) in out.iter_mut().enumerate() {
-            let mut sums = [[0; ROWS]; 2];
-            let quads = &x.quads[(token * groups + group) * GROUP / 4..];
-            for (line, x) in codes.iter().zip(quads) {
-                let (hi, lo) = x.split_at(4);
-                add_products(line, hi, &mut sums[0]);
-                add_products(line, lo, &mut sums[1]);
-            }
-            let offset = i32::from(format.offset()) * x.sums[token * groups + group];
-            for row in 0..ROWS {
-                let sum = 64 * sums[0][row] + sums[1][row] - offset;
-                let scale = f32::from_bits(u32::from(scales[row]) << 16);
-                out[row] = scale.mul_add(sum as f32, out[row]);
-            }
-        }
-    }
-}
-
-/// `sums[row] += Σ line[4·row + j] · x[j]`.
-#[inline(always)]
-fn add_products(line: &Line, x: &[i8], sums: &mut [i32; ROWS]) {
-    let x: [i16; 4] = array::from_fn(|j| i16::from(x[j]));
-    for (sum, codes) in sums.iter_mut().zip(line.as_chunks::<4>().0) {
-        for (code, x) in codes.iter().zip(x) {
-            *sum += i32::from(i16::from(*code) * x); // at most 255 · 64
         }
     }
 }

@@ -110,12 +110,8 @@ macro_rules! routines {
             exp::softmax($simd, scores)
         }
         $crate::kernels::simd::Routines {
-<<<<<<< HEAD
-            quantize_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp, softmax,
-=======
-            quantize_row, quantize_head_row, matmul_nt, sum, sum_squares, max, weighted_sum, axpy, exp,
+            quantize_row, quantize_head_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp,
             softmax,
->>>>>>> 167816c (Add products of 8-, 6- and 4-bit output heads)
         }
     }};
 }

@@ -3,7 +3,8 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{head::*, *};
+use super::*;
+use crate::kernels::{active, available};
 
 const FORMATS: [HeadFormat; 3] = [HeadFormat::Q8, HeadFormat::Q6, HeadFormat::Q4];
 
@@ -29,7 +30,7 @@ fn band(rng: &mut ChaCha8Rng, format: HeadFormat, groups: usize) -> (Vec<Line>, 
                 _ => rng.random_range(0..=largest),
             });
             set_group(format, lines, row, &group_codes);
-            assert_eq!(head::group(format, lines, row), group_codes, "{format:?} {group}");
+            assert_eq!(super::group(format, lines, row), group_codes, "{format:?} {group}");
             codes.extend(group_codes);
         }
     }

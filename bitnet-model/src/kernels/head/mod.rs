@@ -21,6 +21,14 @@
 //! 32 · 4063 · 32 < 2²³. `Q8` sums all columns in integers: |Σ code·hi| ≤ 255 · 64 · cols < 2³¹ up to
 //! [`MAX_HEAD_COLS`]. With `Q6` and `Q4` the sums of groups are added by fused multiply-add in the order of columns.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512vnni;
+pub(super) mod portable;
+#[cfg(test)]
+mod tests;
+
 use super::{Kernel, ROWS};
 
 /// Four bytes for each of sixteen rows.
