@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, avx2,
+    COLS, Kernel, ROWS, Tile, avx2, head,
     simd::{LANES, Simd, routines},
 };
 
@@ -22,6 +22,7 @@ pub(super) static KERNEL: Kernel = Kernel {
         Avx512(()), 4 x 4,
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
+    head: head::avx512vnni::ROUTINES,
 };
 
 /// Tokens that share a decoded tile.

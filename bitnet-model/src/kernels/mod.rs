@@ -13,6 +13,7 @@ mod avx2;
 mod avx512vnni;
 mod dense;
 mod exp;
+pub mod head;
 mod quantize;
 mod scalar;
 mod simd;
@@ -36,6 +37,7 @@ pub struct Kernel {
     /// `acc[token][row] += Σ code[row][col] · x[token][col]` over one row of tiles.
     accumulate: unsafe fn(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]),
     routines: Routines,
+    head: head::HeadRoutines,
 }
 
 /// Fastest first. An instruction set is one file, one `mod` line and one line here.

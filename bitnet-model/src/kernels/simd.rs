@@ -5,7 +5,10 @@
 //! on every instruction set. Code over [`Simd`] is `#[inline(always)]` and keeps vectors out of closures: a function
 //! that is not inlined is compiled without the target features, and calls every intrinsic in it.
 
-use super::dense::{DenseWeights, Matrix};
+use super::{
+    dense::{DenseWeights, Matrix},
+    head::QuantizedRow,
+};
 
 /// Lanes of a vector; partial sums of a reduction.
 pub(super) const LANES: usize = 16;
@@ -50,6 +53,7 @@ type QuantizeRow = unsafe fn(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32
 /// The routines written over [`Simd`], compiled for one instruction set, which the caller must know to be present.
 pub(super) struct Routines {
     pub quantize_row: QuantizeRow,
+    pub quantize_head_row: unsafe fn(&[f32], &mut [u8]) -> QuantizedRow,
     pub matmul_nt: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32], usize),
     pub sum: unsafe fn(&[f32]) -> f32,
     pub sum_squares: unsafe fn(&[f32]) -> f32,
@@ -64,10 +68,14 @@ pub(super) struct Routines {
 /// `$cols` accumulators of a matrix product.
 macro_rules! routines {
     ($simd:expr, $rows:literal x $cols:literal $(, #[$feature:meta])?) => {{
-        use crate::kernels::{dense, exp, quantize};
+        use crate::kernels::{dense, exp, head, quantize};
         $(#[$feature])?
         fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
             quantize::quantize_row(x, half_up, codes)
+        }
+        $(#[$feature])?
+        fn quantize_head_row(w: &[f32], codes: &mut [u8]) -> head::QuantizedRow {
+            head::quantize_head_row(w, codes)
         }
         $(#[$feature])?
         fn matmul_nt(x: dense::Matrix<'_, f32>, w: dense::DenseWeights<'_>, y: &mut [f32], y_stride: usize) {
@@ -102,7 +110,8 @@ macro_rules! routines {
             exp::softmax($simd, scores)
         }
         $crate::kernels::simd::Routines {
-            quantize_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp, softmax,
+            quantize_row, quantize_head_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp,
+            softmax,
         }
     }};
 }
