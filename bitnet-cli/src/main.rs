@@ -11,11 +11,13 @@ mod statistics;
 
 use std::{io, process::ExitCode};
 
+use bitnet_model::pages;
 use clap::{Parser, error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand};
 
 use crate::args::Cli;
 
 fn main() -> ExitCode {
+    pages::keep_freed_memory();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),
