@@ -41,6 +41,7 @@ pub mod sampler;
 pub mod score;
 pub mod session;
 pub mod storage;
+pub mod synthetic;
 pub mod text;
 pub mod threads;
 pub mod weights;
