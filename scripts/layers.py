@@ -30,10 +30,11 @@ MAY_USE = {
     "session": {"error", "kv_cache", "model", "ops", "sampler", "speculative"},
     "speculative": set(),
     "score": {"error", "model", "storage"},
+    "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error"},
     "pretrained": {"error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "quant",
-                   "sampler", "score", "session", "text", "weights"},
+                   "sampler", "score", "session", "synthetic", "text", "weights"},
 }
 
 # Folder -> words that must not occur in its code.

@@ -16,7 +16,9 @@ use crate::args::Global;
 /// Options that name a model.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Hub repo id (org/name), folder, .safetensors file, or `default` for the model inside this program
+    /// Hub repo id (org/name), folder, .safetensors file, `default` for the model inside this program, or
+    /// random weights of a known geometry, for measuring: synthetic:2b-4t, synthetic:llama3-8b,
+    /// synthetic:falcon3-10b
     #[arg(long, short, value_name = "MODEL", default_value = DEFAULT)]
     pub model: String,
     /// Branch, tag or commit of a Hub repo

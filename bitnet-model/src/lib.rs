@@ -42,6 +42,7 @@ pub mod score;
 pub mod session;
 pub mod speculative;
 pub mod storage;
+pub mod synthetic;
 pub mod text;
 pub mod threads;
 pub mod weights;

@@ -15,6 +15,7 @@ use crate::{
     hub::{Hub, ModelFiles},
     model::Model,
     nn::{BitLinears, DenseLinears, LinearFactory},
+    synthetic,
     text::Tokenizer,
 };
 
@@ -36,8 +37,18 @@ pub enum Precision {
     AsFound,
 }
 
-/// What [`Source::load`] makes a model of: the files, or the embedded default, read and checked as far
-/// as that goes without the weights.
+/// Where a model lies.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// In this library: the default model.
+    Embedded,
+    /// Nowhere: random weights are made as they are read ([`synthetic`]).
+    Synthetic,
+    /// On disk.
+    Files(Box<ModelFiles>),
+}
+
+/// What [`Source::load`] makes a model of, read and checked as far as that goes without the weights.
 pub struct Source {
     /// As the user named it.
     pub name: String,
@@ -47,8 +58,8 @@ pub struct Source {
     pub generation: GenerationConfig,
     /// The weights, opened but not read.
     pub checkpoint: Arc<Checkpoint>,
-    /// The model's files; `None` for the embedded default.
-    pub files: Option<ModelFiles>,
+    /// Where it lies.
+    pub origin: Origin,
 }
 
 /// A loaded model with everything around it.
@@ -89,8 +100,9 @@ pub fn default_files() -> [(&'static str, &'static [u8]); 5] {
 }
 
 impl Source {
-    /// Finds `source` (a Hub repo id, a folder, a `.safetensors` file, or [`DEFAULT`]) through `hub` and
-    /// checks configuration and tensors against each other.
+    /// Finds `source` (a Hub repo id, a folder, a `.safetensors` file, [`DEFAULT`], or `synthetic:`
+    /// and one of [`synthetic::names`]) through `hub` and checks configuration and tensors against
+    /// each other.
     ///
     /// # Errors
     /// A model that cannot be found or fetched; files that are damaged or contradict each other;
@@ -98,6 +110,7 @@ impl Source {
     pub fn open(source: &str, precision: Precision, hub: &Hub) -> Result<Self> {
         let opened = match source {
             DEFAULT => Self::embedded()?,
+            _ if source.starts_with(synthetic::PREFIX) => Self::synthetic(source)?,
             _ => Self::from_files(hub.resolve(source)?)?,
         };
         opened.with_precision(precision)
@@ -114,7 +127,18 @@ impl Source {
                 &text(embedded::GENERATION_CONFIG),
             )?,
             checkpoint: Arc::new(Checkpoint::from_static("embedded model", embedded::MODEL)?),
-            files: None,
+            origin: Origin::Embedded,
+        })
+    }
+
+    fn synthetic(name: &str) -> Result<Self> {
+        let (config, checkpoint) = synthetic::open(name)?;
+        Ok(Self {
+            name: name.into(),
+            config,
+            generation: GenerationConfig::default(),
+            checkpoint: Arc::new(checkpoint),
+            origin: Origin::Synthetic,
         })
     }
 
@@ -126,7 +150,7 @@ impl Source {
         };
         let checkpoint = Arc::new(Checkpoint::open(&files.weights)?);
         let name = files.source.clone();
-        Ok(Self { name, config, generation, checkpoint, files: Some(files) })
+        Ok(Self { name, config, generation, checkpoint, origin: Origin::Files(Box::new(files)) })
     }
 
     fn with_precision(mut self, precision: Precision) -> Result<Self> {
@@ -164,17 +188,31 @@ impl Source {
     }
 
     fn config_path(&self) -> PathBuf {
-        match &self.files {
-            Some(files) => files.config.clone(),
-            None => "embedded model/config.json".into(),
+        match &self.origin {
+            Origin::Embedded => "embedded model/config.json".into(),
+            Origin::Synthetic => format!("{}/config.json", self.name).into(),
+            Origin::Files(files) => files.config.clone(),
+        }
+    }
+
+    /// Whether the model comes with a tokenizer.
+    pub fn has_tokenizer(&self) -> bool {
+        match &self.origin {
+            Origin::Embedded => true,
+            Origin::Synthetic => false,
+            Origin::Files(files) => files.tokenizer.is_some(),
         }
     }
 
     /// The tokenizer, if there is one.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        let Some(files) = &self.files else {
-            let config = Some(embedded::TOKENIZER_CONFIG);
-            return Tokenizer::from_bytes(embedded::TOKENIZER, config, None).map(Some);
+        let files = match &self.origin {
+            Origin::Embedded => {
+                let config = Some(embedded::TOKENIZER_CONFIG);
+                return Tokenizer::from_bytes(embedded::TOKENIZER, config, None).map(Some);
+            }
+            Origin::Synthetic => return Ok(None),
+            Origin::Files(files) => files,
         };
         let Some(tokenizer) = &files.tokenizer else { return Ok(None) };
         let tokenizer = Tokenizer::from_files(
@@ -216,7 +254,8 @@ impl Source {
 }
 
 impl Pretrained {
-    /// Opens and loads `source`: a Hub repo id, a folder, a `.safetensors` file, or [`DEFAULT`].
+    /// Opens and loads `source`: a Hub repo id, a folder, a `.safetensors` file, [`DEFAULT`], or a
+    /// [`synthetic`] model.
     ///
     /// # Errors
     /// As [`Source::open`], and damaged weights or tokenizer files.

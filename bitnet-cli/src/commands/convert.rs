@@ -14,7 +14,7 @@ use bitnet_model::{
         export::{self, Target},
     },
     config::Config,
-    pretrained::{Precision, Source, default_files},
+    pretrained::{Origin, Precision, Source, default_files},
 };
 
 use crate::{args::Global, progress};
@@ -93,13 +93,14 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
     publish(folder, &args.output)?;
 
-    let read: u64 = match &source.files {
-        Some(files) => sizes(&files.weights)?,
-        None => default_files()
+    let read: u64 = match &source.origin {
+        Origin::Embedded => default_files()
             .iter()
             .filter(|(n, _)| *n == "model.safetensors")
             .map(|(_, d)| d.len() as u64)
             .sum(),
+        Origin::Synthetic => 0,
+        Origin::Files(files) => sizes(&files.weights)?,
     };
     let out = &mut io::stdout().lock();
     if args.json {
@@ -179,15 +180,16 @@ fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> any
     };
     bar.set_message("writing");
     let converted = export::convert(&source.config, &source.checkpoint, folder, target, step)?;
-    match &source.files {
-        None => {
+    match &source.origin {
+        Origin::Embedded => {
             let weights = ["config.json", "model.safetensors"];
             for (name, data) in default_files().iter().filter(|(name, _)| !weights.contains(name)) {
                 let path = folder.join(name);
                 fs::write(&path, data).with_context(|| path.display().to_string())?;
             }
         }
-        Some(files) => {
+        Origin::Synthetic => {}
+        Origin::Files(files) => {
             let files = [
                 &files.generation_config,
                 &files.tokenizer,

@@ -164,7 +164,7 @@ impl Args {
             check_prompt(tokens, &source.config)?;
             return Ok(Prompt::Tokens(tokens.clone()));
         }
-        if source.files.as_ref().is_some_and(|files| files.tokenizer.is_none()) {
+        if !source.has_tokenizer() {
             bail!("{}: has no tokenizer: give the prompt as token ids with --tokens", source.name);
         }
         Ok(Prompt::Text(match self.prompt.as_deref() {

@@ -10,7 +10,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     kernels::{self, tile},
     ops::KvType,
-    pretrained::{Precision, Source, default_files},
+    pretrained::{Origin, Precision, Source, default_files},
     quant::Rounding,
 };
 use serde::Serialize;
@@ -101,7 +101,7 @@ struct Parameters {
 struct BitsPerWeight {
     /// Of the ternary matrices with their scales, as stored.
     ternary: Option<f64>,
-    /// Of the files, for all parameters.
+    /// Of the files, or the tensors of a model without files, for all parameters.
     checkpoint: f64,
 }
 
@@ -183,12 +183,16 @@ impl Info {
             .map(|info| info.bytes)
             .sum();
         let is_ternary = config.quantization.is_some();
-        let on_disk: u64 = files.values().sum();
+        let on_disk: u64 = match source.origin {
+            Origin::Synthetic => tensors.iter().map(|tensor| tensor.bytes as u64).sum(),
+            Origin::Embedded | Origin::Files(_) => files.values().sum(),
+        };
         Ok(Self {
             model: source.name.clone(),
-            path: match &source.files {
-                Some(files) => files.root.display().to_string(),
-                None => "inside this program".into(),
+            path: match &source.origin {
+                Origin::Embedded => "inside this program".into(),
+                Origin::Synthetic => "random weights, made in memory".into(),
+                Origin::Files(files) => files.root.display().to_string(),
             },
             family: family(config),
             quantization: config.quantization.map(QuantizationInfo::of),
@@ -398,10 +402,14 @@ impl Memory {
 }
 
 fn files(source: &Source) -> anyhow::Result<BTreeMap<String, u64>> {
-    let Some(files) = &source.files else {
-        let weights =
-            default_files().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
-        return Ok(weights.map(|(name, data)| (name.into(), data.len() as u64)).collect());
+    let files = match &source.origin {
+        Origin::Embedded => {
+            let weights =
+                default_files().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
+            return Ok(weights.map(|(name, data)| (name.into(), data.len() as u64)).collect());
+        }
+        Origin::Synthetic => return Ok(BTreeMap::new()),
+        Origin::Files(files) => files,
     };
     let size = |path: &std::path::PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

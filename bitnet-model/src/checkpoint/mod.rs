@@ -7,6 +7,7 @@
 
 mod backend;
 pub mod export;
+mod generated;
 mod header;
 mod source;
 #[cfg(test)]
@@ -27,8 +28,11 @@ use half::{bf16, f16, vec::HalfBitsVecExt};
 use rayon::prelude::*;
 pub use safetensors::Dtype;
 
-pub use self::write::{SafetensorsWriter, TensorSpec, write_atomic};
 use self::{backend::Backend, header::Entry, source::Source};
+pub use self::{
+    generated::{Content, GeneratedTensor},
+    write::{SafetensorsWriter, TensorSpec, write_atomic},
+};
 use crate::error::{Error, Result};
 
 // The format is little-endian and its bytes are read straight into numbers.

@@ -1,16 +1,18 @@
-//! Bytes at a position: of a file, or of a model built into the program.
+//! Bytes at a position: of a file, of a model built into the program, or made up as they are read.
 //!
 //! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error,
 //! where a map gives SIGBUS, and the pages of a tensor already read do not stay in the process.
 
 use std::{fs::File, io, path::Path};
 
+use super::generated::Generated;
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
 pub(super) enum Source {
     File { file: File, len: u64 },
     Static(&'static [u8]),
+    Generated(Generated),
 }
 
 impl Source {
@@ -31,6 +33,7 @@ impl Source {
         match self {
             Self::File { len, .. } => *len,
             Self::Static(bytes) => bytes.len() as u64,
+            Self::Generated(file) => file.len(),
         }
     }
 
@@ -51,6 +54,7 @@ impl Source {
                 buffer.copy_from_slice(found);
                 Ok(())
             }
+            Self::Generated(file) => file.read_exact_at(buffer, offset),
         }
     }
 }
