@@ -31,7 +31,7 @@ absent() { # absent PATTERN PATH...: fails where the extended regular expression
     esac
 }
 
-python_compiles() { PYTHONPYCACHEPREFIX=$scratch/pycache python3 -m py_compile scripts/*.py; }
+python_compiles() { PYTHONPYCACHEPREFIX=$scratch/pycache python3 -m py_compile scripts/*.py scripts/*/*.py; }
 
 fixtures_are_small() {
     local bytes
