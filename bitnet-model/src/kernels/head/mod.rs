@@ -174,18 +174,20 @@ impl Kernel {
         assert_eq!(x.quads.len(), tokens * groups * GROUP / 4, "activations of the band's columns");
         for (i, out) in out.chunks_mut(TOKENS).enumerate() {
             let x = x.tokens(i * TOKENS, out.len());
-            // SAFETY: `self` came from `available`, which checked the processor; the lengths are checked above.
             match band {
                 HeadBand::Q8 { lines, scales } => {
                     let mut sums = [[[0; ROWS]; 2]; TOKENS];
                     let sums = &mut sums[..out.len()];
+                    // SAFETY: `self` came from `available`, which checked the processor; the lengths are checked above.
                     unsafe { (self.head.q8)(lines, x.quads, sums) };
                     finish_q8(sums, scales, x, out);
                     continue;
                 }
+                // SAFETY: as above.
                 HeadBand::Q6 { lines, scales } => unsafe {
                     (self.head.q6)(lines, scales, x, out);
                 },
+                // SAFETY: as above.
                 HeadBand::Q4 { lines, scales } => unsafe {
                     (self.head.q4)(lines, scales, x, out);
                 },
