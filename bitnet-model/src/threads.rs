@@ -83,7 +83,7 @@ pub fn set_count(threads: NonZeroUsize) {
     POOL.enlist(threads.get() - 1);
 }
 
-/// The number of threads that operations run on: what [`set_count`] said, else one a core.
+/// The number of threads that operations run on: what [`set_count`] said, else as many as rayon has.
 pub fn count() -> usize {
     start();
     POOL.enlisted.load(Relaxed) + 1
@@ -93,8 +93,7 @@ static STARTED: OnceLock<()> = OnceLock::new();
 
 fn start() {
     STARTED.get_or_init(|| {
-        let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        POOL.enlist(cores - 1);
+        POOL.enlist(rayon::current_num_threads() - 1); // RAYON_NUM_THREADS holds for both
     });
 }
 
