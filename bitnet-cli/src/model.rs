@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use bitnet_model::{
     hub::Hub,
+    kernels::head::HeadFormat,
     model::Model,
+    nn::HeadPrecision,
     ops::KvType,
     pretrained::{DEFAULT, Precision, Source},
     session::Session,
@@ -30,6 +32,34 @@ pub struct ModelArgs {
     /// Run float weights without a quantization_config as they are, in full precision
     #[arg(long)]
     pub full_precision: bool,
+    /// The output head: exact, bit for bit, of which large ones are screened in 8 bits and kept in the file; or its rows
+    /// in 8, 6 or 4 bits instead, less exact and smaller
+    #[arg(long, value_name = "PRECISION", default_value = "exact")]
+    pub lm_head: LmHead,
+}
+
+/// The values of `--lm-head`.
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub enum LmHead {
+    /// As in the checkpoint
+    Exact,
+    /// 8 bits a weight
+    Q8,
+    /// 6.5 bits a weight
+    Q6,
+    /// 4.5 bits a weight
+    Q4,
+}
+
+impl From<LmHead> for HeadPrecision {
+    fn from(head: LmHead) -> Self {
+        match head {
+            LmHead::Exact => Self::Exact,
+            LmHead::Q8 => Self::Quantized(HeadFormat::Q8),
+            LmHead::Q6 => Self::Quantized(HeadFormat::Q6),
+            LmHead::Q4 => Self::Quantized(HeadFormat::Q4),
+        }
+    }
 }
 
 /// How a generating command runs its model.
@@ -78,7 +108,9 @@ impl ModelArgs {
             (_, true) => Precision::Full,
             _ => Precision::AsConfigured,
         };
-        Ok(Source::open(&self.model, precision, &self.hub(global))?)
+        let mut source = Source::open(&self.model, precision, &self.hub(global))?;
+        source.lm_head = self.lm_head.into();
+        Ok(source)
     }
 
     /// The Hub as the environment and the options have it.

@@ -27,6 +27,9 @@ pub struct Statistics {
     accepted_tokens: usize,
     /// Finding, reading and checking the model.
     load_seconds: f64,
+    /// Rows of the output head multiplied exactly for a token, where the others were screened out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rescored_rows_per_token: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_memory_bytes: Option<u64>,
 }
@@ -53,6 +56,7 @@ impl Statistics {
             drafted_tokens: generation.drafted.tokens,
             accepted_tokens: generation.drafted.accepted,
             load_seconds: load_time.as_secs_f64(),
+            rescored_rows_per_token: generation.rescored_rows,
             peak_memory_bytes: peak_memory(),
         }
     }
@@ -77,6 +81,9 @@ impl fmt::Display for Statistics {
         }
         if let Some(seconds) = self.time_to_first_token_seconds {
             write!(f, ", first token after {seconds:.3} s")?;
+        }
+        if let Some(rows) = self.rescored_rows_per_token {
+            write!(f, ", {rows:.1} rescored rows per token")?;
         }
         match self.peak_memory_bytes {
             Some(bytes) => write!(f, ", peak memory {}", Bytes(bytes)),
@@ -125,6 +132,7 @@ mod tests {
             prompt_time: Duration::from_millis(100),
             decode_time: Duration::from_millis(500),
             drafted: Default::default(),
+            rescored_rows: Some(3.25),
         };
         let first = Some(Duration::from_millis(125));
         let mut statistics = Statistics::new(&generation, 2, first, Duration::from_secs(1));
@@ -132,9 +140,10 @@ mod tests {
         assert_eq!(
             statistics.to_string(),
             "10 prompt tokens at 100.0 tokens/s, 3 new tokens at 4.0 tokens/s, \
-             first token after 0.125 s, peak memory 3.00 GiB"
+             first token after 0.125 s, 3.2 rescored rows per token, peak memory 3.00 GiB"
         );
-        let none = Generation { tokens: Vec::new(), prompt_tokens: 0, ..generation };
+        let none =
+            Generation { tokens: Vec::new(), prompt_tokens: 0, rescored_rows: None, ..generation };
         let mut statistics = Statistics::new(&none, 0, None, Duration::ZERO);
         statistics.peak_memory_bytes = None;
         assert_eq!(statistics.to_string(), "0 prompt tokens, 0 new tokens");

@@ -28,6 +28,7 @@
 pub mod checkpoint;
 pub mod config;
 mod error;
+pub mod head_weights;
 pub mod hub;
 pub mod kernels;
 pub mod kv_cache;
@@ -37,6 +38,7 @@ pub mod ops;
 pub mod pages;
 pub mod pretrained;
 pub mod quant;
+pub mod rows;
 pub mod sampler;
 pub mod score;
 pub mod session;

@@ -1,50 +1,51 @@
 //! The model: `embed_tokens → blocks → norm → lm_head`. One type for inference, training and
 //! adapters; what differs is the [`LinearFactory`] it is loaded with.
 
-use std::sync::Arc;
-
-use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, bail};
-use candle_nn::{Init, VarBuilder};
+use candle_core::{Device, IndexOp, Module, Result, Tensor, bail};
+use candle_nn::VarBuilder;
 
 use crate::{
     config::Config,
     kv_cache::KvCache,
-    nn::{Angles, Block, DenseLinear, LinearFactory, Projection, RmsNorm, RotaryEmbedding},
+    nn::{Angles, Block, LinearFactory, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary},
     ops::KvType,
 };
 
 /// A decoder-only language model. Immutable and shared; state lives in a [`KvCache`].
 pub struct Model {
     config: Config,
-    embed_tokens: Tensor,
+    vocabulary: Vocabulary,
     blocks: Vec<Block>,
     norm: RmsNorm,
-    lm_head: Projection,
     rope: RotaryEmbedding,
     device: Device,
 }
 
 impl Model {
-    /// Loads all weights. Embedding and head keep the dtype of `vb` (f32 or bf16), everything else
-    /// computes in f32.
+    /// Loads all weights as tensors, which train if they are variables. Embedding and head keep the dtype of `vb` (f32
+    /// or bf16), everything else computes in f32.
     pub fn load(config: &Config, linears: &dyn LinearFactory, vb: VarBuilder) -> Result<Self> {
-        let model = vb.pp("model");
         let shape = (config.vocab_size, config.hidden_size);
-        let init = Init::Randn { mean: 0., stdev: 0.02 };
-        let embed_tokens = model.pp("embed_tokens").get_with_hints(shape, "weight", init)?;
-        let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.clone(),
-            false => vb.pp("lm_head").get_with_hints(shape, "weight", init)?,
-        };
+        let vocabulary = Vocabulary::load(shape, config.tie_word_embeddings, vb.clone())?;
+        Self::with_vocabulary(config, linears, vocabulary, vb)
+    }
+
+    /// Loads all weights but those of embedding and head.
+    pub fn with_vocabulary(
+        config: &Config,
+        linears: &dyn LinearFactory,
+        vocabulary: Vocabulary,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let model = vb.pp("model");
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| Block::load(config, linears, model.pp("layers").pp(layer)))
             .collect::<Result<_>>()?;
         Ok(Self {
             config: config.clone(),
-            embed_tokens,
+            vocabulary,
             blocks,
             norm: RmsNorm::load(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?,
-            lm_head: Arc::new(DenseLinear::new(lm_head, None)),
             rope: RotaryEmbedding::new(config.head_dim, config.rope_theta),
             device: vb.device().clone(),
         })
@@ -91,7 +92,7 @@ impl Model {
         if let Some(id) = ids.to_vec1::<u32>()?.into_iter().find(|&id| id as usize >= vocab_size) {
             bail!("token id {id} is outside the model's vocabulary of {vocab_size}");
         }
-        let rows = self.embed_tokens.index_select(&ids, 0)?.to_dtype(DType::F32)?;
+        let rows = self.vocabulary.embed_tokens.forward(&ids)?;
         rows.reshape((batch, seq, self.config.hidden_size))
     }
 
@@ -127,9 +128,14 @@ impl Model {
         self.norm.forward(&x)
     }
 
-    /// The head: hidden states (…, hidden_size) → logits (…, vocab_size), f32.
+    /// The head: hidden states (…, hidden_size) → all logits (…, vocab_size), f32.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(hidden)
+        self.vocabulary.lm_head.forward(hidden)
+    }
+
+    /// The head for each row of `hidden` (rows, hidden_size), as far as `needs`, one a row, asks for it.
+    pub fn needed_logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {
+        self.vocabulary.lm_head.logits(hidden, needs)
     }
 
     /// Runs `tokens` (batch, seq) and returns the logits of each row's last position,

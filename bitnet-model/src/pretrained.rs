@@ -10,17 +10,27 @@ use candle_core::{DType, Device};
 
 use crate::{
     Error, Result,
-    checkpoint::{Checkpoint, Dtype},
+    checkpoint::{Checkpoint, Dtype, StoredRows},
     config::{Config, GenerationConfig},
     hub::{Hub, ModelFiles},
     model::Model,
-    nn::{BitLinears, DenseLinears, LinearFactory},
+    nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
+    rows::RowSource,
     synthetic,
     text::Tokenizer,
 };
 
 /// The name of the model inside this library.
 pub const DEFAULT: &str = "default";
+
+/// The embedding, and the head if it is tied to it.
+const EMBED_TOKENS: &str = "model.embed_tokens.weight";
+/// A head of its own.
+const LM_HEAD: &str = "lm_head.weight";
+
+/// Bytes from which a head does not fit the cache that a core can count on. A smaller one is multiplied as it is: a
+/// screening would save reads of a cache, and cost what it takes to choose the rows.
+const LARGE_HEAD: usize = 32 << 20;
 
 /// How to take the weights of a checkpoint whose configuration says nothing of quantization.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,6 +70,8 @@ pub struct Source {
     pub checkpoint: Arc<Checkpoint>,
     /// Where it lies.
     pub origin: Origin,
+    /// How [`Source::load`] stores the output head; exact unless it is changed.
+    pub lm_head: HeadPrecision,
 }
 
 /// A loaded model with everything around it.
@@ -128,6 +140,7 @@ impl Source {
             )?,
             checkpoint: Arc::new(Checkpoint::from_static("embedded model", embedded::MODEL)?),
             origin: Origin::Embedded,
+            lm_head: HeadPrecision::Exact,
         })
     }
 
@@ -139,6 +152,7 @@ impl Source {
             generation: GenerationConfig::default(),
             checkpoint: Arc::new(checkpoint),
             origin: Origin::Synthetic,
+            lm_head: HeadPrecision::Exact,
         })
     }
 
@@ -150,7 +164,14 @@ impl Source {
         };
         let checkpoint = Arc::new(Checkpoint::open(&files.weights)?);
         let name = files.source.clone();
-        Ok(Self { name, config, generation, checkpoint, origin: Origin::Files(Box::new(files)) })
+        Ok(Self {
+            name,
+            config,
+            generation,
+            checkpoint,
+            origin: Origin::Files(Box::new(files)),
+            lm_head: HeadPrecision::Exact,
+        })
     }
 
     fn with_precision(mut self, precision: Precision) -> Result<Self> {
@@ -225,31 +246,61 @@ impl Source {
     }
 
     /// Loads the weights for inference: packed codes stay packed, latent ones are packed one matrix at
-    /// a time. bf16 embeddings stay bf16.
+    /// a time. The rows of large embeddings and heads stay in the checkpoint, which is read as they are
+    /// needed; the head is in memory as `lm_head` says, screened if it is exact.
     pub fn load(&self, device: &Device) -> Result<Model> {
         let packed = self.config.quantization.map(BitLinears::new);
-        match &packed {
-            Some(linears) => self.load_with(linears, device),
-            None => self.load_with(&DenseLinears, device),
+        let linears: &dyn LinearFactory = match &packed {
+            Some(linears) => linears,
+            None => &DenseLinears,
+        };
+        let Some((embed_tokens, lm_head)) = self.stored_rows()? else {
+            return self.load_with(linears, device);
+        };
+        let vb = self.checkpoint.var_builder(self.embedding_dtype(), device);
+        Vocabulary::from_rows(embed_tokens, lm_head, self.lm_head)
+            .and_then(|vocabulary| Model::with_vocabulary(&self.config, linears, vocabulary, vb))
+            .map_err(|error| self.unusable(&error))
+    }
+
+    /// Rows of embedding and head, unless these are small and exact.
+    fn stored_rows(&self) -> Result<Option<(Arc<dyn RowSource>, Arc<dyn RowSource>)>> {
+        if !self.reads_rows() {
+            return Ok(None);
         }
+        let embed_tokens: Arc<dyn RowSource> =
+            Arc::new(StoredRows::new(&self.checkpoint, EMBED_TOKENS)?);
+        let lm_head = match self.config.tie_word_embeddings {
+            true => embed_tokens.clone(),
+            false => Arc::new(StoredRows::new(&self.checkpoint, LM_HEAD)?),
+        };
+        Ok(Some((embed_tokens, lm_head)))
+    }
+
+    /// Whether [`load`](Self::load) leaves the rows of embedding and head in the checkpoint.
+    pub fn reads_rows(&self) -> bool {
+        let bytes = self.checkpoint.get(EMBED_TOKENS).map_or(0, |info| info.bytes);
+        self.lm_head != HeadPrecision::Exact || bytes >= LARGE_HEAD
     }
 
     /// What embedding and head, and the projections of a full-precision model, are in memory: bf16 if
     /// the embedding is stored so, else f32.
     pub fn embedding_dtype(&self) -> DType {
-        match self.checkpoint.get("model.embed_tokens.weight").map(|info| info.dtype) {
+        match self.checkpoint.get(EMBED_TOKENS).map(|info| info.dtype) {
             Some(Dtype::BF16) => DType::BF16,
             _ => DType::F32,
         }
     }
 
-    /// Loads the weights through a linear factory of the caller's.
+    /// Loads the weights through a linear factory of the caller's; embedding and head are tensors, through which
+    /// gradients flow.
     pub fn load_with(&self, linears: &dyn LinearFactory, device: &Device) -> Result<Model> {
         let vb = self.checkpoint.var_builder(self.embedding_dtype(), device);
-        Model::load(&self.config, linears, vb).map_err(|error| Error::Checkpoint {
-            path: self.checkpoint.path().into(),
-            reason: error.to_string(),
-        })
+        Model::load(&self.config, linears, vb).map_err(|error| self.unusable(&error))
+    }
+
+    fn unusable(&self, error: &candle_core::Error) -> Error {
+        Error::Checkpoint { path: self.checkpoint.path().into(), reason: error.to_string() }
     }
 }
 

@@ -9,11 +9,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::Tensor;
+use candle_core::{IndexOp, Tensor};
 use rand::Rng;
 
 use crate::{
-    Error, Result, kv_cache::KvCache, model::Model, ops::KvType, sampler::Sampler,
+    Error, Result,
+    kv_cache::KvCache,
+    model::Model,
+    nn::{Logits, Need},
+    ops::KvType,
+    sampler::Sampler,
     speculative::NgramDrafter,
 };
 
@@ -70,6 +75,9 @@ pub struct Generation {
     pub decode_time: Duration,
     /// Tokens that were drafted, and those of them that the sampler chose as well.
     pub drafted: Drafted,
+    /// How many rows of the output head a screening left for the exact product, on average; `None` if there was no
+    /// screening.
+    pub rescored_rows: Option<f64>,
 }
 
 /// How speculation went.
@@ -79,6 +87,28 @@ pub struct Drafted {
     pub tokens: usize,
     /// Tokens of these that became part of the text.
     pub accepted: usize,
+}
+
+/// What a continuation came to, beside its tokens.
+#[derive(Default)]
+struct Tally {
+    drafted: Drafted,
+    /// Rows of logits that were screened, and rows of the head multiplied for them.
+    screened: usize,
+    rescored: usize,
+}
+
+impl Tally {
+    fn count(&mut self, logits: &[Logits]) {
+        for rows in logits.iter().filter_map(|logits| logits.rescored) {
+            self.screened += 1;
+            self.rescored += rows;
+        }
+    }
+
+    fn rescored_rows(&self) -> Option<f64> {
+        (self.screened > 0).then(|| self.rescored as f64 / self.screened as f64)
+    }
 }
 
 impl Session {
@@ -127,34 +157,27 @@ impl Session {
     /// # Errors
     /// No tokens, an id outside the vocabulary, or more tokens than the model's context holds.
     pub fn append(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let mut logits = None;
+        let mut hidden = None;
         for chunk in tokens.chunks(PREFILL_CHUNK) {
-            logits = Some(self.run(chunk)?);
+            hidden = Some(self.run(chunk)?);
         }
-        match logits {
-            Some(logits) => Ok(logits.flatten_all()?.to_vec1()?),
+        match hidden {
+            Some(hidden) => Ok(self.model.logits(&last(&hidden)?)?.squeeze(0)?.to_vec1()?),
             None => Err(Error::Input("the prompt has no tokens".into())),
         }
     }
 
-    fn run(&mut self, chunk: &[u32]) -> Result<Tensor> {
-        let input = Tensor::new(chunk, self.model.device())?.unsqueeze(0)?;
-        let logits = self.model.forward(&input, &mut self.cache)?;
-        self.tokens.extend_from_slice(chunk);
-        Ok(logits)
-    }
-
-    /// Runs `tokens` in one pass and returns the logits after each of them.
-    fn run_each(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    /// Runs `tokens` in one pass and returns the hidden state after each of them, (tokens, hidden_size).
+    fn run(&mut self, tokens: &[u32]) -> Result<Tensor> {
         let input = Tensor::new(tokens, self.model.device())?.unsqueeze(0)?;
         let hidden = self.model.hidden_states(&input, Some(&mut self.cache))?;
         self.tokens.extend_from_slice(tokens);
-        Ok(self.model.logits(&hidden.squeeze(0)?)?.to_vec2()?)
+        Ok(hidden.squeeze(0)?)
     }
 
-    /// Makes the session hold `prompt` and returns the logits after it; only what differs from the
-    /// tokens already there is run. `None` if interrupted.
-    fn prefill(&mut self, prompt: &[u32], interrupt: &AtomicBool) -> Result<Option<Vec<f32>>> {
+    /// Makes the session hold `prompt` and returns the hidden state after it, (1, hidden_size); only what
+    /// differs from the tokens already there is run. `None` if interrupted.
+    fn prefill(&mut self, prompt: &[u32], interrupt: &AtomicBool) -> Result<Option<Tensor>> {
         let context = self.cache.max_len();
         if prompt.is_empty() {
             return Err(Error::Input("the prompt has no tokens".into()));
@@ -167,14 +190,14 @@ impl Session {
         }
         let shared = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         self.truncate(shared.min(prompt.len() - 1)); // the last one runs for its logits
-        let mut logits = Vec::new();
+        let mut hidden = None;
         for chunk in prompt[self.tokens.len()..].chunks(PREFILL_CHUNK) {
             if interrupt.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            logits = self.append(chunk)?;
+            hidden = Some(self.run(chunk)?);
         }
-        Ok(Some(logits))
+        Ok(hidden.map(|hidden| last(&hidden)).transpose()?)
     }
 
     /// Continues `prompt`, the whole text so far: what the session already holds of it is not run
@@ -196,11 +219,11 @@ impl Session {
         let prefilled = self.prefill(prompt, &options.interrupt)?;
         let decode_start = Instant::now();
         let mut generated = Vec::new();
-        let mut drafted = Drafted::default();
+        let mut tally = Tally::default();
         let finish = match prefilled {
-            Some(logits) => {
+            Some(hidden) => {
                 let mut text = Text { prompt, generated: &mut generated, options, rng };
-                self.decode(logits, &mut text, &mut drafted, &mut on_token)?
+                self.decode(&hidden, &mut text, &mut tally, &mut on_token)?
             }
             None => Finish::Stopped,
         };
@@ -210,15 +233,16 @@ impl Session {
             prompt_tokens,
             prompt_time: decode_start - start,
             decode_time: decode_start.elapsed(),
-            drafted,
+            drafted: tally.drafted,
+            rescored_rows: tally.rescored_rows(),
         })
     }
 
     fn decode<R: Rng>(
         &mut self,
-        logits: Vec<f32>,
+        hidden: &Tensor,
         text: &mut Text<'_, R>,
-        drafted: &mut Drafted,
+        tally: &mut Tally,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Finish> {
         let (max_new_tokens, context) = (text.options.max_new_tokens, self.cache.max_len());
@@ -226,8 +250,10 @@ impl Session {
             return Ok(Finish::Length);
         }
         let mut draft = Vec::new();
-        let mut rows = vec![logits]; // after the last token, and after each of the draft
+        // After the last token, and after each of the draft.
+        let mut rows = self.model.needed_logits(hidden, &text.needs(&draft))?;
         loop {
+            tally.count(&rows);
             let before = self.tokens.len() - draft.len(); // tokens known to be right
             let mut accepted = 0;
             let token = loop {
@@ -235,7 +261,7 @@ impl Session {
                     self.truncate(before + accepted);
                     return Ok(Finish::Stopped);
                 }
-                let token = text.sample(&rows[accepted])?;
+                let token = text.sample(&rows[accepted].values)?;
                 let finish = match text.options.eos_token_ids.contains(&token) {
                     true => Some(Finish::Eos),
                     false => {
@@ -246,7 +272,7 @@ impl Session {
                     }
                 };
                 if let Some(finish) = finish {
-                    drafted.accepted += accepted;
+                    tally.drafted.accepted += accepted;
                     self.truncate(before + accepted);
                     return Ok(finish);
                 }
@@ -255,7 +281,7 @@ impl Session {
                     false => break token,
                 }
             };
-            drafted.accepted += accepted;
+            tally.drafted.accepted += accepted;
             self.truncate(before + accepted);
             if self.tokens.len() == context {
                 return Ok(Finish::Context);
@@ -271,11 +297,9 @@ impl Session {
                 }
                 None => Vec::new(),
             };
-            drafted.tokens += draft.len();
-            rows = match draft.is_empty() {
-                true => vec![self.append(&[token])?],
-                false => self.run_each(&[&[token], &draft[..]].concat())?,
-            };
+            tally.drafted.tokens += draft.len();
+            let hidden = self.run(&[&[token], &draft[..]].concat())?;
+            rows = self.model.needed_logits(&hidden, &text.needs(&draft))?;
         }
     }
 }
@@ -292,4 +316,16 @@ impl<R: Rng> Text<'_, R> {
     fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         self.options.sampler.sample(logits, self.prompt, self.generated, self.rng)
     }
+
+    /// What sampling will ask of the logits after the text, and after each token of `draft` behind it.
+    fn needs(&self, draft: &[u32]) -> Vec<Need> {
+        let text = [self.generated, draft].concat();
+        let need = |end| self.options.sampler.need(self.prompt, &text[..end]);
+        (self.generated.len()..=text.len()).map(need).collect()
+    }
+}
+
+/// The last row of `hidden` (tokens, hidden_size).
+fn last(hidden: &Tensor) -> candle_core::Result<Tensor> {
+    hidden.i(hidden.dim(0)? - 1..)?.contiguous()
 }

@@ -49,6 +49,6 @@ impl SimpleBackend for Backend {
 
 /// Our error inside Candle's, without the backtrace `candle_core::Error::wrap` appends: the message
 /// says where.
-fn wrap(error: Error) -> candle_core::Error {
+pub(super) fn wrap(error: Error) -> candle_core::Error {
     candle_core::Error::Wrapped(Box::new(error))
 }

@@ -9,6 +9,7 @@ mod backend;
 pub mod export;
 mod generated;
 mod header;
+mod rows;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ pub use safetensors::Dtype;
 use self::{backend::Backend, header::Entry, source::Source};
 pub use self::{
     generated::{Content, GeneratedTensor},
+    rows::StoredRows,
     write::{SafetensorsWriter, TensorSpec, write_atomic},
 };
 use crate::error::{Error, Result};

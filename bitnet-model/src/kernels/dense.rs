@@ -6,7 +6,10 @@
 
 use std::array;
 
-use super::simd::{LANES, Simd};
+use super::{
+    scalar,
+    simd::{LANES, Simd},
+};
 
 /// A row-major matrix whose rows of `cols` values begin `stride` values apart.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +90,23 @@ impl DenseWeights<'_> {
             Self::F32(w) => w.cols,
             Self::Bf16(w) | Self::F16(w) => w.cols,
             Self::I8(w) => w.cols,
+        }
+    }
+
+    /// A row as f32, exactly.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` differs from it in length.
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        fn convert<T: Copy>(row: &[T], out: &mut [f32], widen: impl Fn(T) -> f32) {
+            assert_eq!(row.len(), out.len(), "a row of another length");
+            out.iter_mut().zip(row).for_each(|(out, x)| *out = widen(*x));
+        }
+        match self {
+            Self::F32(w) => out.copy_from_slice(w.row(row)),
+            Self::Bf16(w) => convert(w.row(row), out, |x| f32::from_bits(u32::from(x) << 16)),
+            Self::F16(w) => convert(w.row(row), out, scalar::widen_f16),
+            Self::I8(w) => convert(w.row(row), out, f32::from),
         }
     }
 }

@@ -50,7 +50,7 @@ struct Scalar;
 /// The half-precision float with these bits. Shifted into place its exponent is 112 too small, which a product mends,
 /// for subnormals as well; infinity and NaN keep all exponent bits.
 #[inline(always)]
-fn widen_f16(bits: u16) -> f32 {
+pub(super) fn widen_f16(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
     let sign = u32::from(bits & 0x8000) << 16;
     let finite = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);

@@ -4,15 +4,23 @@
 mod attention;
 mod bit_linear;
 mod block;
+mod embedding;
 mod feed_forward;
 mod linear;
+mod lm_head;
 mod rms_norm;
 mod rope;
+mod screened_head;
+mod vocabulary;
 
 pub use attention::Attention;
 pub use bit_linear::{BitLinear, BitLinears};
 pub use block::Block;
+pub use embedding::{DenseEmbedding, Embedding, StoredEmbedding};
 pub use feed_forward::FeedForward;
 pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projection, Projections};
+pub use lm_head::{Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead};
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};
+pub use screened_head::ScreenedHead;
+pub use vocabulary::Vocabulary;

@@ -14,7 +14,10 @@ use rand::Rng;
 
 pub use params::SamplingParams;
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    nn::{Changed, Need},
+};
 
 /// Draws tokens as [`SamplingParams`] says. It keeps no state: history and randomness are
 /// arguments, so the same seed gives the same tokens.
@@ -43,6 +46,41 @@ impl Sampler {
     /// The parameters it was made with.
     pub fn params(&self) -> &SamplingParams {
         &self.params
+    }
+
+    /// The logits that [`sample`](Self::sample) will look at after `prompt` and `generated`.
+    ///
+    /// With top-k or greedily it then draws from the same distribution as from all logits. Otherwise tokens that have
+    /// less than a millionth of the probability together ([`NEGLIGIBLE`](crate::nn::NEGLIGIBLE)) may be left out.
+    pub fn need(&self, prompt: &[u32], generated: &[u32]) -> Need {
+        let changed = self.changed(prompt, generated);
+        match (self.params.temperature, self.params.top_k) {
+            (0., _) => Need::Top { k: 1, changed },
+            (_, Some(k)) => Need::Top { k, changed },
+            (temperature, None) => Need::Mass { temperature, changed },
+        }
+    }
+
+    /// The tokens whose logits [`scores`](Self::scores) changes.
+    fn changed(&self, prompt: &[u32], generated: &[u32]) -> Changed {
+        let SamplingParams { repetition_penalty, frequency_penalty, presence_penalty, .. } =
+            self.params;
+        let mut changed = Changed::default();
+        let mut add = |lowers: bool, ids: &[u32]| match lowers {
+            true => changed.downwards.extend(ids),
+            false => changed.freely.extend(ids),
+        };
+        if repetition_penalty != 1. {
+            add(repetition_penalty > 1., prompt);
+            add(repetition_penalty > 1., generated);
+        }
+        if frequency_penalty != 0. || presence_penalty != 0. {
+            add(frequency_penalty >= 0. && presence_penalty >= 0., generated);
+        }
+        for &(id, bias) in &self.params.logit_bias {
+            add(bias <= 0., &[id]);
+        }
+        changed
     }
 
     /// The next token after `prompt` and `generated`, whose row of logits is `logits` (vocabulary).

@@ -1,0 +1,138 @@
+//! The output head: hidden states to logits, of all tokens or of those that matter.
+
+use candle_core::{Module, Result, Tensor, bail};
+
+use super::DenseLinear;
+use crate::{
+    head_weights::{HeadWeights, QuantizedHidden},
+    kernels::{self, head::HeadFormat},
+    rows::RowSource,
+    storage::with_slice,
+};
+
+/// What will be asked of a row of logits.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Need {
+    /// The logit of every token.
+    All,
+    /// The `k` largest.
+    Top {
+        /// How many; at least 1.
+        k: usize,
+        /// Tokens whose logits are not looked at as they are.
+        changed: Changed,
+    },
+    /// Every token that is not improbable at a temperature: what is left out has, in all, less than
+    /// [`NEGLIGIBLE`] of the probability.
+    Mass {
+        /// Divides the logits; above 0.
+        temperature: f32,
+        /// Tokens whose logits are not looked at as they are.
+        changed: Changed,
+    },
+}
+
+/// Tokens whose logits a sampler changes before it compares them. They do not count for what the others are measured by.
+/// Ids outside the vocabulary are passed over.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Changed {
+    /// Changed in any way: their logits are exact in every case.
+    pub freely: Vec<u32>,
+    /// Lowered or left: they matter only if their logits as they are do.
+    pub downwards: Vec<u32>,
+}
+
+/// The part of the probability that [`Need::Mass`] may leave out.
+pub const NEGLIGIBLE: f64 = 1e-6;
+
+/// A row of logits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logits {
+    /// (vocab_size): −∞ for a token that was proved not to matter, else its logit.
+    pub values: Vec<f32>,
+    /// The rows of the head that were multiplied exactly after a screening: all if it left too many. `None` if there was
+    /// no screening.
+    pub rescored: Option<usize>,
+}
+
+/// An output head.
+pub trait LmHead: Send + Sync {
+    /// `hidden` (…, hidden_size) → all logits (…, vocab_size), f32.
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// The logits of each row of `hidden` (rows, hidden_size), as far as `needs`, one a row, asks for them.
+    fn logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {
+        check_needs(hidden, needs)?;
+        let rows = self.forward(hidden)?.to_vec2()?;
+        Ok(rows.into_iter().map(|values| Logits { values, rescored: None }).collect())
+    }
+}
+
+/// One need a row.
+pub(super) fn check_needs(hidden: &Tensor, needs: &[Need]) -> Result<()> {
+    match hidden.dims2()? {
+        (rows, _) if rows == needs.len() => Ok(()),
+        (rows, _) => bail!("{rows} hidden states, but {} needs", needs.len()),
+    }
+}
+
+impl LmHead for DenseLinear {
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        Module::forward(self, hidden)
+    }
+}
+
+/// How the output head of a model is stored and multiplied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadPrecision {
+    /// Logits are those of the checkpoint's own rows, bit for bit.
+    #[default]
+    Exact,
+    /// Logits of rows in 8, 6 or 4 bits.
+    Quantized(HeadFormat),
+}
+
+/// A head in fewer bits than its checkpoint's: its logits are those of the quantized rows.
+#[derive(Debug)]
+pub struct QuantizedHead {
+    weights: HeadWeights,
+}
+
+impl QuantizedHead {
+    /// Quantizes `rows` (vocab_size, hidden_size).
+    ///
+    /// # Errors
+    /// Rows that cannot be read, or no memory.
+    pub fn new(rows: &dyn RowSource, format: HeadFormat) -> Result<Self> {
+        Ok(Self { weights: HeadWeights::quantize(rows, format)? })
+    }
+}
+
+impl LmHead for QuantizedHead {
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        let (vocab_size, hidden_size) = self.weights.shape();
+        let shape = logits_shape(hidden, vocab_size, hidden_size)?;
+        let logits = with_slice::<f32, _>(hidden, |hidden| {
+            let hidden = QuantizedHidden::new(hidden, hidden_size);
+            Ok(self.weights.matmul(kernels::active(), &hidden))
+        })?;
+        Tensor::from_vec(logits, shape, hidden.device())
+    }
+}
+
+/// The shape of the logits of `hidden` (…, hidden_size), for heads that record no gradient.
+pub(super) fn logits_shape(
+    hidden: &Tensor,
+    vocab_size: usize,
+    hidden_size: usize,
+) -> Result<Vec<usize>> {
+    if hidden.track_op() {
+        bail!("this output head records no gradients: load the model to train it");
+    }
+    let mut shape = hidden.dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == hidden_size => *last = vocab_size,
+        _ => bail!("hidden states {:?} do not fit a head of {hidden_size}", hidden.shape()),
+    }
+    Ok(shape)
+}
