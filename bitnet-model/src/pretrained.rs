@@ -47,6 +47,9 @@ pub enum Precision {
     AsFound,
 }
 
+/// Rows of an embedding or a head.
+type Rows = Arc<dyn RowSource>;
+
 /// Where a model lies.
 #[derive(Clone, Debug)]
 pub enum Origin {
@@ -264,12 +267,11 @@ impl Source {
     }
 
     /// Rows of embedding and head, unless these are small and exact.
-    fn stored_rows(&self) -> Result<Option<(Arc<dyn RowSource>, Arc<dyn RowSource>)>> {
+    fn stored_rows(&self) -> Result<Option<(Rows, Rows)>> {
         if !self.reads_rows() {
             return Ok(None);
         }
-        let embed_tokens: Arc<dyn RowSource> =
-            Arc::new(StoredRows::new(&self.checkpoint, EMBED_TOKENS)?);
+        let embed_tokens: Rows = Arc::new(StoredRows::new(&self.checkpoint, EMBED_TOKENS)?);
         let lm_head = match self.config.tie_word_embeddings {
             true => embed_tokens.clone(),
             false => Arc::new(StoredRows::new(&self.checkpoint, LM_HEAD)?),

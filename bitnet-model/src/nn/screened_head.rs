@@ -315,7 +315,10 @@ impl<'a> Screened<'a> {
             let exact = rescore(&plain)?;
             if exact.iter().all(|logit| logit.is_finite()) {
                 let threshold = exact.into_iter().fold(f32::INFINITY, f32::min);
-                candidates.retain(|id| !(self.bounds(*id as usize).1 < f64::from(threshold)));
+                candidates.retain(|id| {
+                    let below = self.bounds(*id as usize).1 < f64::from(threshold);
+                    !below // a bound that is NaN excludes nothing
+                });
             }
         }
         candidates.extend(&self.freely);
