@@ -1,7 +1,7 @@
 //! The threads that compute one operation together, and spin between operations.
 //!
 //! A token takes some 150 short parallel regions. Waking a sleeping thread costs tens of microseconds, as much as
-//! such a region; so the helpers of this pool look out for the next region for a while ([`SPINS`]) before they sleep.
+//! such a region; so the helpers of this pool look out for the next region for some 100 µs before they sleep.
 //! Work is handed out task by task, so a thread that the system holds up delays nobody but for its own task. Results
 //! never depend on which thread runs a task.
 //!
