@@ -17,6 +17,7 @@ MAY_USE = {
     "kernels": set(),
     "storage": set(),
     "pages": set(),
+    "calibration": {"kernels", "pages", "threads"},
     "threads": set(),
     "quant": {"error", "storage"},
     "rows": {"kernels", "storage", "threads"},
@@ -36,7 +37,7 @@ MAY_USE = {
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error"},
-    "pretrained": {"error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "quant",
+    "pretrained": {"calibration", "error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "kernels", "quant",
                    "rows", "sampler", "score", "session", "synthetic", "text", "weights"},
 }
 

@@ -7,6 +7,7 @@ use std::{collections::HashMap, ops::ControlFlow, sync::Arc};
 
 use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
+    kernels::TileFormat,
     model::Model,
     nn::{BitLinear, BitLinears, DenseLinears, LinearFactory},
     ops::KvType,
@@ -191,6 +192,7 @@ proptest! {
         (out, inp) in (1usize..20, 1usize..70),
         tokens in 1usize..6,
         half_up in any::<bool>(),
+        format in prop::sample::select(&TileFormat::ALL),
     ) {
         use rand::Rng;
         let rounding = if half_up { Rounding::HalfUp } else { Rounding::HalfEven };
@@ -198,9 +200,9 @@ proptest! {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut values = |count| -> Vec<f32> { (0..count).map(|_| rng.random_range(-1f32..1.)).collect() };
         let (latent, x) = (values(out * inp), values(tokens * inp));
-        let weight = TernaryWeight::from_latent(&latent, out, inp, rounding);
+        let weight = TernaryWeight::from_latent(&latent, (out, inp), rounding, format);
         let packed = weight.to_packed().unwrap();
-        let loaded = TernaryWeight::from_packed(&packed, out, inp, weight.scale()).unwrap();
+        let loaded = TernaryWeight::from_packed(&packed, (out, inp), weight.scale(), format).unwrap();
         prop_assert_eq!(&loaded, &weight);
         let x = Tensor::from_vec(x, (1, tokens, inp), &Device::Cpu).unwrap();
         let latent = Tensor::from_vec(latent, (out, inp), &Device::Cpu).unwrap();
@@ -254,7 +256,8 @@ fn packed_weights_pass_gradients_through() {
     assert!(grad.iter().all(|g| g.is_finite()) && grad.iter().any(|&g| g != 0.));
 
     let latent: Vec<f32> = (0..48 * 33).map(|i| ((i * 37 % 101) as f32 - 50.) / 50.).collect();
-    let weight = TernaryWeight::from_latent(&latent, 48, 33, Rounding::HalfEven);
+    let weight =
+        TernaryWeight::from_latent(&latent, (48, 33), Rounding::HalfEven, TileFormat::TwoBit);
     let dense = Tensor::from_vec(weight.dequantize(), (48, 33), &Device::Cpu).unwrap();
     let x = Var::randn(0f32, 1., (70, 33), &Device::Cpu).unwrap();
     let dy = Tensor::randn(0f32, 1., (70, 48), &Device::Cpu).unwrap();
@@ -271,12 +274,29 @@ fn packing_is_bit_exact_with_the_reference() {
     let bytes = fixture.checkpoint.read_bytes(name).unwrap();
     let scale = fixture.checkpoint.read_scale(&format!("{name}_scale")).unwrap();
     let (out, inp) = (fixture.config.hidden_size, fixture.config.intermediate_size);
-    let weight = TernaryWeight::from_packed(&bytes, out, inp, scale).unwrap();
-    assert_eq!(weight.to_packed().unwrap(), bytes);
     let mut damaged = bytes.clone();
     damaged[3 * inp + 7] |= 0b11_00_00;
-    let error = TernaryWeight::from_packed(&damaged, out, inp, scale).unwrap_err().to_string();
-    assert!(error.contains(&format!("row {}, column 7", 2 * out / 4 + 3)), "{error}");
+    for format in TileFormat::ALL {
+        let weight = TernaryWeight::from_packed(&bytes, (out, inp), scale, format).unwrap();
+        assert_eq!(weight.to_packed().unwrap(), bytes);
+        let error = TernaryWeight::from_packed(&damaged, (out, inp), scale, format).unwrap_err();
+        let place = format!("row {}, column 7", 2 * out / 4 + 3);
+        assert!(error.to_string().contains(&place), "{error}");
+    }
+}
+
+/// How the weights lie in memory does not show in the logits.
+#[test]
+fn both_tile_formats_give_the_same_bits() {
+    for name in ["bitnet_packed_tied", "llama_packed_headdim"] {
+        let fixture = Fixture::open(name);
+        let logits = TileFormat::ALL.map(|format| {
+            let linears = BitLinears::new(fixture.config.quantization.unwrap());
+            let model = fixture.model_with(&linears.with_format(format));
+            [1, 3, 9, 21].map(|len| bits(&whole(&model, &ids(7, len)))).concat()
+        });
+        assert_eq!(logits[0], logits[1], "{name}");
+    }
 }
 
 #[test]
@@ -419,7 +439,8 @@ fn speculation_changes_no_token() {
 #[test]
 fn a_divided_scale_and_a_multiplied_one_are_the_same_matrix() {
     let latent: Vec<f32> = (0..16 * 16).map(|i| (i as f32 * 0.7).sin()).collect();
-    let weight = TernaryWeight::from_latent(&latent, 16, 16, Rounding::HalfEven);
+    let weight =
+        TernaryWeight::from_latent(&latent, (16, 16), Rounding::HalfEven, TileFormat::TwoBit);
     let codes = Tensor::from_vec(weight.to_packed().unwrap(), (4, 16), &Device::Cpu).unwrap();
     let load = |convention, scale: f32| {
         let tensors = HashMap::from([

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bitnet_model::{
     hub::Hub,
-    kernels::head::HeadFormat,
+    kernels::{TileFormat, head::HeadFormat},
     model::Model,
     nn::HeadPrecision,
     ops::KvType,
@@ -36,6 +36,34 @@ pub struct ModelArgs {
     /// in 8, 6 or 4 bits instead, less exact and smaller
     #[arg(long, value_name = "PRECISION", default_value = "exact")]
     pub lm_head: LmHead,
+    /// How ternary weights lie in memory, with the same results: 2bit is quickly unpacked, 1.6bit (five weights in a
+    /// byte) is a fifth smaller; auto takes the faster, by a short measurement
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    pub weight_format: WeightFormat,
+}
+
+/// The values of `--weight-format`.
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub enum WeightFormat {
+    /// The faster one here
+    Auto,
+    /// Four weights in a byte
+    #[value(name = "2bit")]
+    TwoBit,
+    /// Five weights in a byte
+    #[value(name = "1.6bit")]
+    Trits,
+}
+
+impl WeightFormat {
+    /// The format, if one was asked for.
+    fn tile_format(self) -> Option<TileFormat> {
+        match self {
+            Self::Auto => None,
+            Self::TwoBit => Some(TileFormat::TwoBit),
+            Self::Trits => Some(TileFormat::Trits),
+        }
+    }
 }
 
 /// The values of `--lm-head`.
@@ -110,6 +138,7 @@ impl ModelArgs {
         };
         let mut source = Source::open(&self.model, precision, &self.hub(global))?;
         source.lm_head = self.lm_head.into();
+        source.tile_format = self.weight_format.tile_format();
         Ok(source)
     }
 

@@ -10,9 +10,11 @@ use candle_core::{DType, Device};
 
 use crate::{
     Error, Result,
+    calibration::fastest_format,
     checkpoint::{Checkpoint, Dtype, StoredRows},
     config::{Config, GenerationConfig},
     hub::{Hub, ModelFiles},
+    kernels::TileFormat,
     model::Model,
     nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
     rows::RowSource,
@@ -75,6 +77,8 @@ pub struct Source {
     pub origin: Origin,
     /// How [`Source::load`] stores the output head; exact unless it is changed.
     pub lm_head: HeadPrecision,
+    /// How ternary weights lie in memory; [`Source::load`] measures which is faster unless it is set.
+    pub tile_format: Option<TileFormat>,
 }
 
 /// A loaded model with everything around it.
@@ -144,6 +148,7 @@ impl Source {
             checkpoint: Arc::new(Checkpoint::from_static("embedded model", embedded::MODEL)?),
             origin: Origin::Embedded,
             lm_head: HeadPrecision::Exact,
+            tile_format: None,
         })
     }
 
@@ -156,6 +161,7 @@ impl Source {
             checkpoint: Arc::new(checkpoint),
             origin: Origin::Synthetic,
             lm_head: HeadPrecision::Exact,
+            tile_format: None,
         })
     }
 
@@ -174,6 +180,7 @@ impl Source {
             checkpoint,
             origin: Origin::Files(Box::new(files)),
             lm_head: HeadPrecision::Exact,
+            tile_format: None,
         })
     }
 
@@ -252,7 +259,11 @@ impl Source {
     /// a time. The rows of large embeddings and heads stay in the checkpoint, which is read as they are
     /// needed; the head is in memory as `lm_head` says, screened if it is exact.
     pub fn load(&self, device: &Device) -> Result<Model> {
-        let packed = self.config.quantization.map(BitLinears::new);
+        let packed = self.config.quantization.map(|quantization| {
+            let weights = || self.config.projections().map(|(_, (out, input))| out * input).sum();
+            let format = self.tile_format.unwrap_or_else(|| fastest_format(weights()));
+            BitLinears::new(quantization).with_format(format)
+        });
         let linears: &dyn LinearFactory = match &packed {
             Some(linears) => linears,
             None => &DenseLinears,

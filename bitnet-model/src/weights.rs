@@ -11,18 +11,19 @@ use rayon::prelude::*;
 use crate::{
     kernels::{
         self, Kernel,
-        tile::{self, COLS, ROWS, Tile},
+        tile::{self, MAX_TILE_COLS, ROWS, Tile, TileFormat},
     },
     pages::{Arena, Pages},
     quant::{self, Rounding},
     threads,
 };
 
-/// A ternary matrix (out_features, in_features): 2 bits a weight and one scale.
+/// A ternary matrix (out_features, in_features): codes in the tiles of a [`TileFormat`], and one scale.
 #[derive(Debug)]
 pub struct TernaryWeight {
     /// Row of tiles after row of tiles.
     tiles: Tiles,
+    format: TileFormat,
     out_features: usize,
     in_features: usize,
     /// Multiplies: `W = scale · code − scale`.
@@ -95,20 +96,20 @@ impl TernaryWeight {
     /// If `weights` does not have `out_features · in_features` elements.
     pub fn from_latent(
         weights: &[f32],
-        out_features: usize,
-        in_features: usize,
+        (out_features, in_features): (usize, usize),
         rounding: Rounding,
+        format: TileFormat,
     ) -> Self {
         assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
         let scale = quant::weight_scale(weights);
         let inverse = 1. / scale;
-        Self::from_rows(out_features, in_features, scale, |row, col| {
+        Self::from_rows((out_features, in_features), scale, format, |format, row, col| {
             let weights = &weights[row * in_features..][..in_features][col..];
-            let mut codes = [1; COLS];
+            let mut codes = [1; MAX_TILE_COLS];
             for (code, &weight) in codes.iter_mut().zip(weights) {
                 *code = (quant::ternary(weight, inverse, rounding) + 1) as u8;
             }
-            tile::row_of(&codes)
+            format.pack_row(&codes[..format.cols()])
         })
     }
 
@@ -119,9 +120,9 @@ impl TernaryWeight {
     /// A wrong length, rows not divisible by four, or a code 3.
     pub fn from_packed(
         bytes: &[u8],
-        out_features: usize,
-        in_features: usize,
+        (out_features, in_features): (usize, usize),
         scale: f32,
+        format: TileFormat,
     ) -> Result<Self, PackedError> {
         if !out_features.is_multiple_of(4) {
             return Err(PackedError::Rows { out_features });
@@ -137,37 +138,42 @@ impl TernaryWeight {
             let row = field * quarter + at / in_features;
             return Err(PackedError::Code { row, col: at % in_features });
         }
-        Ok(Self::from_rows(out_features, in_features, scale, |row, col| {
+        Ok(Self::from_rows((out_features, in_features), scale, format, |format, row, col| {
             let field = row / quarter;
             let bytes = &bytes[row % quarter * in_features..][..in_features][col..];
-            match bytes.first_chunk() {
-                Some(bytes) => tile::packed_row(bytes, field),
+            match bytes.get(..format.cols()) {
+                Some(bytes) => format.pack_field(bytes, field),
                 None => {
-                    let mut padded = [tile::PACKED_ZEROS; COLS];
+                    let mut padded = [tile::PACKED_ZEROS; MAX_TILE_COLS];
                     padded[..bytes.len()].copy_from_slice(bytes);
-                    tile::packed_row(&padded, field)
+                    format.pack_field(&padded[..format.cols()], field)
                 }
             }
         }))
     }
 
-    /// `row_codes(row, col)` gives the codes of `weight[row][col..]`, a tile's row.
+    /// `row_bytes(format, row, col)` gives a tile's row, the codes of `weight[row][col..]`.
     fn from_rows(
-        out_features: usize,
-        in_features: usize,
+        (out_features, in_features): (usize, usize),
         scale: f32,
-        row_codes: impl Fn(usize, usize) -> [u8; 4] + Send + Sync,
+        format: TileFormat,
+        row_bytes: impl Fn(TileFormat, usize, usize) -> [u8; 4] + Send + Sync,
     ) -> Self {
-        let width = in_features.div_ceil(COLS);
-        let mut tiles = vec![tile::EMPTY; out_features.div_ceil(ROWS) * width];
+        let format = match in_features <= format.max_cols() {
+            true => format,
+            false => TileFormat::TwoBit,
+        };
+        let width = in_features.div_ceil(format.cols());
+        let mut tiles = vec![format.empty(); out_features.div_ceil(ROWS) * width];
         tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
             for row in 0..ROWS.min(out_features - band * ROWS) {
                 for (i, tile) in tiles.iter_mut().enumerate() {
-                    tile::set_row(tile, row, row_codes(band * ROWS + row, i * COLS));
+                    let bytes = row_bytes(format, band * ROWS + row, i * format.cols());
+                    tile::set_row(tile, row, bytes);
                 }
             }
         });
-        Self { tiles: Tiles::Heap(tiles), out_features, in_features, scale }
+        Self { tiles: Tiles::Heap(tiles), format, out_features, in_features, scale }
     }
 
     /// The same matrix in large pages, beside others of `arena`.
@@ -197,8 +203,8 @@ impl TernaryWeight {
             for field in 0..4 {
                 let row = field * quarter + r;
                 let tiles = self.band(row / ROWS);
-                for (bytes, tile) in bytes.chunks_mut(COLS).zip(tiles) {
-                    let codes = tile::row(tile, row % ROWS);
+                for (bytes, tile) in bytes.chunks_mut(self.format.cols()).zip(tiles) {
+                    let codes = self.format.row(tile, row % ROWS);
                     bytes.iter_mut().zip(codes).for_each(|(byte, c)| *byte |= c << (2 * field));
                 }
             }
@@ -208,19 +214,26 @@ impl TernaryWeight {
 
     /// The code, weight + 1, at (row, col).
     pub fn code(&self, row: usize, col: usize) -> u8 {
-        let tile = &self.band(row / ROWS)[col / COLS];
-        tile::code(tile, row % ROWS, col % COLS)
+        let cols = self.format.cols();
+        self.format.code(&self.band(row / ROWS)[col / cols], row % ROWS, col % cols)
     }
 
     /// Whether all codes are those of `other`; the scales may differ.
     pub fn has_codes_of(&self, other: &Self) -> bool {
         let shape = |weight: &Self| (weight.out_features, weight.in_features);
-        shape(self) == shape(other) && *self.tiles == *other.tiles
+        let codes = |row: usize| {
+            (0..self.in_features).all(|col| self.code(row, col) == other.code(row, col))
+        };
+        shape(self) == shape(other)
+            && match self.format == other.format {
+                true => *self.tiles == *other.tiles,
+                false => (0..self.out_features).all(codes),
+            }
     }
 
     /// The tiles of output rows `16·index ..`.
     fn band(&self, index: usize) -> &[Tile] {
-        let width = self.in_features.div_ceil(COLS);
+        let width = self.in_features.div_ceil(self.format.cols());
         &self.tiles[index * width..][..width]
     }
 
@@ -232,6 +245,11 @@ impl TernaryWeight {
     /// Columns of the matrix.
     pub fn in_features(&self) -> usize {
         self.in_features
+    }
+
+    /// How the codes lie in memory.
+    pub fn format(&self) -> TileFormat {
+        self.format
     }
 
     /// The absmean scale; it multiplies.
@@ -256,12 +274,13 @@ impl TernaryWeight {
 
     /// `out[row][col] = weight · scale` for up to sixteen rows.
     pub(crate) fn decode_band(&self, band: usize, out: &mut [f32]) {
-        let mut block = [[0f32; COLS]; ROWS];
+        let cols = self.format.cols();
+        let mut block = [[0f32; MAX_TILE_COLS]; ROWS];
         for (i, tile) in self.band(band).iter().enumerate() {
-            tile::decode(tile, &mut block);
-            let width = COLS.min(self.in_features - i * COLS);
+            self.format.decode(tile, &mut block);
+            let width = cols.min(self.in_features - i * cols);
             for (out, block) in out.chunks_mut(self.in_features).zip(&block) {
-                for (out, weight) in out[i * COLS..][..width].iter_mut().zip(block) {
+                for (out, weight) in out[i * cols..][..width].iter_mut().zip(block) {
                     *out = weight * self.scale;
                 }
             }
@@ -284,7 +303,8 @@ pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeigh
         }
         for band in 0..(cuts[j + 1] - cuts[j]).div_ceil(ROWS) {
             let tiles = weight.band(first_band + band);
-            kernel.ternary_dots(tiles, x.rows(&tokens), &x.sums[tokens.clone()], sums);
+            let x_sums = &x.sums[tokens.clone()];
+            kernel.ternary_dots(weight.format, tiles, x.rows(&tokens), x_sums, sums);
             for (token, (sums, scale)) in sums.iter().zip(scales.iter()).enumerate() {
                 let y = y.row(token)[band * ROWS..].iter_mut();
                 y.zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
@@ -349,10 +369,16 @@ pub(crate) struct QuantizedRows {
 }
 
 impl QuantizedRows {
-    /// Quantizes rows of `in_features` values.
-    pub(crate) fn new(kernel: &Kernel, x: &[f32], in_features: usize, rounding: Rounding) -> Self {
+    /// Quantizes rows of `in_features` values for weights of `format`.
+    pub(crate) fn new(
+        kernel: &Kernel,
+        x: &[f32],
+        in_features: usize,
+        rounding: Rounding,
+        format: TileFormat,
+    ) -> Self {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
-        let padded = in_features.next_multiple_of(COLS);
+        let padded = in_features.next_multiple_of(format.cols());
         let mut codes = vec![0i8; tokens * padded];
         let mut rows = vec![(0f32, 0i32); tokens];
         let block = match tokens {
@@ -396,12 +422,13 @@ pub fn quantized_activations(x: &[f32], in_features: usize, rounding: Rounding) 
     y
 }
 
-/// Quantizes `x` (tokens, in_features) and multiplies it by matrices of `in_features` columns each, stacked on one another,
-/// with the kernel chosen for this machine: (tokens, Σ out_features).
+/// Quantizes `x` (tokens, in_features) and multiplies it by matrices of `in_features` columns each, stacked on one
+/// another and of one format, with the kernel chosen for this machine: (tokens, Σ out_features).
 pub fn ternary_product(x: &[f32], weights: &[TernaryWeight], rounding: Rounding) -> Vec<f32> {
     let kernel = kernels::active();
-    let in_features = weights.first().map_or(0, |weight| weight.in_features);
-    let x = QuantizedRows::new(kernel, x, in_features, rounding);
+    let (in_features, format) =
+        weights.first().map_or_else(Default::default, |weight| (weight.in_features, weight.format));
+    let x = QuantizedRows::new(kernel, x, in_features, rounding, format);
     let out_features: usize = weights.iter().map(|weight| weight.out_features).sum();
     let mut y = vec![0f32; x.tokens() * out_features];
     matmul(kernel, &x, weights, &mut y);

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use bitnet_model::{
+    kernels::TileFormat,
     nn::{LinearFactory, LinearSpec, Projection},
     ops::dense_matmul::{backward_weight, backward_x},
     quant::Rounding,
@@ -82,7 +83,12 @@ impl CustomOp2 for QatMatmul {
         let (out_features, in_features) = latent_layout.shape().dims2()?;
         let x = contiguous::<f32>(x, x_layout)?;
         let latent = contiguous::<f32>(latent, latent_layout)?;
-        let weight = TernaryWeight::from_latent(&latent, out_features, in_features, self.rounding);
+        let weight = TernaryWeight::from_latent(
+            &latent,
+            (out_features, in_features),
+            self.rounding,
+            TileFormat::TwoBit,
+        );
         let y = ternary_product(&x, &[weight], self.rounding);
         Ok((CpuStorage::F32(y), (tokens, out_features).into()))
     }
@@ -97,8 +103,12 @@ impl CustomOp2 for QatMatmul {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (out_features, in_features) = latent.dims2()?;
         let weight = with_slice::<f32, _>(latent, |latent| {
-            let weight =
-                TernaryWeight::from_latent(latent, out_features, in_features, self.rounding);
+            let weight = TernaryWeight::from_latent(
+                latent,
+                (out_features, in_features),
+                self.rounding,
+                TileFormat::TwoBit,
+            );
             Tensor::from_vec(weight.dequantize(), (out_features, in_features), x.device())
         })?;
         let x = with_slice::<f32, _>(x, |values| {

@@ -380,8 +380,9 @@ impl Memory {
         let projections = match config.quantization {
             None => parameters.ternary * float,
             Some(_) => {
+                let cols = source.tile_format.unwrap_or_default().cols();
                 let tiles = |(_, (out_features, in_features)): (String, (usize, usize))| {
-                    (out_features.div_ceil(tile::ROWS) * in_features.div_ceil(tile::COLS)) as u64
+                    (out_features.div_ceil(tile::ROWS) * in_features.div_ceil(cols)) as u64
                 };
                 config.projections().map(tiles).sum::<u64>() * size_of::<tile::Tile>() as u64
             }

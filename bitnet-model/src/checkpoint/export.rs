@@ -13,6 +13,7 @@ use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
 use crate::{
     Error, Result,
     config::{Config, Family, Quantization, ScaleConvention, WeightForm},
+    kernels::TileFormat,
     quant::Rounding,
     storage::with_slice,
     weights::TernaryWeight,
@@ -223,7 +224,12 @@ fn ternary(
             let weight = with_slice::<f32, _>(&latent, |w| {
                 bad = w.iter().position(|w| !w.is_finite()).map(|at| (at, w[at]));
                 let rounding = quantization.rounding;
-                Ok(TernaryWeight::from_latent(w, out_features, in_features, rounding))
+                Ok(TernaryWeight::from_latent(
+                    w,
+                    (out_features, in_features),
+                    rounding,
+                    TileFormat::TwoBit,
+                ))
             })?;
             match bad {
                 None => Ok(weight),
@@ -240,8 +246,13 @@ fn ternary(
                 ScaleConvention::Divide => 1. / scale,
             };
             let bytes = checkpoint.read_bytes(name)?;
-            TernaryWeight::from_packed(&bytes, out_features, in_features, scale)
-                .map_err(|e| checkpoint.wrong(name, e.to_string()))
+            TernaryWeight::from_packed(
+                &bytes,
+                (out_features, in_features),
+                scale,
+                TileFormat::TwoBit,
+            )
+            .map_err(|e| checkpoint.wrong(name, e.to_string()))
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, head,
+    Kernel, ROWS, Tile, TileFormat, head,
     simd::{LANES, Simd, routines},
 };
 
@@ -15,9 +15,13 @@ pub(super) static KERNEL: Kernel = Kernel {
             && is_x86_feature_detected!("f16c")
     },
     accumulate,
+    accumulate_trits,
     routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avx2::ROUTINES,
 };
+
+/// Inputs of a tile of 2-bit codes.
+const COLS: usize = TileFormat::TwoBit.cols();
 
 /// Tokens that share a decoded tile: their sums, two registers a token, leave room for codes and activations.
 const BLOCK: usize = 4;
@@ -102,6 +106,75 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
         ];
         add_pairs(acc, total);
     }
+}
+
+/// As [`RUN`], for five codes a byte: `12 · 5 · 512 < 2¹⁵`.
+const TRIT_RUN: usize = 12;
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn accumulate_trits(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * TileFormat::Trits.cols();
+    for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
+        let x = &x[i * BLOCK * cols..][..acc.len() * cols];
+        match acc.len() {
+            1 => trit_block::<1>(tiles, x, acc),
+            2 => trit_block::<2>(tiles, x, acc),
+            3 => trit_block::<3>(tiles, x, acc),
+            _ => trit_block::<BLOCK>(tiles, x, acc),
+        }
+    }
+}
+
+/// As [`block`], for five codes a byte.
+#[target_feature(enable = "avx2,fma")]
+fn trit_block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    const COLS: usize = TileFormat::Trits.cols();
+    let cols = tiles.len() * COLS;
+    assert_eq!((x.len(), acc.len()), (N * cols, N));
+    for (run, tiles) in tiles.chunks(TRIT_RUN).enumerate() {
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for (i, tile) in tiles.iter().enumerate() {
+            let [low, high] = halves(tile).map(|half| unpack_trits(half));
+            for (lane, (low, high)) in low.into_iter().zip(high).enumerate() {
+                for (token, sums) in sums.iter_mut().enumerate() {
+                    let start = token * cols + (run * TRIT_RUN + i) * COLS + 4 * lane;
+                    // SAFETY: token < N and the tile is one of `cols / COLS`, so these four values end within x.
+                    let x = unsafe { broadcast(x.as_ptr().add(start)) };
+                    for (sum, codes) in sums.iter_mut().zip([low, high]) {
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, x));
+                    }
+                }
+            }
+        }
+        acc.iter_mut().zip(sums).for_each(|(acc, sums)| add_pairs(acc, sums));
+    }
+}
+
+/// The five codes of each byte `v = d₀ + 3d₁ + 9d₂ + 27d₃ + 81d₄`.
+///
+/// `v mod 81` is the least of v, v − 81 and v − 162 as unsigned bytes, of which those below zero wrap around to more than v;
+/// bits 6 and 7 of the rest, 0, 81 or 162, are d₄. Then `a = ⌊r / 9⌋ = ⌊57r / 512⌋`, exact for r ≤ 80, and `r − 9a` are each
+/// below nine, and a shuffle looks up their two codes.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn unpack_trits(v: __m256i) -> [__m256i; 5] {
+    let low2 = _mm256_set1_epi8(3);
+    let once = _mm256_sub_epi8(v, _mm256_set1_epi8(81));
+    let twice = _mm256_sub_epi8(v, _mm256_set1_epi8(162_u8 as i8));
+    let r = _mm256_min_epu8(_mm256_min_epu8(v, once), twice);
+    let d4 = _mm256_and_si256(_mm256_srli_epi16::<6>(_mm256_sub_epi8(v, r)), low2);
+    let by57 = |x| _mm256_mullo_epi16(x, _mm256_set1_epi16(57));
+    let even = _mm256_srli_epi16::<9>(by57(_mm256_and_si256(r, _mm256_set1_epi16(0xff))));
+    let odd = _mm256_srli_epi16::<1>(by57(_mm256_srli_epi16::<8>(r)));
+    let a = _mm256_or_si256(even, _mm256_and_si256(odd, _mm256_set1_epi16(0xff00_u16 as i16)));
+    let nine_a = _mm256_add_epi8(a, _mm256_slli_epi16::<3>(a)); // 8a ≤ 64 stays within its byte
+    let b = _mm256_sub_epi8(r, nine_a);
+    // n mod 3 and ⌊n / 3⌋ in bits 0..2 and 2..4.
+    let pairs = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0);
+    let pairs = _mm256_broadcastsi128_si256(pairs);
+    let (d01, d23) = (_mm256_shuffle_epi8(pairs, b), _mm256_shuffle_epi8(pairs, a));
+    let second = |pairs| _mm256_and_si256(_mm256_srli_epi16::<2>(pairs), low2);
+    [_mm256_and_si256(d01, low2), second(d01), _mm256_and_si256(d23, low2), second(d23), d4]
 }
 
 /// Rows 0 to 7 and 8 to 15 of a tile.

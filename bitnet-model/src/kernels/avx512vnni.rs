@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, avx2, head,
+    Kernel, ROWS, Tile, TileFormat, avx2, head,
     simd::{LANES, Simd, routines},
 };
 
@@ -18,12 +18,16 @@ pub(super) static KERNEL: Kernel = Kernel {
             && is_x86_feature_detected!("fma")
     },
     accumulate,
+    accumulate_trits: avx2::accumulate_trits, // what AVX-512 would gain needs VBMI
     routines: routines!(
         Avx512(()), 4 x 4,
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
     head: head::avx512vnni::ROUTINES,
 };
+
+/// Inputs of a tile of 2-bit codes.
+const COLS: usize = TileFormat::TwoBit.cols();
 
 /// Tokens that share a decoded tile.
 const BLOCK: usize = 8;

@@ -10,6 +10,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512vbmi;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 mod dense;
 mod exp;
@@ -26,7 +28,7 @@ use std::{fmt, sync::OnceLock};
 use self::simd::Routines;
 pub use self::{
     dense::{DenseWeights, Matrix},
-    tile::{COLS, ROWS, Tile},
+    tile::{ROWS, Tile, TileFormat},
 };
 
 /// One instruction set's routines. Only this module makes kernels and only [`available`] hands them out, so a
@@ -34,14 +36,19 @@ pub use self::{
 pub struct Kernel {
     name: &'static str,
     is_available: fn() -> bool,
-    /// `acc[token][row] += Σ code[row][col] · x[token][col]` over one row of tiles.
-    accumulate: unsafe fn(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]),
+    accumulate: Accumulate,
+    accumulate_trits: Accumulate,
     routines: Routines,
     head: head::HeadRoutines,
 }
 
+/// `acc[token][row] += Σ code[row][col] · x[token][col]` over one row of tiles.
+type Accumulate = unsafe fn(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]);
+
 /// Fastest first. An instruction set is one file, one `mod` line and one line here.
 static KERNELS: &[&Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512vbmi::KERNEL,
     #[cfg(target_arch = "x86_64")]
     &avx512vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
@@ -72,36 +79,38 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    /// The instruction set: `avx512vnni`, `avx2` or `scalar`.
+    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// `Σ weight[row][col] · x[col]` for the sixteen rows of one row of tiles; `x_sum` is `Σ x[col]`.
+    /// `out[token][row] = Σ weight[row][·] · x[token][·]` for one row of tiles and every row of `x` (tokens × cols), decoding
+    /// each tile once for a block of tokens; `x_sums` are `Σ x[token][·]`.
     ///
     /// # Panics
-    /// Unless `x` has [`COLS`] values a tile, at most [`tile::MAX_COLS`] in all.
-    pub fn ternary_dot(&self, tiles: &[Tile], x: &[i8], x_sum: i32) -> [i32; ROWS] {
-        let mut out = [[0; ROWS]];
-        self.ternary_dots(tiles, x, &[x_sum], &mut out);
-        out[0]
-    }
-
-    /// [`Self::ternary_dot`] of one row of tiles with every row of `x` (tokens × cols), decoding each tile once for
-    /// a block of tokens.
-    ///
-    /// # Panics
-    /// Unless `x_sums` and `out` have one value a token and `x` has [`COLS`] values a token and tile, at most
-    /// [`tile::MAX_COLS`] a token.
-    pub fn ternary_dots(&self, tiles: &[Tile], x: &[i8], x_sums: &[i32], out: &mut [[i32; ROWS]]) {
-        assert!(tiles.len() <= tile::MAX_COLS / COLS, "too many columns for 32-bit sums");
-        assert_eq!(x.len(), out.len() * tiles.len() * COLS, "activations do not match the tiles");
+    /// Unless `x_sums` and `out` have one value a token and `x` has [`TileFormat::cols`] values a token and tile, at most
+    /// [`TileFormat::max_cols`] a token.
+    pub fn ternary_dots(
+        &self,
+        format: TileFormat,
+        tiles: &[Tile],
+        x: &[i8],
+        x_sums: &[i32],
+        out: &mut [[i32; ROWS]],
+    ) {
+        let cols = tiles.len() * format.cols();
+        assert!(cols <= format.max_cols(), "too many columns for 32-bit sums");
+        assert_eq!(x.len(), out.len() * cols, "activations do not match the tiles");
         assert_eq!(x_sums.len(), out.len(), "one sum of activations a token");
         for (acc, x_sum) in out.iter_mut().zip(x_sums) {
             *acc = [-x_sum; ROWS]; // codes are weight + 1: take Σx away once
         }
+        let accumulate = match format {
+            TileFormat::TwoBit => self.accumulate,
+            TileFormat::Trits => self.accumulate_trits,
+        };
         // SAFETY: `self` came from `available`, which checked the processor; the lengths are checked above.
-        unsafe { (self.accumulate)(tiles, x, out) }
+        unsafe { accumulate(tiles, x, out) }
     }
 
     /// One row of activations to int8: `a = 127 / max(max|x|, 1e-5)` and `codes[i] = round(x[i] · a)`, a half going to

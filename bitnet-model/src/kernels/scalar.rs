@@ -3,31 +3,40 @@
 use std::array;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, head,
+    Kernel, ROWS, Tile, head,
     simd::{LANES, Simd, routines},
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "scalar",
     is_available: || true,
-    accumulate,
+    accumulate: accumulate::<4, 4>,
+    accumulate_trits: accumulate::<3, 5>,
     routines: routines!(Scalar, 2 x 2),
     head: head::portable::ROUTINES,
 };
 
-/// Tiles whose products fit 16 bits: each of the 64 sums takes four of a tile, `31 · 4 · 2 · 128 = 31744 < 2¹⁵`.
-const RUN: usize = 31;
+/// Sums of 16 bits are widened after as many tiles as keep them exact: each of the 64 takes `lanes` products of a tile, and
+/// `120 · 2 · 128 = 30720 < 2¹⁵`.
+const PRODUCTS: usize = 120;
 
-fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
-    let cols = tiles.len() * COLS;
+fn accumulate<const BASE: u8, const LANES: usize>(
+    tiles: &[Tile],
+    x: &[i8],
+    acc: &mut [[i32; ROWS]],
+) {
+    let width = 4 * LANES;
+    let (cols, run) = (tiles.len() * width, PRODUCTS / LANES);
     for (token, acc) in acc.iter_mut().enumerate() {
         let x = &x[token * cols..][..cols];
-        for (tiles, x) in tiles.chunks(RUN).zip(x.chunks(RUN * COLS)) {
+        for (tiles, x) in tiles.chunks(run).zip(x.chunks(run * width)) {
             let mut sums = [0i16; 64];
-            for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
-                for lane in 0..4 {
-                    let x: [i16; 8] = array::from_fn(|i| i16::from(x[4 * lane + i % 4]));
-                    let codes = tile.map(|byte| byte >> (2 * lane) & 3);
+            for (tile, x) in tiles.iter().zip(x.chunks_exact(width)) {
+                let mut rest = *tile;
+                for x in x.as_chunks::<4>().0 {
+                    let x: [i16; 8] = array::from_fn(|i| i16::from(x[i % 4]));
+                    let codes = rest.map(|byte| byte % BASE);
+                    rest = rest.map(|byte| byte / BASE);
                     let codes = codes.as_chunks::<8>().0;
                     for (sums, codes) in sums.as_chunks_mut::<8>().0.iter_mut().zip(codes) {
                         for i in 0..8 {

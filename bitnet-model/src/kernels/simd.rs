@@ -51,6 +51,7 @@ pub(super) trait Simd: Copy {
 type QuantizeRow = unsafe fn(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32);
 
 /// The routines written over [`Simd`], compiled for one instruction set, which the caller must know to be present.
+#[derive(Clone, Copy)]
 pub(super) struct Routines {
     pub quantize_row: QuantizeRow,
     pub quantize_head_row: unsafe fn(&[f32], &mut [u8]) -> QuantizedRow,

@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::*;
+use super::{tile::MAX_TILE_COLS, *};
 
 /// Lengths below, at and above one vector, with every kind of ragged end.
 const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128, 1003];
@@ -11,10 +11,10 @@ const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128,
 /// Below, at and above the runs of tiles after which kernels widen their sums.
 const TILE_COUNTS: [usize; 13] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 37, 61];
 
-fn set_code(tile: &mut Tile, row: usize, col: usize, code: u8) {
-    let mut codes = tile::row(tile, row);
+fn set_code(format: TileFormat, tile: &mut Tile, row: usize, col: usize, code: u8) {
+    let mut codes = format.row(tile, row);
     codes[col] = code;
-    tile::set_row(tile, row, tile::row_of(&codes));
+    tile::set_row(tile, row, format.pack_row(&codes[..format.cols()]));
 }
 
 fn rng() -> ChaCha8Rng {
@@ -53,14 +53,15 @@ fn bf16(bits: u16) -> f32 {
 }
 
 /// A row of tiles and the weights in it.
-fn tile_row(rng: &mut ChaCha8Rng, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
-    let mut weights = vec![vec![0; tiles * COLS]; ROWS];
-    let mut packed = vec![tile::EMPTY; tiles];
+fn tile_row(rng: &mut ChaCha8Rng, format: TileFormat, tiles: usize) -> (Vec<Tile>, Vec<Vec<i32>>) {
+    let cols = format.cols();
+    let mut weights = vec![vec![0; tiles * cols]; ROWS];
+    let mut packed = vec![format.empty(); tiles];
     for (row, weights) in weights.iter_mut().enumerate() {
         for (col, weight) in weights.iter_mut().enumerate() {
             let code = rng.random_range(0..3u8);
             *weight = i32::from(code) - 1;
-            set_code(&mut packed[col / COLS], row, col % COLS, code);
+            set_code(format, &mut packed[col / cols], row, col % cols, code);
         }
     }
     (packed, weights)
@@ -79,35 +80,40 @@ fn the_fastest_kernel_is_active_and_all_have_names() {
 #[test]
 fn tiles_hold_what_was_set() {
     let mut rng = rng();
-    let (tiles, weights) = tile_row(&mut rng, 3);
-    for (t, tile) in tiles.iter().enumerate() {
-        let mut decoded = [[0.; COLS]; ROWS];
-        tile::decode(tile, &mut decoded);
-        for row in 0..ROWS {
-            for col in 0..COLS {
-                let weight = weights[row][t * COLS + col];
-                assert_eq!(i32::from(tile::code(tile, row, col)) - 1, weight);
-                assert_eq!(decoded[row][col], weight as f32);
+    for format in TileFormat::ALL {
+        let cols = format.cols();
+        let (tiles, weights) = tile_row(&mut rng, format, 3);
+        for (t, tile) in tiles.iter().enumerate() {
+            let mut decoded = [[0.; MAX_TILE_COLS]; ROWS];
+            format.decode(tile, &mut decoded);
+            for row in 0..ROWS {
+                for col in 0..cols {
+                    let weight = weights[row][t * cols + col];
+                    assert_eq!(i32::from(format.code(tile, row, col)) - 1, weight);
+                    assert_eq!(decoded[row][col], weight as f32);
+                }
             }
         }
+        let mut decoded = [[1.; MAX_TILE_COLS]; ROWS];
+        format.decode(&format.empty(), &mut decoded);
+        assert!(decoded.iter().all(|row| row[..cols].iter().all(|weight| *weight == 0.)));
     }
-    let mut decoded = [[1.; COLS]; ROWS];
-    tile::decode(&tile::EMPTY, &mut decoded);
-    assert_eq!(decoded, [[0.; COLS]; ROWS]);
     // The layout itself: row 5, column 14 is byte 4 · 5 + 2, lane 3.
-    let mut tile = [0; 64];
-    set_code(&mut tile, 5, 14, 2);
-    assert_eq!(tile[22], 2 << 6);
-    assert_eq!(tile.iter().filter(|byte| **byte != 0).count(), 1);
+    for (format, byte) in [(TileFormat::TwoBit, 2 << 6), (TileFormat::Trits, 2 * 27)] {
+        let mut tile = [0; 64];
+        set_code(format, &mut tile, 5, 14, 2);
+        assert_eq!(tile[22], byte);
+        assert_eq!(tile.iter().filter(|byte| **byte != 0).count(), 1);
+    }
 }
 
 #[test]
 fn ternary_products_equal_naive() {
     let mut rng = rng();
-    for tiles in TILE_COUNTS {
+    for (format, tiles) in TileFormat::ALL.into_iter().flat_map(|f| TILE_COUNTS.map(|t| (f, t))) {
         for tokens in (0..=21).chain([40]) {
-            let (packed, weights) = tile_row(&mut rng, tiles);
-            let cols = tiles * COLS;
+            let (packed, weights) = tile_row(&mut rng, format, tiles);
+            let cols = tiles * format.cols();
             let mut x: Vec<i8> = (0..tokens * cols).map(|_| rng.random()).collect();
             let rows = x.chunks_mut(cols.max(1));
             for (row, extreme) in rows.zip([-128, 127]) {
@@ -124,12 +130,14 @@ fn ternary_products_equal_naive() {
                 })
                 .collect();
             for kernel in available() {
+                let name = kernel.name();
                 let mut out = vec![[7; ROWS]; tokens];
-                kernel.ternary_dots(&packed, &x, &sums, &mut out);
-                assert_eq!(out, expected, "{}: {tiles} tiles, {tokens} tokens", kernel.name());
+                kernel.ternary_dots(format, &packed, &x, &sums, &mut out);
+                assert_eq!(out, expected, "{name}, {format:?}: {tiles} tiles, {tokens} tokens");
                 for token in 0..tokens {
-                    let dot = kernel.ternary_dot(&packed, row(token), sums[token]);
-                    assert_eq!(dot, expected[token], "{}: {tiles} tiles", kernel.name());
+                    let mut out = [[7; ROWS]];
+                    kernel.ternary_dots(format, &packed, row(token), &sums[token..][..1], &mut out);
+                    assert_eq!(out[0], expected[token], "{name}, {format:?}: {tiles} tiles");
                 }
             }
         }
@@ -138,21 +146,34 @@ fn ternary_products_equal_naive() {
 
 #[test]
 fn extreme_codes_do_not_saturate() {
-    for (code, weight) in [(0u8, -1), (1, 0), (2, 1)] {
-        let tile = [code * 0b01_01_01_01; 64];
-        for (value, tiles) in [-128i8, 127].into_iter().flat_map(|v| TILE_COUNTS.map(|t| (v, t))) {
-            let tokens = 12;
-            let x = vec![value; tokens * tiles * COLS];
-            let sum = (tiles * COLS) as i32 * i32::from(value);
-            for kernel in available() {
-                for tokens in 1..=tokens {
-                    let mut out = vec![[7; ROWS]; tokens];
-                    let x = &x[..tokens * tiles * COLS];
-                    kernel.ternary_dots(&vec![tile; tiles], x, &vec![sum; tokens], &mut out);
-                    let name = kernel.name();
-                    assert_eq!(out, vec![[weight * sum; ROWS]; tokens], "{name}: {tiles} tiles");
+    let check = |format: TileFormat, (code, weight): (u8, i32), value: i8, tiles: usize, tokens| {
+        // Every code of an empty tile is 1, and places add up without a carry.
+        let tile = [code * format.empty()[0]; 64];
+        let x = vec![value; tokens * tiles * format.cols()];
+        let sum = (tiles * format.cols()) as i32 * i32::from(value);
+        for kernel in available() {
+            let mut out = vec![[7; ROWS]; tokens];
+            kernel.ternary_dots(format, &vec![tile; tiles], &x, &vec![sum; tokens], &mut out);
+            let name = kernel.name();
+            assert_eq!(
+                out,
+                vec![[weight * sum; ROWS]; tokens],
+                "{name}, {format:?}: {tiles} tiles"
+            );
+        }
+    };
+    for format in TileFormat::ALL {
+        for code in [(0, -1), (1, 0), (2, 1)] {
+            for value in [-128, 127] {
+                for tiles in TILE_COUNTS {
+                    (1..=12).for_each(|tokens| check(format, code, value, tiles, tokens));
                 }
             }
+        }
+        // The longest rows there may be.
+        let tiles = format.max_cols() / format.cols();
+        for tokens in [1, 2, 8] {
+            check(format, (2, 1), -128, tiles, tokens);
         }
     }
 }
@@ -184,7 +205,7 @@ fn quantization_equals_naive() {
                 .map(|code| code.clamp(-128., 127.) as i8)
                 .collect();
             let sum: i32 = expected.iter().map(|code| i32::from(*code)).sum();
-            expected.resize(x.len().next_multiple_of(COLS), 0);
+            expected.resize(x.len().next_multiple_of(16), 0);
             for kernel in available() {
                 let mut codes = vec![9; expected.len()];
                 let (scale, codes_sum) = kernel.quantize_row(&x, half_up, &mut codes);
@@ -429,10 +450,17 @@ fn shapes_that_do_not_match_are_refused() {
         assert!(std::panic::catch_unwind(f).is_err());
     }
     let kernel = active();
-    let tiles = [tile::EMPTY; 2];
-    refused(|| kernel.ternary_dot(&tiles, &[0; 31], 0));
-    refused(|| kernel.ternary_dots(&tiles, &[0; 64], &[0; 2], &mut [[0; ROWS]; 1]));
-    refused(|| kernel.ternary_dots(&tiles, &[0; 32], &[0; 2], &mut [[0; ROWS]; 1]));
+    for format in TileFormat::ALL {
+        let (tiles, cols) = ([format.empty(); 2], 2 * format.cols());
+        let dots = |x: usize, sums: usize, out: usize| {
+            let mut out = vec![[0; ROWS]; out];
+            kernel.ternary_dots(format, &tiles, &vec![0; x], &vec![0; sums], &mut out);
+        };
+        dots(cols, 1, 1);
+        refused(|| dots(cols - 1, 1, 1));
+        refused(|| dots(2 * cols, 2, 1));
+        refused(|| dots(cols, 2, 1));
+    }
     refused(|| kernel.quantize_row(&[0.; 2], false, &mut [0; 1]));
     refused(|| Matrix::new(&[0.; 5], 2, 3));
     refused(|| Matrix::strided(&[0.; 9], 2, 3, 2));

@@ -1,87 +1,154 @@
-//! Ternary weights in memory: 2-bit codes in tiles of 16 output rows by 16 inputs, one layout for every ISA.
+//! Ternary weights in memory: tiles of 16 output rows, one cache line and one AVX-512 register each, in two formats.
 //!
 //! A code is `weight + 1`, so it is 0, 1 or 2 and can be the unsigned operand of a byte product:
 //! `Σ weight·x = Σ code·x − Σ x`. With int8 activations every partial result is bounded by
-//! `|−Σx| + |Σ code·x| ≤ 128·cols + 2·128·cols = 384·cols`, which fits an i32 for `cols < 2²²` ([`MAX_COLS`]).
+//! `|−Σx| + |Σ code·x| ≤ 128·cols + 2·128·cols = 384·cols`, which fits an i32 for `cols < 2²²`.
 
 /// Output rows of a tile.
 pub const ROWS: usize = 16;
 
-/// Inputs of a tile.
-pub const COLS: usize = 16;
+/// Inputs of the widest tile.
+pub const MAX_TILE_COLS: usize = 20;
 
-/// The most inputs a product may have, rounded up to whole tiles: 384 · 2²² < 2³¹.
-pub const MAX_COLS: usize = 1 << 22;
-
-/// 16 × 16 codes: byte `4·row + j`, bits `2·lane..2·lane + 2`, is the code of `weight[row][4·lane + j]`.
-///
-/// One cache line and one AVX-512 register, in which shifting by `2·lane` and masking leaves, for each row, the
-/// four codes that meet `x[4·lane..4·lane + 4]`. No alignment is demanded.
+/// 16 rows of codes: bytes `4·row..4·row + 4` belong to a row, one 32-bit lane of a register. No alignment is demanded.
 pub type Tile = [u8; 64];
 
-/// The tile of sixteen by sixteen zero weights (code 1): padding that adds nothing to a product.
-pub const EMPTY: Tile = [0b01_01_01_01; 64];
+/// How a tile holds codes: byte `4·row + j` is `Σ code(row, 4·lane + j) · baseˡᵃⁿᵉ`, so that what is unpacked of one lane
+/// are, for each row, the four codes that meet `x[4·lane..4·lane + 4]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TileFormat {
+    /// Base 4: four codes of 2 bits a byte, 16 × 16 weights a tile, unpacked by shifting and masking.
+    #[default]
+    TwoBit,
+    /// Base 3: five codes a byte, 16 × 20 weights a tile. A fifth fewer bytes, more instructions.
+    Trits,
+}
 
-/// Byte of the tile and shift within it.
+impl TileFormat {
+    /// Every format.
+    pub const ALL: [Self; 2] = [Self::TwoBit, Self::Trits];
+
+    /// Its name, the bits of a weight: `2bit` or `1.6bit`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TwoBit => "2bit",
+            Self::Trits => "1.6bit",
+        }
+    }
+
+    /// Codes of a byte.
+    pub const fn lanes(self) -> usize {
+        match self {
+            Self::TwoBit => 4,
+            Self::Trits => 5,
+        }
+    }
+
+    /// Inputs of a tile.
+    pub const fn cols(self) -> usize {
+        4 * self.lanes()
+    }
+
+    /// The most inputs a product may have, rounded up to whole tiles: 384 · 2²² < 2³¹. Kernels sum lane 3 of base 3 as
+    /// 64 · code, `64 · 2 · 128 · cols / 5 < 2³¹`.
+    pub const fn max_cols(self) -> usize {
+        match self {
+            Self::TwoBit => 1 << 22,
+            Self::Trits => 1 << 19,
+        }
+    }
+
+    const fn base(self) -> u32 {
+        match self {
+            Self::TwoBit => 4,
+            Self::Trits => 3,
+        }
+    }
+
+    const fn place(self, lane: usize) -> u32 {
+        self.base().pow(lane as u32)
+    }
+
+    /// The tile of zero weights (code 1): padding that adds nothing to a product.
+    pub const fn empty(self) -> Tile {
+        match self {
+            Self::TwoBit => [1 + 4 + 16 + 64; 64],
+            Self::Trits => [1 + 3 + 9 + 27 + 81; 64],
+        }
+    }
+
+    #[inline(always)]
+    fn digit(self, byte: u8, lane: usize) -> u8 {
+        (u32::from(byte) / self.place(lane) % self.base()) as u8
+    }
+
+    /// The code of `weight[row][col]`.
+    ///
+    /// # Panics
+    /// If the tile has no such row or column.
+    #[inline]
+    pub fn code(self, tile: &Tile, row: usize, col: usize) -> u8 {
+        assert!(row < ROWS && col < self.cols(), "no code at row {row}, column {col} of a tile");
+        self.digit(tile[4 * row + col % 4], col / 4)
+    }
+
+    /// The four bytes of a row with these codes, one a column of the tile.
+    #[inline]
+    pub fn pack_row(self, codes: &[u8]) -> [u8; 4] {
+        debug_assert!(codes.iter().all(|&code| code <= 2), "{codes:?} are not ternary codes");
+        self.pack_field(codes, 0)
+    }
+
+    /// The four bytes of a row whose codes are bits `2·field..2·field + 2` of bytes of the Hub's packing, one a column of
+    /// the tile.
+    #[inline]
+    pub fn pack_field(self, bytes: &[u8], field: usize) -> [u8; 4] {
+        debug_assert_eq!(bytes.len(), self.cols(), "one byte a column");
+        // Four codes a word: word `lane` holds columns 4·lane .. 4·lane + 4. No byte of the sum exceeds 255.
+        let words = bytes.as_chunks::<4>().0.iter().enumerate();
+        let word = words.fold(0, |word, (lane, &bytes)| {
+            word + (u32::from_le_bytes(bytes) >> (2 * field) & 0x0303_0303) * self.place(lane)
+        });
+        word.to_le_bytes()
+    }
+
+    /// The codes of a row; those behind [`cols`](Self::cols) mean nothing.
+    #[inline]
+    pub fn row(self, tile: &Tile, row: usize) -> [u8; MAX_TILE_COLS] {
+        let mut codes = [0; MAX_TILE_COLS];
+        let bytes = &tile[4 * row..4 * row + 4];
+        for (lane, codes) in codes.as_chunks_mut::<4>().0[..self.lanes()].iter_mut().enumerate() {
+            codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = self.digit(*byte, lane));
+        }
+        codes
+    }
+
+    /// The weights −1, 0, 1 of a tile, row by row; those behind [`cols`](Self::cols) mean nothing.
+    #[inline]
+    pub fn decode(self, tile: &Tile, out: &mut [[f32; MAX_TILE_COLS]; ROWS]) {
+        match self {
+            Self::TwoBit => decode::<4, 4>(tile, out),
+            Self::Trits => decode::<3, 5>(tile, out),
+        }
+    }
+}
+
 #[inline(always)]
-fn position(row: usize, col: usize) -> (usize, u32) {
-    assert!(row < ROWS && col < COLS, "no code at row {row}, column {col} of a tile");
-    (4 * row + col % 4, 2 * (col / 4) as u32)
-}
-
-/// The code of `weight[row][col]`.
-#[inline]
-pub fn code(tile: &Tile, row: usize, col: usize) -> u8 {
-    let (byte, shift) = position(row, col);
-    tile[byte] >> shift & 3
-}
-
-/// Sets the four bytes of a row, as [`row_of`] and [`packed_row`] make them.
-#[inline]
-pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
-    tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
-}
-
-/// The four bytes of a row with these codes.
-#[inline]
-pub fn row_of(codes: &[u8; COLS]) -> [u8; 4] {
-    debug_assert!(codes.iter().all(|&code| code <= 2), "{codes:?} are not ternary codes");
-    packed_row(codes, 0)
+fn decode<const BASE: u8, const LANES: usize>(tile: &Tile, out: &mut [[f32; MAX_TILE_COLS]; ROWS]) {
+    for (bytes, row) in tile.as_chunks::<4>().0.iter().zip(out) {
+        let mut rest = *bytes;
+        for weights in &mut row.as_chunks_mut::<4>().0[..LANES] {
+            *weights = rest.map(|byte| f32::from(byte % BASE) - 1.);
+            rest = rest.map(|byte| byte / BASE);
+        }
+    }
 }
 
 /// A byte of the Hub's packing whose four rows have weight 0.
 pub const PACKED_ZEROS: u8 = 0b01_01_01_01;
 
-/// The four bytes of a row whose codes are bits `2·field..2·field + 2` of sixteen bytes of the Hub's packing.
+/// Sets the four bytes of a row, as [`TileFormat::pack_row`] makes them.
 #[inline]
-pub fn packed_row(bytes: &[u8; COLS], field: usize) -> [u8; 4] {
-    // Four codes a word: word `lane` holds columns 4·lane .. 4·lane + 4, and goes to bits 2·lane.
-    let words = bytes.as_chunks::<4>().0.iter().enumerate();
-    let word = words.fold(0, |word, (lane, &bytes)| {
-        word | (u32::from_le_bytes(bytes) >> (2 * field) & 0x0303_0303) << (2 * lane)
-    });
-    word.to_le_bytes()
-}
-
-/// The sixteen codes of a row.
-#[inline]
-pub fn row(tile: &Tile, row: usize) -> [u8; COLS] {
-    let mut codes = [0; COLS];
-    let bytes = &tile[4 * row..4 * row + 4];
-    for (lane, codes) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte >> (2 * lane) & 3);
-    }
-    codes
-}
-
-/// The weights −1, 0, 1 of a tile, row by row.
-#[inline]
-pub fn decode(tile: &Tile, out: &mut [[f32; COLS]; ROWS]) {
-    for (bytes, row) in tile.as_chunks::<4>().0.iter().zip(out) {
-        for (lane, weights) in row.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for (weight, byte) in weights.iter_mut().zip(bytes) {
-                *weight = f32::from(byte >> (2 * lane) & 3) - 1.;
-            }
-        }
-    }
+pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
+    tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
 }

@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
+    kernels::TileFormat,
     ops::ternary_matmul,
     pages::Arena,
     quant::Rounding,
@@ -41,6 +42,7 @@ impl BitLinear {
 fn load_weight(
     spec: LinearSpec,
     quantization: Quantization,
+    format: TileFormat,
     vb: VarBuilder,
 ) -> Result<TernaryWeight> {
     let Quantization { weights, rounding, .. } = quantization;
@@ -58,7 +60,12 @@ fn load_weight(
                     let (row, col) = (at / in_features, at % in_features);
                     return Err(refuse(format!("row {row}, column {col} is {}", latent[at])));
                 }
-                Ok(TernaryWeight::from_latent(latent, out_features, in_features, rounding))
+                Ok(TernaryWeight::from_latent(
+                    latent,
+                    (out_features, in_features),
+                    rounding,
+                    format,
+                ))
             })
         }
         WeightForm::Packed(convention) => {
@@ -75,7 +82,7 @@ fn load_weight(
                 ScaleConvention::Divide => 1. / scale,
             };
             with_slice::<u8, _>(&codes, |codes| {
-                TernaryWeight::from_packed(codes, out_features, in_features, scale)
+                TernaryWeight::from_packed(codes, (out_features, in_features), scale, format)
                     .map_err(|e| refuse(e.to_string()))
             })
         }
@@ -108,13 +115,19 @@ impl Projections for BitLinear {
 #[derive(Debug)]
 pub struct BitLinears {
     quantization: Quantization,
+    format: TileFormat,
     arena: Arena,
 }
 
 impl BitLinears {
     /// Loads projections quantized like this, into memory of large pages.
     pub fn new(quantization: Quantization) -> Self {
-        Self { quantization, arena: Arena::default() }
+        Self { quantization, format: TileFormat::default(), arena: Arena::default() }
+    }
+
+    /// With weights in memory in this format; results do not depend on it.
+    pub fn with_format(self, format: TileFormat) -> Self {
+        Self { format, ..self }
     }
 
     /// How the projections are quantized.
@@ -123,7 +136,7 @@ impl BitLinears {
     }
 
     fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
-        let weight = load_weight(spec, self.quantization, vb)?;
+        let weight = load_weight(spec, self.quantization, self.format, vb)?;
         weight.into_pages(&self.arena).map_err(candle_core::Error::wrap)
     }
 }

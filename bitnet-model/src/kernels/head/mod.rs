@@ -130,6 +130,7 @@ impl<'a> HeadActivations<'a> {
 }
 
 /// One instruction set's products of a band with tokens.
+#[derive(Clone, Copy)]
 pub(super) struct HeadRoutines {
     /// `sums[token] = [Σ code·hi, Σ code·lo]` of each row.
     pub q8: unsafe fn(lines: &[Line], x: &[[i8; 8]], sums: &mut [PlaneSums]),

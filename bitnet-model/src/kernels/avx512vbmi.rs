@@ -1,0 +1,162 @@
+//! AVX-512 with VNNI and VBMI, whose permutation of bytes unpacks five ternary digits at once; else as `avx512vnni`.
+//!
+//! A byte of base 3 is `v = r + 81·d₄`, r = d₀ + 3d₁ + 9d₂ + 27d₃. The remainder r is the least of v, v − 81 and v − 162 as
+//! unsigned bytes, of which those below zero wrap around to more than v. A table of 81 bytes turns r into the four codes
+//! of two bits; v − r is 81·d₄.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, ROWS, Tile, TileFormat, avx512vnni};
+
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "avx512vbmi",
+    is_available: || (avx512vnni::KERNEL.is_available)() && is_x86_feature_detected!("avx512vbmi"),
+    accumulate_trits,
+    ..avx512vnni::KERNEL
+};
+
+/// Tokens that share a decoded tile.
+const BLOCK: usize = 8;
+
+const COLS: usize = TileFormat::Trits.cols();
+
+/// The codes d₀ … d₃ of r, in two bits each.
+const CODES: [u8; 128] = {
+    let mut codes = [0; 128];
+    let mut r = 0;
+    while r < 81 {
+        codes[r] = (r % 3 + r / 3 % 3 * 4 + r / 9 % 3 * 16 + r / 27 * 64) as u8;
+        r += 1;
+    }
+    codes
+};
+
+/// Multiplying by it, modulo 2³², divides a multiple of 81.
+const INVERSE_81: i32 = inverse(81) as i32;
+
+/// Newton's iteration for `1 / x` modulo 2³², x odd: each step doubles the number of right bits, of which x·x = 1 mod 8 gives
+/// three.
+const fn inverse(x: u32) -> u32 {
+    let mut y = x;
+    let mut right = 3;
+    while right < 32 {
+        y = y.wrapping_mul(2u32.wrapping_sub(x.wrapping_mul(y)));
+        right *= 2;
+    }
+    y
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn accumulate_trits(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * COLS;
+    for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
+        let x = &x[i * BLOCK * cols..][..acc.len() * cols];
+        match acc.len() {
+            1 => single(tiles, x, &mut acc[0]),
+            2 => block::<2>(tiles, x, acc),
+            3 => block::<3>(tiles, x, acc),
+            4 => block::<4>(tiles, x, acc),
+            5 => block::<5>(tiles, x, acc),
+            6 => block::<6>(tiles, x, acc),
+            7 => block::<7>(tiles, x, acc),
+            _ => block::<BLOCK>(tiles, x, acc),
+        }
+    }
+}
+
+/// The codes of two bits and 81·d₄ of each byte.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn unpack(tile: &Tile) -> [__m512i; 2] {
+    // SAFETY: a `Tile` is 64 bytes, and `CODES` is twice that.
+    let (v, low, high) = unsafe {
+        let codes = CODES.as_ptr();
+        (
+            _mm512_loadu_si512(tile.as_ptr().cast()),
+            _mm512_loadu_si512(codes.cast()),
+            _mm512_loadu_si512(codes.add(64).cast()),
+        )
+    };
+    let once = _mm512_sub_epi8(v, _mm512_set1_epi8(81));
+    let twice = _mm512_sub_epi8(v, _mm512_set1_epi8(162_u8 as i8));
+    let r = _mm512_min_epu8(_mm512_min_epu8(v, once), twice);
+    [_mm512_permutex2var_epi8(low, r, high), _mm512_sub_epi8(v, r)]
+}
+
+/// One token: the codes are used where they stand, as 1, 4, 16, 64 and 81 times their value, each in sums of its own,
+/// which saves the shifts. The largest, of lane 3, stays below 2³¹ ([`TileFormat::max_cols`]); that of lane 4 may wrap
+/// around, as its 81st part is taken modulo 2³².
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
+    let masks = [3, 3 << 2, 3 << 4, 3 << 6].map(|mask: u8| _mm512_set1_epi8(mask as i8));
+    let mut sums = [_mm512_setzero_si512(); 5];
+    for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
+        let [codes, fifth] = unpack(tile);
+        let lanes = [
+            _mm512_and_si512(codes, masks[0]),
+            _mm512_and_si512(codes, masks[1]),
+            _mm512_and_si512(codes, masks[2]),
+            _mm512_and_si512(codes, masks[3]),
+            fifth,
+        ];
+        for ((sum, codes), x) in sums.iter_mut().zip(lanes).zip(x.as_chunks().0) {
+            *sum = _mm512_dpbusd_epi32(
+                *sum,
+                codes,
+                _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8))),
+            );
+        }
+    }
+    let sums = [
+        sums[0],
+        _mm512_srai_epi32::<2>(sums[1]),
+        _mm512_srai_epi32::<4>(sums[2]),
+        _mm512_srai_epi32::<6>(sums[3]),
+        _mm512_mullo_epi32(sums[4], _mm512_set1_epi32(INVERSE_81)),
+    ];
+    add(acc, &sums);
+}
+
+/// `N` tokens: the sums stay in registers, and a tile is decoded once for all tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    let cols = tiles.len() * COLS;
+    assert_eq!((x.len(), acc.len()), (N * cols, N));
+    let low2 = _mm512_set1_epi8(3);
+    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    for (i, tile) in tiles.iter().enumerate() {
+        let [codes, fifth] = unpack(tile);
+        let lanes = [
+            _mm512_and_si512(codes, low2),
+            _mm512_and_si512(_mm512_srli_epi32::<2>(codes), low2),
+            _mm512_and_si512(_mm512_srli_epi32::<4>(codes), low2),
+            _mm512_and_si512(_mm512_srli_epi32::<6>(codes), low2),
+            _mm512_and_si512(_mm512_srli_epi32::<6>(fifth), low2), // 81 = 0b01…, 162 = 0b10…
+        ];
+        for (lane, codes) in lanes.into_iter().enumerate() {
+            for (token, sums) in sums.iter_mut().enumerate() {
+                let start = token * cols + i * COLS + 4 * lane;
+                // SAFETY: token < N, i < tiles.len() and lane < 5, so these four values end within the N · cols of x.
+                let x = unsafe { x.as_ptr().add(start).cast::<i32>().read_unaligned() };
+                let sum = &mut sums[lane % 2];
+                *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(x));
+            }
+        }
+    }
+    for (acc, sums) in acc.iter_mut().zip(sums) {
+        add(acc, &sums);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn add(acc: &mut [i32; ROWS], sums: &[__m512i]) {
+    let acc = acc.as_mut_ptr().cast();
+    // SAFETY: sixteen i32 are one register.
+    let mut total = unsafe { _mm512_loadu_si512(acc) };
+    for sum in sums {
+        total = _mm512_add_epi32(total, *sum);
+    }
+    // SAFETY: as above.
+    unsafe { _mm512_storeu_si512(acc, total) };
+}
