@@ -218,6 +218,12 @@ impl Simd for Avx2 {
     type F32 = [__m256; 2];
 
     #[inline(always)]
+    fn prefetch<T>(self, at: *const T) {
+        // SAFETY: a prefetch reads nothing that the program sees and faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         // SAFETY: `self` proves AVX2.
         unsafe { [_mm256_set1_ps(x); 2] }

@@ -96,6 +96,12 @@ impl Simd for Avx512 {
     type F32 = __m512;
 
     #[inline(always)]
+    fn prefetch<T>(self, at: *const T) {
+        // SAFETY: a prefetch reads nothing that the program sees and faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         // SAFETY: `self` proves AVX-512.
         unsafe { _mm512_set1_ps(x) }

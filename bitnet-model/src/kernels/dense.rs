@@ -208,6 +208,9 @@ pub(super) fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
     lanes.into_iter().fold(f32::NEG_INFINITY, |acc, x| if x > acc { x } else { acc })
 }
 
+/// Rows that are prefetched before their turn: the processor's own prefetching stops at the end of a page.
+const AHEAD: usize = 32;
+
 /// `y[i · y_stride + j] = Σ x[i][·] · w[j][·]`, `R` × `C` accumulators at a time.
 #[inline(always)]
 pub(super) fn matmul_nt<S: Simd, const R: usize, const C: usize>(
@@ -269,9 +272,13 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
         let w: [_; C] = array::from_fn(|c| self.w.row(j + c).as_chunks::<LANES>());
         let mut acc = [[simd.splat(0.); C]; R];
         let groups = self.x.cols / LANES;
+        let ahead = AHEAD * self.w.stride;
         for g in 0..groups {
             let mut w_lanes = [simd.splat(0.); C];
             for c in 0..C {
+                simd.prefetch(
+                    w[c].0.as_ptr().wrapping_add(g).cast::<T::Stored>().wrapping_add(ahead),
+                );
                 w_lanes[c] = T::load(simd, &w[c].0[g]);
             }
             for r in 0..R {
@@ -381,10 +388,12 @@ fn weighted_block<S: Simd, T: Element, const R: usize, const W: usize>(
     out: &mut [f32],
 ) {
     let mut acc = [[simd.splat(0.); W]; R];
+    let ahead = AHEAD * v.stride;
     for j in 0..v.rows {
         let row = v.row(j)[start..][..W * LANES].as_chunks::<LANES>().0;
         let mut lanes = [simd.splat(0.); W];
         for w in 0..W {
+            simd.prefetch(row[w].as_ptr().wrapping_add(ahead));
             lanes[w] = T::load(simd, &row[w]);
         }
         for r in 0..R {

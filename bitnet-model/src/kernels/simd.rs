@@ -18,6 +18,10 @@ pub(super) trait Simd: Copy {
     /// Sixteen lanes.
     type F32: Copy;
 
+    /// Asks for the cache line of an address that will be read soon, which may lie outside of everything: a hint.
+    #[inline(always)]
+    fn prefetch<T>(self, _at: *const T) {}
+
     /// `x` in every lane.
     fn splat(self, x: f32) -> Self::F32;
     /// Lane `l` is `x[l]`.
