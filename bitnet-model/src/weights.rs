@@ -316,27 +316,34 @@ pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeigh
 /// Cuts stacked matrices into tasks: the columns of `y` at which they begin, and the matrix and first band of each.
 fn cut(weights: &[TernaryWeight], tokens: usize) -> (Vec<usize>, Vec<(&TernaryWeight, usize)>) {
     let (mut cuts, mut parts, mut end) = (vec![0], Vec::new(), 0);
+    let codes = weights.iter().map(|weight| weight.out_features * weight.in_features).sum();
+    let codes_of_a_task = codes_of_a_task(codes, tokens);
     for weight in weights {
-        let bands = bands_of_a_task(weight.in_features, tokens);
-        for first in (0..weight.out_features.div_ceil(ROWS)).step_by(bands) {
+        let bands = weight.out_features.div_ceil(ROWS);
+        // Tasks of equal size, so that all threads finish together.
+        let tasks = (weight.out_features * weight.in_features).div_ceil(codes_of_a_task).max(1);
+        let step = bands.div_ceil(tasks).max(1);
+        for first in (0..bands).step_by(step) {
             parts.push((weight, first));
-            cuts.push(end + weight.out_features.min((first + bands) * ROWS));
+            cuts.push(end + weight.out_features.min((first + step) * ROWS));
         }
         end += weight.out_features;
     }
     (cuts, parts)
 }
 
-/// Bands of tiles for one task: enough that handing it out costs nothing, few enough that all threads finish together
-/// and that the tiles stay in the second-level cache while the tokens pass.
-fn bands_of_a_task(in_features: usize, tokens: usize) -> usize {
-    /// Products of a task: 2 µs and more.
+/// Codes for one task, of `codes` in all.
+fn codes_of_a_task(codes: usize, tokens: usize) -> usize {
+    /// Products that take some microseconds, beside which handing out a task costs nothing.
     const PRODUCTS: usize = 1 << 19;
-    /// Codes of a task: 128 KiB of tiles.
-    const CODES: usize = 1 << 19;
-    let codes = (ROWS * in_features).max(1);
-    let bands = PRODUCTS.div_ceil(codes * tokens.clamp(1, TOKEN_BLOCK));
-    bands.max(if tokens > TOKEN_BLOCK { CODES / codes } else { 1 })
+    /// 128 KiB of tiles, which stay in the second-level cache while the tokens pass.
+    const CACHED: usize = 1 << 19;
+    /// Tasks of a thread. Few: memory is fastest when it is read in long runs.
+    const TASKS: usize = 4;
+    match tokens <= TOKEN_BLOCK {
+        true => codes.div_ceil(threads::count() * TASKS).max(PRODUCTS / tokens.max(1)),
+        false => CACHED,
+    }
 }
 
 /// A 1 in the low bit of each 2-bit field that holds code 3.
