@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, head,
+    COLS, Kernel, ROWS, Tile, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -17,6 +17,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     accumulate,
     routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avx2::ROUTINES,
+    peak: peak::AVX2,
 };
 
 /// Tokens that share a decoded tile: their sums, two registers a token, leave room for codes and activations.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, avx2, head,
+    COLS, Kernel, ROWS, Tile, avx2, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -23,6 +23,7 @@ pub(super) static KERNEL: Kernel = Kernel {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
     head: head::avx512vnni::ROUTINES,
+    peak: peak::AVX512VNNI,
 };
 
 /// Tokens that share a decoded tile.

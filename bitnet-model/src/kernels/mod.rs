@@ -11,9 +11,11 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+mod choice;
 mod dense;
 mod exp;
 pub mod head;
+mod peak;
 mod quantize;
 mod scalar;
 mod simd;
@@ -21,10 +23,11 @@ mod simd;
 mod tests;
 pub mod tile;
 
-use std::{fmt, sync::OnceLock};
+use std::fmt;
 
 use self::simd::Routines;
 pub use self::{
+    choice::{ChoiceError, KERNEL_VARIABLE, active, choose},
     dense::{DenseWeights, Matrix},
     tile::{COLS, ROWS, Tile},
 };
@@ -38,6 +41,7 @@ pub struct Kernel {
     accumulate: unsafe fn(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]),
     routines: Routines,
     head: head::HeadRoutines,
+    peak: peak::Peak,
 }
 
 /// Fastest first. An instruction set is one file, one `mod` line and one line here.
@@ -52,12 +56,6 @@ static KERNELS: &[&Kernel] = &[
 /// The kernels this processor can run, fastest first.
 pub fn available() -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().copied().filter(|kernel| (kernel.is_available)())
-}
-
-/// The fastest kernel this processor can run, chosen once.
-pub fn active() -> &'static Kernel {
-    static ACTIVE: OnceLock<&'static Kernel> = OnceLock::new();
-    ACTIVE.get_or_init(|| available().next().unwrap_or(&scalar::KERNEL))
 }
 
 /// The kernel with this [name](Kernel::name), if the processor can run it.

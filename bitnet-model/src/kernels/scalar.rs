@@ -3,7 +3,7 @@
 use std::array;
 
 use super::{
-    COLS, Kernel, ROWS, Tile, head,
+    COLS, Kernel, ROWS, Tile, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -13,6 +13,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     accumulate,
     routines: routines!(Scalar, 2 x 2),
     head: head::portable::ROUTINES,
+    peak: peak::SCALAR,
 };
 
 /// Tiles whose products fit 16 bits: each of the 64 sums takes four of a tile, `31 · 4 · 2 · 128 = 31744 < 2¹⁵`.
