@@ -7,7 +7,9 @@ use candle_nn::VarBuilder;
 use crate::{
     config::Config,
     kv_cache::KvCache,
-    nn::{Angles, Block, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary},
+    nn::{
+        Angles, Block, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary,
+    },
     ops::KvType,
 };
 
