@@ -74,6 +74,11 @@ pub enum Command {
 }
 
 impl Global {
+    /// The kernel that was asked for; an empty variable asks for none.
+    pub fn kernel(&self) -> Option<&str> {
+        self.kernel.as_deref().filter(|name| !name.is_empty())
+    }
+
     /// Starts logging, sizes the thread pool and chooses the kernel; refuses devices that do not exist.
     pub fn apply(&self, command: &Command) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(&self.log)
@@ -87,7 +92,7 @@ impl Global {
         if self.device != "cpu" {
             bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
         }
-        if let Some(kernel) = &self.kernel {
+        if let Some(kernel) = self.kernel() {
             kernels::choose(kernel).with_context(|| format!("--kernel {kernel}"))?;
         }
         if self.threads.len() > 1 && !matches!(command, Command::Bench(_)) {

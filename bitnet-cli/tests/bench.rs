@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use support::wait_for_handler;
 use support::{bitnet, failure, fixture, interrupt, long_context, run, stdout, text};
 
-/// A few tokens of each kind.
-const SMALL: [&str; 8] = ["bench", "-q", "-p", "8", "-n", "4", "-r", "2"];
-
+/// `bitnet bench` with `more`, and few tokens and samples where that does not say how many.
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&SMALL, more].concat()
+    let defaults = [["-p", "8"], ["-n", "4"], ["-r", "2"]];
+    let missing = defaults.iter().filter(|flag| !more.contains(&flag[0]));
+    [&["bench", "-q"], &missing.flatten().copied().collect::<Vec<_>>()[..], more].concat()
 }
 
 fn json_of(more: &[&str]) -> Value {
@@ -224,7 +224,7 @@ fn context() -> usize {
 
 #[test]
 fn a_model_in_full_precision_has_speeds_and_no_limit() {
-    let model = fixture("llama_full");
+    let model = fixture("grad_llama_onebit_qat");
     let report = json_of(&["-m", text(&model), "--full-precision"]);
     for row in report["results"].as_array().unwrap() {
         assert!(row["tokens_per_second"].as_f64().unwrap() > 0.);
@@ -260,9 +260,11 @@ fn ctrl_c_keeps_what_was_measured() {
 #[test]
 fn help_has_examples_and_numbers() {
     let long = stdout(&["bench", "--help"], "");
-    for part in ["Limits, measured", "mobile", "M / 2, at most 2 GiB", "baseline", "Examples:"] {
+    for part in ["Limits, measured", "mobile", "M/2, at most 2 GiB", "baseline", "Examples:"] {
         assert!(long.contains(part), "{part}");
     }
+    let table = long.lines().find(|line| line.trim_start().starts_with("cloud ")).unwrap();
+    assert!(table.ends_with("128"), "a broken line: {table}");
     let short = stdout(&["bench", "-h"], "");
     assert!(short.contains("Examples:") && short.len() < long.len());
 }

@@ -19,8 +19,13 @@ use bitnet_model::{
 };
 use serde::Serialize;
 
-/// Bytes read to measure bandwidth: many times the last-level cache of a core's share.
-pub const BUFFER: usize = 256 << 20;
+use super::machine::last_level_cache;
+
+/// The least bytes read to measure bandwidth.
+const LEAST_BUFFER: usize = 64 << 20;
+
+/// How many times the last-level cache they are at least: read in order, nothing of them is there the next time.
+const CACHES: usize = 4;
 
 /// Bytes of a task of reading.
 const PART: usize = 1 << 20;
@@ -49,6 +54,12 @@ pub struct Limits {
     pub cached_ternary: f64,
 }
 
+/// Bytes read to measure bandwidth.
+pub fn buffer_bytes() -> usize {
+    let caches = CACHES * last_level_cache().unwrap_or(0);
+    caches.next_multiple_of(PART).max(LEAST_BUFFER)
+}
+
 impl Limits {
     /// Of each of `counts` threads, for products of `in_features` columns.
     ///
@@ -66,8 +77,9 @@ impl Limits {
                 cached_ternary: cached_ternary(threads, in_features),
             });
         }
-        let large = bandwidths(Arena::default().zeroed(BUFFER)?, counts);
-        let small = bandwidths(pages::small_pages(BUFFER)?, counts);
+        let bytes = buffer_bytes();
+        let large = bandwidths(Arena::default().zeroed(bytes)?, counts);
+        let small = bandwidths(pages::small_pages(bytes)?, counts);
         for ((limits, large), small) in all.iter_mut().zip(large).zip(small) {
             (limits.read_large_pages, limits.read_small_pages) = (large, small);
         }

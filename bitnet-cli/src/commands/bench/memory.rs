@@ -14,7 +14,7 @@ use bitnet_model::{
     session::PREFILL_CHUNK,
 };
 
-use super::limits::BUFFER;
+use super::limits::buffer_bytes;
 use crate::statistics;
 
 /// Bytes of keys and values of one token of one sequence.
@@ -52,7 +52,7 @@ pub fn working_bytes(config: &Config, batch: usize) -> u64 {
     let widths = 3 * config.intermediate_size + 6 * config.hidden_size;
     let activations = PREFILL_CHUNK.max(batch) * widths * size_of::<f32>();
     let logits = 3 * batch * config.vocab_size * size_of::<f32>();
-    (activations + logits + BUFFER) as u64
+    (activations + logits + buffer_bytes()) as u64
 }
 
 /// Bytes that this process may still take: what the system has available, within the limit of its control group.

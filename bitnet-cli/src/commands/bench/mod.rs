@@ -97,40 +97,49 @@ const EXAMPLES: &str = "Examples:
   bitnet bench -m synthetic:2b-4t -t 1,2 -d 0,2048
   bitnet bench -m synthetic:2b-4t -p 0 -n 64 -b 1,8 --json -o new.json --compare old.json";
 
+// Lines of more than 95 columns would be broken.
 const MANUAL: &str = "\
 Tests:
-  pp512      read a prompt of 512 tokens, one sequence, and compute the logits after its last token
-  tg128      generate 128 tokens, each from the output head's best of the one before
-  tg128@2048 the same behind 2048 tokens; their reading is not counted
-  With --batch 8, eight sequences generate together; tokens/s counts the tokens of all. Figures are medians; the spread
-  is the difference of the best and the worst sample, in percent of the median.
+  pp512       read a prompt of 512 tokens, one sequence, up to the logits after its last token
+  tg128       generate 128 tokens, each the best of the output head's after the one before
+  tg128@2048  the same behind 2048 tokens, whose reading is not counted
+  With --batch 8, eight sequences generate together; tokens/s counts the tokens of all.
+  Figures are medians. The spread is the difference of the best and the worst sample, in percent
+  of the median.
 
 Limits, measured before and after the tests, the better of the two:
-  memory     reading 256 MiB from pages of 2 MiB (weights lie in such), divided by the bytes that a token reads. For one
-             token these are the ternary weights as stored, the head with the rows that were multiplied again, and keys and
-             values. Without effect where all weights fit the last-level cache.
-  cache      the ternary kernel on weights in the second-level cache, one token, divided by the ternary weights
-  multiply   the kernel's multiply instruction on registers, divided by the ternary weights and the rows of the head that
-             are computed. Attention is not counted.
-  `reached` is the speed divided by the smallest of these that applies.
+  memory      bytes read a second from pages of 2 MiB, in which weights lie, divided by the bytes
+              that a token reads: the ternary weights as stored, the head with the rows that were
+              multiplied again, keys and values. Several sequences, or the tokens of a prompt,
+              share the weights. Without effect where all weights fit the last-level cache.
+  cache       ternary weights a second that the kernel multiplies by one token, from the
+              second-level cache, divided by the ternary weights. For one sequence.
+  multiply    the kernel's multiply instruction on registers, divided by the ternary weights and
+              the weights of the head for each row of logits. Attention is not counted.
+  `reached` is the speed divided by what the tightest of these allows.
 
-Presets set the flags that are not given. C is the number of processors this process may use, M the memory available:
-             threads        memory limit          context   most sequences
-  mobile     C, at most 4   M / 2, at most 2 GiB     2048   1
-  edge       C, at most 8   M / 2, at most 8 GiB     4096   4
-  server     C              M · 3 / 4                8192   32
-  cloud      C              M · 9 / 10               8192   128
-  The context is the model's if that is shorter. The batch is the largest power of two, up to the one given here, whose keys
-  and values fit the limit beside the model. Measured are one sequence, empty and at the end of the context, and the batch
+Presets set --threads where it is not given, and --batch and --depth where neither is. C is the
+number of processors that this process may use, M the available memory:
+              threads        memory limit        context   most sequences
+  mobile      C, at most 4   M/2, at most 2 GiB     2048                1
+  edge        C, at most 8   M/2, at most 8 GiB     4096                4
+  server      C              3/4 M                  8192               32
+  cloud       C              9/10 M                 8192              128
+  The context is the model's if that is shorter. The batch is the number of sequences given here,
+  halved until keys and values of full contexts fit the limit beside the model. Generating is
+  measured for one sequence, with empty context and at the end of the context, and for the batch
   with empty context. A model that exceeds the limit is refused.
 
 Levels:
-  baseline   the portable kernel, keys and values in f32, every row of the output head as it is stored
-  optimized  the defaults: the fastest kernel, keys and values in f16, an exact head that is screened
-  aggressive the fastest kernel, keys and values in int8, a head of 4 bits: less exact
-  --kernel, --kv-cache and --lm-head override the level. No level speculates: what that gains depends on the text.
+  baseline    the portable kernel, keys and values in f32, every row of the output head
+              multiplied as it is stored
+  optimized   the defaults: the fastest kernel, keys and values in f16, an exact head that is
+              screened where it is large
+  aggressive  the fastest kernel, keys and values in int8, a head of 4 bits: less exact
+  --kernel, --kv-cache and --lm-head override the level. No level speculates: what that gains
+  depends on the text.
 
-Ctrl-C ends the run; what was measured until then is printed, and the exit status is 130.
+Ctrl-C ends the run: what was measured until then is printed, and the exit status is 130.
 
 Examples:
   bitnet bench -p 64 -n 32
@@ -138,7 +147,7 @@ Examples:
   bitnet bench -m synthetic:2b-4t -t 1,2 -d 0,2048
       random weights of a real geometry, without a download
   bitnet bench -m synthetic:2b-4t -p 0 -n 64 -b 1,8 --json -o new.json --compare old.json
-      total speed of eight sequences, beside that of an earlier run
+      the speed of eight sequences together, beside that of an earlier run
   bitnet bench -m synthetic:llama3-8b --preset edge --markdown
   bitnet bench -m synthetic:2b-4t --kernel avx2 -r 3 --csv";
 
@@ -152,7 +161,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         source.lm_head = args.level.lm_head();
     }
     let plan = Plan::new(args, &global.threads, &source)?;
-    if let (Level::Baseline, None) = (args.level, &global.kernel) {
+    if let (Level::Baseline, None) = (args.level, global.kernel()) {
         kernels::choose(presets::PORTABLE)?;
     }
     let interrupt = interrupt::flag()?;
