@@ -3,7 +3,10 @@
 use std::{io::IsTerminal, num::NonZeroUsize};
 
 use anyhow::{Context, bail};
-use bitnet_model::threads;
+use bitnet_model::{
+    kernels::{self, KERNEL_VARIABLE},
+    threads,
+};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -27,9 +30,12 @@ const GLOBAL: &str = "Global options";
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
-    /// Threads to compute with [default: one a core]
-    #[arg(long, global = true, help_heading = GLOBAL, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Threads to compute with; `bench` takes several, separated by commas [default: one a core]
+    #[arg(long, short, global = true, help_heading = GLOBAL, value_name = "N", value_delimiter = ',')]
+    pub threads: Vec<usize>,
+    /// The instruction set to compute with, as `bitnet info` names it [default: the fastest there is]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "NAME", env = KERNEL_VARIABLE)]
+    pub kernel: Option<String>,
     /// Where to compute; only `cpu` so far
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
@@ -48,6 +54,8 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Talk with a model
     Chat(commands::chat::Args),
+    /// Measure speed and memory, and how close they come to what the machine allows
+    Bench(Box<commands::bench::Args>),
     /// Say what a model is and what it needs
     Info(commands::info::Args),
     /// Fetch a model from the Hub into the cache
@@ -66,8 +74,13 @@ pub enum Command {
 }
 
 impl Global {
-    /// Starts logging and sizes the thread pool; refuses devices that do not exist.
-    pub fn apply(&self) -> anyhow::Result<()> {
+    /// The kernel that was asked for; an empty variable asks for none.
+    pub fn kernel(&self) -> Option<&str> {
+        self.kernel.as_deref().filter(|name| !name.is_empty())
+    }
+
+    /// Starts logging, sizes the thread pool and chooses the kernel; refuses devices that do not exist.
+    pub fn apply(&self, command: &Command) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(&self.log)
             .with_context(|| format!("--log `{}` is no log filter", self.log))?;
         tracing_subscriber::fmt()
@@ -79,10 +92,17 @@ impl Global {
         if self.device != "cpu" {
             bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
         }
-        let Some(threads) = self.threads else { return Ok(()) };
-        let Some(threads) = NonZeroUsize::new(threads) else {
-            bail!("--threads 0 cannot compute: give at least 1")
-        };
+        if let Some(kernel) = self.kernel() {
+            kernels::choose(kernel).with_context(|| format!("--kernel {kernel}"))?;
+        }
+        if self.threads.len() > 1 && !matches!(command, Command::Bench(_)) {
+            bail!("--threads takes one number here; only `bitnet bench` measures several");
+        }
+        if self.threads.contains(&0) {
+            bail!("--threads 0 cannot compute: give at least 1");
+        }
+        let most = self.threads.iter().copied().max().and_then(NonZeroUsize::new);
+        let Some(threads) = most else { return Ok(()) };
         threads::set_count(threads);
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads.get())

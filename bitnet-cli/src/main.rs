@@ -22,7 +22,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return explain(&error),
     };
-    let result = cli.global.apply().and_then(|()| commands::run(cli.command, &cli.global));
+    let result =
+        cli.global.apply(&cli.command).and_then(|()| commands::run(cli.command, &cli.global));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

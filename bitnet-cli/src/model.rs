@@ -33,9 +33,9 @@ pub struct ModelArgs {
     #[arg(long)]
     pub full_precision: bool,
     /// The output head: exact, bit for bit, of which large ones are screened in 8 bits and kept in the file; or its rows
-    /// in 8, 6 or 4 bits instead, less exact and smaller
-    #[arg(long, value_name = "PRECISION", default_value = "exact")]
-    pub lm_head: LmHead,
+    /// in 8, 6 or 4 bits instead, less exact and smaller [default: exact]
+    #[arg(long, value_name = "PRECISION")]
+    pub lm_head: Option<LmHead>,
     /// How ternary weights lie in memory, with the same results: 2bit is quickly unpacked, 1.6bit (five weights in a
     /// byte) is a fifth smaller; auto takes the faster, by a short measurement
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
@@ -121,7 +121,8 @@ impl SessionArgs {
     }
 }
 
-fn kv_type(name: &str) -> Result<KvType, String> {
+/// The cache type of this name.
+pub fn kv_type(name: &str) -> Result<KvType, String> {
     KvType::ALL.into_iter().find(|kv_type| kv_type.name() == name).ok_or_else(|| {
         let names = KvType::ALL.map(KvType::name).join(", ");
         format!("there is no cache of type `{name}`: take one of {names}")
@@ -137,7 +138,7 @@ impl ModelArgs {
             _ => Precision::AsConfigured,
         };
         let mut source = Source::open(&self.model, precision, &self.hub(global))?;
-        source.lm_head = self.lm_head.into();
+        source.lm_head = self.lm_head.map_or(HeadPrecision::Exact, HeadPrecision::from);
         source.tile_format = self.weight_format.tile_format();
         Ok(source)
     }

@@ -106,7 +106,7 @@ impl fmt::Display for Bytes {
 }
 
 /// The most memory this process has occupied so far, where the system tells (Linux).
-fn peak_memory() -> Option<u64> {
+pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     peak_memory_of(&status)
 }

@@ -7,7 +7,9 @@ use candle_nn::VarBuilder;
 use crate::{
     config::Config,
     kv_cache::KvCache,
-    nn::{Angles, Block, LinearFactory, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary},
+    nn::{
+        Angles, Block, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary,
+    },
     ops::KvType,
 };
 
@@ -19,6 +21,7 @@ pub struct Model {
     norm: RmsNorm,
     rope: RotaryEmbedding,
     device: Device,
+    projection_bytes: Option<usize>,
 }
 
 impl Model {
@@ -38,6 +41,7 @@ impl Model {
         vb: VarBuilder,
     ) -> Result<Self> {
         let model = vb.pp("model");
+        let bytes_before = linears.weight_bytes();
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| Block::load(config, linears, model.pp("layers").pp(layer)))
             .collect::<Result<_>>()?;
@@ -48,6 +52,10 @@ impl Model {
             norm: RmsNorm::load(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?,
             rope: RotaryEmbedding::new(config.head_dim, config.rope_theta),
             device: vb.device().clone(),
+            projection_bytes: linears
+                .weight_bytes()
+                .zip(bytes_before)
+                .map(|(after, before)| after - before),
         })
     }
 
@@ -59,6 +67,17 @@ impl Model {
     /// Where the weights are.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Bytes of the projections' weights as they lie in memory, all of which every token reads; `None` if their factory
+    /// does not count them.
+    pub fn projection_bytes(&self) -> Option<usize> {
+        self.projection_bytes
+    }
+
+    /// The output head.
+    pub fn lm_head(&self) -> &dyn LmHead {
+        &*self.vocabulary.lm_head
     }
 
     /// An empty cache for `batch` sequences.

@@ -105,6 +105,19 @@ impl Arena {
     }
 }
 
+/// `len` zeroed bytes in pages of the usual size, to measure what large ones gain.
+///
+/// # Errors
+/// The system has no more memory.
+pub fn small_pages(len: usize) -> io::Result<MmapMut> {
+    let mapping = MmapOptions::new().len(len).map_anon()?;
+    #[cfg(target_os = "linux")]
+    if let Err(error) = mapping.advise(memmap2::Advice::NoHugePage) {
+        tracing::debug!("pages may be large: {error}"); // a kernel without large pages
+    }
+    Ok(mapping)
+}
+
 impl Deref for Pages {
     type Target = [u8];
 

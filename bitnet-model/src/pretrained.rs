@@ -259,11 +259,10 @@ impl Source {
     /// a time. The rows of large embeddings and heads stay in the checkpoint, which is read as they are
     /// needed; the head is in memory as `lm_head` says, screened if it is exact.
     pub fn load(&self, device: &Device) -> Result<Model> {
-        let packed = self.config.quantization.map(|quantization| {
-            let weights = || self.config.projections().map(|(_, (out, input))| out * input).sum();
-            let format = self.tile_format.unwrap_or_else(|| fastest_format(weights()));
-            BitLinears::new(quantization).with_format(format)
-        });
+        let packed = self
+            .config
+            .quantization
+            .map(|quantization| BitLinears::new(quantization).with_format(self.tile_format()));
         let linears: &dyn LinearFactory = match &packed {
             Some(linears) => linears,
             None => &DenseLinears,
@@ -275,6 +274,12 @@ impl Source {
         Vocabulary::from_rows(embed_tokens, lm_head, self.lm_head)
             .and_then(|vocabulary| Model::with_vocabulary(&self.config, linears, vocabulary, vb))
             .map_err(|error| self.unusable(&error))
+    }
+
+    /// How [`load`](Self::load) lays out ternary weights: as asked for, else measured now.
+    pub fn tile_format(&self) -> TileFormat {
+        let weights = || self.config.projections().map(|(_, (out, input))| out * input).sum();
+        self.tile_format.unwrap_or_else(|| fastest_format(weights()))
     }
 
     /// Rows of embedding and head, unless these are small and exact.

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Prompt tokens run at once: bounds the memory of the activations.
-const PREFILL_CHUNK: usize = 512;
+pub const PREFILL_CHUNK: usize = 512;
 
 /// One sequence of tokens and what the model remembers of it.
 pub struct Session {

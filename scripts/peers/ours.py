@@ -12,11 +12,10 @@ def version(binary):
 
 def bench_command(binary, model, job):
     """Prints JSON: `results` of `test`, `threads`, `batch`, `samples`, and `peak_rss_bytes`."""
-    command = [binary, "bench", "-m", model, "--threads", job["threads"], "--repetitions", job["repeats"], "--json"]
-    if job["prompts"]:
-        command += ["--prompt", ",".join(map(str, job["prompts"]))]
-    if job["generate"]:
-        command += ["--generate", job["generate"], "--depth", f"0,{job['depth']}" if job["depth"] else "0"]
+    command = [binary, "bench", "-m", model, "--threads", job["threads"], "--repetitions", job["repeats"], "--json",
+               "--n-prompt", ",".join(map(str, job["prompts"])) or 0, "--n-gen", job["generate"]]
+    if job["generate"] and job["depth"]:
+        command += ["--depth", f"0,{job['depth']}"]
     return [str(part) for part in command]
 
 

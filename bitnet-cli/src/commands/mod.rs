@@ -1,5 +1,6 @@
 //! One file a verb: each has its `Args` and a `run`.
 
+pub mod bench;
 pub mod chat;
 pub mod completions;
 pub mod convert;
@@ -17,6 +18,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     match command {
         Command::Generate(args) => generate::run(args, global),
         Command::Chat(args) => chat::run(args, global),
+        Command::Bench(args) => bench::run(&args, global),
         Command::Info(args) => info::run(args, global),
         Command::Download(args) => download::run(args, global),
         Command::Train(command) => train::run(command, global),

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Kernel, ROWS, Tile, TileFormat, head,
+    Kernel, ROWS, Tile, TileFormat, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -18,6 +18,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     accumulate_trits,
     routines: routines!(Avx2(()), 2 x 3, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avx2::ROUTINES,
+    peak: peak::AVX2,
 };
 
 /// Inputs of a tile of 2-bit codes.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Kernel, ROWS, Tile, TileFormat, avx2, head,
+    Kernel, ROWS, Tile, TileFormat, avx2, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -24,6 +24,7 @@ pub(super) static KERNEL: Kernel = Kernel {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
     head: head::avx512vnni::ROUTINES,
+    peak: peak::AVX512VNNI,
 };
 
 /// Inputs of a tile of 2-bit codes.

@@ -93,6 +93,15 @@ impl DenseWeights<'_> {
         }
     }
 
+    /// Bytes of a stored element.
+    pub fn element_bytes(&self) -> usize {
+        match self {
+            Self::F32(_) => 4,
+            Self::Bf16(_) | Self::F16(_) => 2,
+            Self::I8(_) => 1,
+        }
+    }
+
     /// A row as f32, exactly.
     ///
     /// # Panics

@@ -13,9 +13,11 @@ mod avx2;
 mod avx512vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+mod choice;
 mod dense;
 mod exp;
 pub mod head;
+mod peak;
 mod quantize;
 mod scalar;
 mod simd;
@@ -23,10 +25,11 @@ mod simd;
 mod tests;
 pub mod tile;
 
-use std::{fmt, sync::OnceLock};
+use std::fmt;
 
 use self::simd::Routines;
 pub use self::{
+    choice::{ChoiceError, KERNEL_VARIABLE, active, choose},
     dense::{DenseWeights, Matrix},
     tile::{ROWS, Tile, TileFormat},
 };
@@ -40,6 +43,7 @@ pub struct Kernel {
     accumulate_trits: Accumulate,
     routines: Routines,
     head: head::HeadRoutines,
+    peak: peak::Peak,
 }
 
 /// `acc[token][row] += Σ code[row][col] · x[token][col]` over one row of tiles.
@@ -59,12 +63,6 @@ static KERNELS: &[&Kernel] = &[
 /// The kernels this processor can run, fastest first.
 pub fn available() -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().copied().filter(|kernel| (kernel.is_available)())
-}
-
-/// The fastest kernel this processor can run, chosen once.
-pub fn active() -> &'static Kernel {
-    static ACTIVE: OnceLock<&'static Kernel> = OnceLock::new();
-    ACTIVE.get_or_init(|| available().next().unwrap_or(&scalar::KERNEL))
 }
 
 /// The kernel with this [name](Kernel::name), if the processor can run it.

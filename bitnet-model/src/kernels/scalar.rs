@@ -3,7 +3,7 @@
 use std::array;
 
 use super::{
-    Kernel, ROWS, Tile, head,
+    Kernel, ROWS, Tile, head, peak,
     simd::{LANES, Simd, routines},
 };
 
@@ -14,6 +14,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     accumulate_trits: accumulate::<3, 5>,
     routines: routines!(Scalar, 2 x 2),
     head: head::portable::ROUTINES,
+    peak: peak::SCALAR,
 };
 
 /// Sums of 16 bits are widened after as many tiles as keep them exact: each of the 64 takes `lanes` products of a tile, and

@@ -1,6 +1,9 @@
 //! `BitLinear`: a projection with ternary weights and int8 activations (arXiv:2402.17764).
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -117,12 +120,15 @@ pub struct BitLinears {
     quantization: Quantization,
     format: TileFormat,
     arena: Arena,
+    /// Of the weights loaded so far.
+    bytes: AtomicUsize,
 }
 
 impl BitLinears {
     /// Loads projections quantized like this, into memory of large pages.
     pub fn new(quantization: Quantization) -> Self {
-        Self { quantization, format: TileFormat::default(), arena: Arena::default() }
+        let (format, arena) = (TileFormat::default(), Arena::default());
+        Self { quantization, format, arena, bytes: AtomicUsize::new(0) }
     }
 
     /// With weights in memory in this format; results do not depend on it.
@@ -137,7 +143,9 @@ impl BitLinears {
 
     fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
         let weight = load_weight(spec, self.quantization, self.format, vb)?;
-        weight.into_pages(&self.arena).map_err(candle_core::Error::wrap)
+        let weight = weight.into_pages(&self.arena).map_err(candle_core::Error::wrap)?;
+        self.bytes.fetch_add(weight.bytes(), Ordering::Relaxed);
+        Ok(weight)
     }
 }
 
@@ -162,5 +170,9 @@ impl LinearFactory for BitLinears {
         let weights = specs.iter().map(|&spec| self.load_weight(spec, vb.pp(spec.name)));
         let weights = weights.collect::<Result<Vec<_>>>()?.into();
         Ok(Arc::new(BitLinear { weights, rounding, input_norm: None }))
+    }
+
+    fn weight_bytes(&self) -> Option<usize> {
+        Some(self.bytes.load(Ordering::Relaxed))
     }
 }

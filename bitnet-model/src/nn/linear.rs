@@ -53,6 +53,11 @@ pub trait LinearFactory {
         let each = specs.iter().map(|&spec| self.linear(spec, vb.pp(spec.name)));
         Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?))
     }
+
+    /// Bytes of the weights loaded so far, all of which every token reads; `None` if they are not counted.
+    fn weight_bytes(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// `y = x·Wᵀ + b` with dense weights: full-precision models, and the output head of all.
@@ -66,6 +71,11 @@ impl DenseLinear {
     /// `weight` (out_features, in_features) f32 or bf16, `bias` (out_features) f32.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
+    }
+
+    /// Bytes of the weight.
+    pub(super) fn weight_bytes(&self) -> usize {
+        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
     }
 
     /// Loads `weight` in the builder's dtype and `bias` as f32.

@@ -60,6 +60,14 @@ pub trait LmHead: Send + Sync {
     /// `hidden` (…, hidden_size) → all logits (…, vocab_size), f32.
     fn forward(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// Bytes of the weights that are read in order for the [needed](Self::logits) logits, of one row or of several.
+    fn bytes(&self) -> usize;
+
+    /// Bytes read for each row that is [rescored](Logits::rescored).
+    fn rescored_row_bytes(&self) -> usize {
+        0
+    }
+
     /// The logits of each row of `hidden` (rows, hidden_size), as far as `needs`, one a row, asks for them.
     fn logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {
         check_needs(hidden, needs)?;
@@ -79,6 +87,10 @@ pub(super) fn check_needs(hidden: &Tensor, needs: &[Need]) -> Result<()> {
 impl LmHead for DenseLinear {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
         Module::forward(self, hidden)
+    }
+
+    fn bytes(&self) -> usize {
+        self.weight_bytes()
     }
 }
 
@@ -117,6 +129,10 @@ impl LmHead for QuantizedHead {
             Ok(self.weights.matmul(kernels::active(), &hidden))
         })?;
         Tensor::from_vec(logits, shape, hidden.device())
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.bytes()
     }
 }
 

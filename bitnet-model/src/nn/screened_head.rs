@@ -32,6 +32,7 @@ use crate::{
 #[derive(Debug)]
 pub struct ScreenedHead {
     rows: Arc<dyn RowSource>,
+    row_bytes: usize,
     screen: HeadWeights,
 }
 
@@ -50,7 +51,9 @@ impl ScreenedHead {
     /// Rows that cannot be read, or no memory.
     pub fn new(rows: Arc<dyn RowSource>) -> Result<Self> {
         let screen = HeadWeights::quantize(&*rows, HeadFormat::Q8)?;
-        Ok(Self { rows, screen })
+        let mut row_bytes = 0;
+        rows.with_rows(0..1, &mut |row| row_bytes = row.cols() * row.element_bytes())?;
+        Ok(Self { rows, row_bytes, screen })
     }
 
     /// All logits of `hidden` (tokens, hidden_size), reading the rows in order.
@@ -126,6 +129,14 @@ impl LmHead for ScreenedHead {
         let shape = logits_shape(hidden, vocab_size, hidden_size)?;
         let logits = with_slice::<f32, _>(hidden, |hidden| self.full(hidden))?;
         Tensor::from_vec(logits, shape, hidden.device())
+    }
+
+    fn bytes(&self) -> usize {
+        self.screen.bytes()
+    }
+
+    fn rescored_row_bytes(&self) -> usize {
+        self.row_bytes
     }
 
     fn logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {

@@ -1,0 +1,83 @@
+//! The machine that was measured, for whoever reads the figures later.
+
+use std::{fs, num::NonZeroUsize, path::Path};
+
+use serde::Serialize;
+
+use super::memory::field;
+
+/// What can be told about this machine; a field that the system does not tell is absent.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// As the processor names itself.
+    pub processor: Option<String>,
+    /// Those this process may use.
+    pub processors: usize,
+    /// Bytes of memory.
+    pub memory_bytes: Option<u64>,
+    /// Bytes of the last-level cache.
+    pub cache_bytes: Option<usize>,
+    /// When transparent huge pages are granted: `always`, `madvise` or `never`.
+    pub huge_pages: Option<String>,
+    /// Operating system and architecture.
+    pub system: String,
+    /// Processes that wanted to run, on average over the last minute.
+    pub load_average: Option<f64>,
+}
+
+impl Machine {
+    /// This one, now.
+    pub fn here() -> Self {
+        let read = |path: &str| fs::read_to_string(path).ok();
+        let cpuinfo = read("/proc/cpuinfo");
+        let processor = cpuinfo.as_deref().and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_owned())
+        });
+        Self {
+            processor,
+            processors: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            memory_bytes: read("/proc/meminfo").and_then(|text| field(&text, "MemTotal:")),
+            cache_bytes: last_level_cache(),
+            huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled").and_then(|text| {
+                let (_, rest) = text.split_once('[')?;
+                Some(rest.split_once(']')?.0.to_owned())
+            }),
+            system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            load_average: read("/proc/loadavg")
+                .and_then(|text| text.split_whitespace().next()?.parse().ok()),
+        }
+    }
+}
+
+/// Bytes of the largest cache that the first processor reaches.
+pub fn last_level_cache() -> Option<usize> {
+    let folder = Path::new("/sys/devices/system/cpu/cpu0/cache");
+    let caches = fs::read_dir(folder).ok()?.flatten();
+    let sizes = caches.filter_map(|cache| fs::read_to_string(cache.path().join("size")).ok());
+    sizes.filter_map(|size| cache_size(&size)).max()
+}
+
+/// `1024K` or `32M`.
+fn cache_size(text: &str) -> Option<usize> {
+    let text = text.trim();
+    let (number, shift) = match (text.strip_suffix('K'), text.strip_suffix('M')) {
+        (Some(kib), _) => (kib, 10),
+        (_, Some(mib)) => (mib, 20),
+        _ => (text, 0),
+    };
+    Some(number.parse::<usize>().ok()? << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_caches() {
+        assert_eq!(cache_size("1024K\n"), Some(1 << 20));
+        assert_eq!(cache_size("32M"), Some(32 << 20));
+        assert_eq!(cache_size("64"), Some(64));
+        assert_eq!(cache_size("?"), None);
+    }
+}

@@ -1,0 +1,80 @@
+//! The most products a kernel's multiply instruction can make, with all operands in registers: the bound of everything
+//! that is limited by arithmetic.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+use std::hint::black_box;
+
+use super::Kernel;
+
+/// A loop of nothing but multiply instructions.
+#[derive(Clone, Copy)]
+pub(super) struct Peak {
+    /// Runs that many rounds.
+    pub run: unsafe fn(rounds: usize),
+    /// Products of int8 activations and codes in a round.
+    pub products: usize,
+}
+
+/// Instructions under way at once: two units of a latency of up to six cycles.
+const CHAINS: usize = 12;
+
+impl Kernel {
+    /// Runs `rounds` rounds of the multiply instruction on registers and returns how many products of an activation and
+    /// a code these were. Timing it gives the kernel's peak rate on one thread.
+    pub fn multiply_in_registers(&self, rounds: usize) -> usize {
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.peak.run)(rounds) };
+        rounds * self.peak.products
+    }
+}
+
+/// `vpdpbusd` on 512 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) const AVX512VNNI: Peak = Peak { run: avx512vnni, products: CHAINS * 64 };
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn avx512vnni(rounds: usize) {
+    let (codes, x) = (_mm512_set1_epi8(black_box(2)), _mm512_set1_epi8(black_box(-3)));
+    let mut sums = [_mm512_setzero_si512(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, codes, x);
+        }
+    }
+    black_box(sums);
+}
+
+/// `vpmaddubsw` on 256 bits. Its products are the codes of the next one, as it has no sum to add to.
+#[cfg(target_arch = "x86_64")]
+pub(super) const AVX2: Peak = Peak { run: avx2, products: CHAINS * 32 };
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2(rounds: usize) {
+    let x = _mm256_set1_epi8(black_box(-3));
+    let mut codes = [_mm256_set1_epi8(black_box(2)); CHAINS];
+    for _ in 0..rounds {
+        for codes in &mut codes {
+            *codes = _mm256_maddubs_epi16(*codes, x);
+        }
+    }
+    black_box(codes);
+}
+
+/// 16-bit products and sums, vectorized for what every processor of the architecture has.
+pub(super) const SCALAR: Peak = Peak { run: scalar, products: CHAINS * 8 };
+
+fn scalar(rounds: usize) {
+    let x = black_box([-3i16; 8]);
+    let mut sums = black_box([[1i16; 8]; CHAINS]);
+    for _ in 0..rounds {
+        for sums in &mut sums {
+            for (sum, x) in sums.iter_mut().zip(x) {
+                *sum = sum.wrapping_mul(x).wrapping_add(x);
+            }
+        }
+    }
+    black_box(sums);
+}
