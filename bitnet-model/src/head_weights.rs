@@ -148,12 +148,11 @@ impl HeadWeights {
         /// Tokens of a task.
         const TOKENS: usize = 64;
         let tokens = hidden.tokens();
-        let mut y = vec![0f32; tokens * self.rows];
         // About 128 KiB of weights a task: enough that handing it out costs nothing.
         let width = self.lines.len() / self.rows.div_ceil(ROWS).max(1);
         let rows = ROWS * (1usize << 17).div_ceil(width.max(1));
         let cuts: Vec<usize> = (0..self.rows).step_by(rows).chain([self.rows]).collect();
-        threads::for_each_block(&mut y, TOKENS, &cuts, |(first, j), mut y| {
+        threads::new_blocks(tokens, TOKENS, &cuts, |(first, j), mut y| {
             let mut out = [[0f32; ROWS]; TOKENS];
             let out = &mut out[..y.rows()];
             let x = hidden.view().tokens(first, y.rows());
@@ -165,8 +164,7 @@ impl HeadWeights {
                     y.iter_mut().zip(out).for_each(|(y, out)| *y = *out);
                 }
             }
-        });
-        y
+        })
     }
 }
 

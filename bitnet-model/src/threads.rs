@@ -148,12 +148,56 @@ pub fn for_each_block<T: Send>(
     let cols = cuts.last().copied().unwrap_or(0);
     let all_rows = out.len().checked_div(cols).unwrap_or(0);
     assert_eq!(all_rows * cols, out.len(), "{} elements are no rows of {cols}", out.len());
+    // SAFETY: `out` is that large.
+    unsafe { blocks(Start(out.as_mut_ptr()), all_rows, rows, cuts, task) };
+}
+
+/// [`for_each_block`] of a new matrix of `all_rows` rows. A block is zeroed by the thread that is about to fill it, so that
+/// no time is lost on clearing all of it before.
+///
+/// # Panics
+/// If `cuts` does not ascend, `rows` is 0, or a task panics.
+pub fn new_blocks<T: Send + Copy + Default>(
+    all_rows: usize,
+    rows: usize,
+    cuts: &[usize],
+    task: impl Fn((usize, usize), Block<'_, T>) + Sync,
+) -> Vec<T> {
+    let len = all_rows * cuts.last().copied().unwrap_or(0);
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: the capacity is that large. Every element of a block is written before `task` has it as a value.
+    unsafe {
+        blocks(Start(out.as_mut_ptr()), all_rows, rows, cuts, |at, block: Block<'_, T>| {
+            for row in 0..block.rows {
+                let row = block.first.add(row * block.stride);
+                (0..block.cols).for_each(|col| row.add(col).write(T::default()));
+            }
+            task(at, block);
+        });
+        // All blocks together are all elements.
+        out.set_len(len);
+    }
+    out
+}
+
+/// The blocks of the row-major matrix of `all_rows` rows that begins at `first`.
+///
+/// # Safety
+/// The matrix is within one allocation that nobody else uses meanwhile. Its elements are values, or `task` makes them such
+/// before it reads them.
+unsafe fn blocks<T: Send>(
+    first: Start<T>,
+    all_rows: usize,
+    rows: usize,
+    cuts: &[usize],
+    task: impl Fn((usize, usize), Block<'_, T>) + Sync,
+) {
     assert!(cuts.is_sorted() && cuts.first().is_none_or(|first| *first == 0), "{cuts:?}");
-    let (first, across) = (Start(out.as_mut_ptr()), cuts.len().saturating_sub(1));
+    let (cols, across) = (cuts.last().copied().unwrap_or(0), cuts.len().saturating_sub(1));
     for_each(all_rows.div_ceil(rows) * across, |index| {
         let (row, j) = (index / across * rows, index % across);
         let block = Block {
-            // SAFETY: row < all_rows and cuts[j] ≤ cols: within `out` or, for an empty block, right behind it.
+            // SAFETY: row < all_rows and cuts[j] ≤ cols: within the matrix or, for an empty block, right behind it.
             first: unsafe { first.get().add(row * cols + cuts[j]) },
             stride: cols,
             rows: rows.min(all_rows - row),

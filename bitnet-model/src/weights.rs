@@ -290,9 +290,9 @@ impl TernaryWeight {
 
 /// `y = x·Wᵀ` (tokens, Σ out_features) with the kernel given, for matrices of the same inputs stacked on one another:
 /// `y[token][row] = weight_scale / a[token] · Σ`. The integer sum is exact, so every kernel gives the same bits.
-pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeight], y: &mut [f32]) {
+pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeight]) -> Vec<f32> {
     let (cuts, parts) = cut(weights, x.tokens());
-    threads::for_each_block(y, TOKEN_BLOCK, &cuts, |(first, j), mut y| {
+    threads::new_blocks(x.tokens(), TOKEN_BLOCK, &cuts, |(first, j), mut y| {
         let (weight, first_band) = parts[j];
         let tokens = first..first + y.rows();
         let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
@@ -310,7 +310,7 @@ pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeigh
                 y.zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
             }
         }
-    });
+    })
 }
 
 /// Cuts stacked matrices into tasks: the columns of `y` at which they begin, and the matrix and first band of each.
@@ -436,8 +436,5 @@ pub fn ternary_product(x: &[f32], weights: &[TernaryWeight], rounding: Rounding)
     let (in_features, format) =
         weights.first().map_or_else(Default::default, |weight| (weight.in_features, weight.format));
     let x = QuantizedRows::new(kernel, x, in_features, rounding, format);
-    let out_features: usize = weights.iter().map(|weight| weight.out_features).sum();
-    let mut y = vec![0f32; x.tokens() * out_features];
-    matmul(kernel, &x, weights, &mut y);
-    y
+    matmul(kernel, &x, weights)
 }

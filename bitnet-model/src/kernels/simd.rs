@@ -7,7 +7,7 @@
 
 use super::{
     dense::{DenseWeights, Matrix},
-    head::QuantizedRow,
+    head::{FinishQ8, QuantizedRow},
 };
 
 /// Lanes of a vector; partial sums of a reduction.
@@ -59,6 +59,7 @@ type QuantizeRow = unsafe fn(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32
 pub(super) struct Routines {
     pub quantize_row: QuantizeRow,
     pub quantize_head_row: unsafe fn(&[f32], &mut [u8]) -> QuantizedRow,
+    pub finish_q8: FinishQ8,
     pub matmul_nt: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32], usize),
     pub sum: unsafe fn(&[f32]) -> f32,
     pub sum_squares: unsafe fn(&[f32]) -> f32,
@@ -81,6 +82,15 @@ macro_rules! routines {
         $(#[$feature])?
         fn quantize_head_row(w: &[f32], codes: &mut [u8]) -> head::QuantizedRow {
             head::quantize_head_row(w, codes)
+        }
+        $(#[$feature])?
+        fn finish_q8(
+            sums: &[head::PlaneSums],
+            scales: &[f32; crate::kernels::ROWS],
+            x: head::HeadActivations<'_>,
+            out: &mut [[f32; crate::kernels::ROWS]],
+        ) {
+            head::finish_q8(sums, scales, x, out)
         }
         $(#[$feature])?
         fn matmul_nt(x: dense::Matrix<'_, f32>, w: dense::DenseWeights<'_>, y: &mut [f32], y_stride: usize) {
@@ -115,7 +125,7 @@ macro_rules! routines {
             exp::softmax($simd, scores)
         }
         $crate::kernels::simd::Routines {
-            quantize_row, quantize_head_row, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp,
+            quantize_row, quantize_head_row, finish_q8, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp,
             softmax,
         }
     }};

@@ -68,11 +68,10 @@ impl CustomOp2 for Gated {
         let gate = Rows::<f32>::new(gate, gate_layout)?;
         let up = Rows::<f32>::new(up, up_layout)?;
         let (len, width) = (gate_layout.shape().elem_count(), gate.width());
-        let mut y = vec![0f32; len];
         let parts = width.div_ceil(CHUNK).max(1); // of a row
         let cuts: Vec<usize> = (0..=parts).map(|part| part * width / parts).collect();
-        threads::for_each_block(
-            &mut y,
+        let y = threads::new_blocks(
+            len.checked_div(width).unwrap_or(0),
             (CHUNK / width.max(1)).max(1),
             &cuts,
             |(first, j), mut y| {

@@ -143,6 +143,10 @@ pub(super) struct HeadRoutines {
 /// The sums over `hi` and over `lo`, of each row.
 pub(super) type PlaneSums = [[i32; ROWS]; 2];
 
+/// `out[token][row]` of `sums[token]`, with the scales of the rows.
+pub(super) type FinishQ8 =
+    unsafe fn(&[PlaneSums], &[f32; ROWS], HeadActivations<'_>, &mut [[f32; ROWS]]);
+
 type GroupedProduct = unsafe fn(&[Line], &[[u16; ROWS]], HeadActivations<'_>, &mut [[f32; ROWS]]);
 
 /// Tokens that share one pass over a band.
@@ -180,8 +184,10 @@ impl Kernel {
                     let mut sums = [[[0; ROWS]; 2]; TOKENS];
                     let sums = &mut sums[..out.len()];
                     // SAFETY: `self` came from `available`, which checked the processor; the lengths are checked above.
-                    unsafe { (self.head.q8)(lines, x.quads, sums) };
-                    finish_q8(sums, scales, x, out);
+                    unsafe {
+                        (self.head.q8)(lines, x.quads, sums);
+                        (self.routines.finish_q8)(sums, scales, x, out);
+                    }
                     continue;
                 }
                 // SAFETY: as above.
@@ -216,7 +222,8 @@ impl Kernel {
 
 /// `Σ weight·x = row scale · scale · (64·Σ code·hi + Σ code·lo − 128·Σ x)`: the integer is exact in 64 bits, then three
 /// roundings.
-fn finish_q8(
+#[inline(always)]
+pub(super) fn finish_q8(
     sums: &[PlaneSums],
     scales: &[f32; ROWS],
     x: HeadActivations<'_>,
