@@ -15,9 +15,6 @@ pub(super) static KERNEL: Kernel = Kernel {
     ..avx512vnni::KERNEL
 };
 
-/// Tokens that share a decoded tile.
-const BLOCK: usize = 8;
-
 const COLS: usize = TileFormat::Trits.cols();
 
 /// The codes d₀ … d₃ of r, in two bits each.
@@ -49,18 +46,28 @@ const fn inverse(x: u32) -> u32 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn accumulate_trits(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     let cols = tiles.len() * COLS;
-    for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
-        let x = &x[i * BLOCK * cols..][..acc.len() * cols];
-        match acc.len() {
+    let mut first = 0;
+    while first < acc.len() {
+        // As many tokens as there are registers for their sums share a decoded tile.
+        let tokens = match acc.len() - first {
+            rest @ 0..8 => rest,
+            8..16 => 8,
+            _ => 16,
+        };
+        let x = &x[first * cols..][..tokens * cols];
+        let acc = &mut acc[first..][..tokens];
+        match tokens {
             1 => single(tiles, x, &mut acc[0]),
-            2 => block::<2>(tiles, x, acc),
-            3 => block::<3>(tiles, x, acc),
-            4 => block::<4>(tiles, x, acc),
-            5 => block::<5>(tiles, x, acc),
-            6 => block::<6>(tiles, x, acc),
-            7 => block::<7>(tiles, x, acc),
-            _ => block::<BLOCK>(tiles, x, acc),
+            2 => block::<2, 2>(tiles, x, acc),
+            3 => block::<3, 2>(tiles, x, acc),
+            4 => block::<4, 2>(tiles, x, acc),
+            5 => block::<5, 1>(tiles, x, acc),
+            6 => block::<6, 1>(tiles, x, acc),
+            7 => block::<7, 1>(tiles, x, acc),
+            8 => block::<8, 1>(tiles, x, acc),
+            _ => block::<16, 1>(tiles, x, acc),
         }
+        first += tokens;
     }
 }
 
@@ -117,13 +124,14 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
     add(acc, &sums);
 }
 
-/// `N` tokens: the sums stay in registers, and a tile is decoded once for all tokens.
+/// `N` tokens with `CHAINS` sums each, to hide the latency of the products: the sums stay in registers, and a tile is
+/// decoded once for all tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+fn block<const N: usize, const CHAINS: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     let cols = tiles.len() * COLS;
     assert_eq!((x.len(), acc.len()), (N * cols, N));
     let low2 = _mm512_set1_epi8(3);
-    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
     for (i, tile) in tiles.iter().enumerate() {
         let [codes, fifth] = unpack(tile);
         let lanes = [
@@ -138,7 +146,7 @@ fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
                 let start = token * cols + i * COLS + 4 * lane;
                 // SAFETY: token < N, i < tiles.len() and lane < 5, so these four values end within the N · cols of x.
                 let x = unsafe { x.as_ptr().add(start).cast::<i32>().read_unaligned() };
-                let sum = &mut sums[lane % 2];
+                let sum = &mut sums[lane % CHAINS];
                 *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(x));
             }
         }
