@@ -21,12 +21,13 @@ MAY_USE = {
     "quant": {"error", "storage"},
     "rows": {"kernels", "storage", "threads"},
     "head_weights": {"kernels", "pages", "rows", "threads"},
-    "weights": {"error", "kernels", "pages", "quant", "threads"},
-    "checkpoint": {"error", "config", "kernels", "quant", "rows", "storage", "weights"},
+    "packed": {"kernels"},
+    "weights": {"error", "kernels", "packed", "pages", "quant", "threads"},
+    "checkpoint": {"error", "config", "kernels", "packed", "quant", "rows", "storage", "weights"},
     "config": {"error", "checkpoint", "quant"},
     "ops": {"error", "config", "kernels", "quant", "storage", "threads", "weights"},
-    "nn": {"error", "config", "head_weights", "kernels", "kv_cache", "ops", "pages", "quant", "rows", "storage", "threads",
-           "weights"},
+    "nn": {"error", "config", "head_weights", "kernels", "kv_cache", "ops", "packed", "pages", "quant", "rows", "storage",
+           "threads", "weights"},
     "kv_cache": {"config", "ops"},
     "model": {"error", "config", "kv_cache", "nn", "ops"},
     "sampler": {"error", "config", "nn"},
@@ -36,8 +37,8 @@ MAY_USE = {
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error"},
-    "pretrained": {"error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "quant",
-                   "rows", "sampler", "score", "session", "synthetic", "text", "weights"},
+    "pretrained": {"error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "ops", "pages",
+                   "quant", "rows", "sampler", "score", "session", "synthetic", "text", "weights"},
 }
 
 # Folder -> words that must not occur in its code.

@@ -1,5 +1,7 @@
 //! `HeadWeights`: an output head in 8, 6 or 4 bits a weight, in the order in which the kernels read it.
 
+use rayon::prelude::*;
+
 use crate::{
     kernels::{
         self, Kernel, ROWS,
@@ -57,14 +59,13 @@ impl HeadWeights {
         let mut lines = Arena::default().zeroed(bands * band_bytes)?;
         let errors = Errors::default();
         let kernel = kernels::active();
-        // The rows of a band as f32, one after the other, padded to whole groups.
-        let visit_rows = |band: usize, visit: &mut dyn FnMut(usize, &[f32])| {
+        // The rows of a band as f32, one after the other.
+        let visit_rows = |row: &mut [f32], band: usize, visit: &mut dyn FnMut(usize, &[f32])| {
             let range = band * ROWS..rows.min((band + 1) * ROWS);
-            let mut row = vec![0.; cols];
             errors.note(source.with_rows(range, &mut |weights| {
                 for index in 0..weights.rows() {
-                    weights.widen_row(index, &mut row);
-                    visit(index, &row);
+                    weights.widen_row(index, row);
+                    visit(index, row);
                 }
             }));
         };
@@ -73,26 +74,26 @@ impl HeadWeights {
                 let zero = [0.; ROWS];
                 let rows = BandRows { scales: zero, errors: zero, norms: zero };
                 let mut scales = vec![rows; bands];
-                threads::for_each_chunk_pair(
-                    (&mut lines, band_bytes.max(1)),
-                    (&mut scales, 1),
-                    |band, lines, rows| {
-                        let lines = lines.as_chunks_mut().0;
-                        visit_rows(band, &mut |index, w| {
-                            quantize_row(kernel, w, (lines, index), &mut rows[0]);
-                        });
-                    },
-                );
+                let bands = lines.par_chunks_mut(band_bytes.max(1)).zip(&mut scales).enumerate();
+                let buffers = || (vec![0.; cols], vec![0; groups * GROUP]);
+                bands.for_each_init(buffers, |(row, codes), (band, (lines, rows))| {
+                    let lines = lines.as_chunks_mut().0;
+                    visit_rows(row, band, &mut |index, w| {
+                        quantize_row(kernel, w, codes, (lines, index), rows);
+                    });
+                });
                 Scales::Rows(scales)
             }
             HeadFormat::Q6 | HeadFormat::Q4 => {
                 let mut scales = vec![[0; ROWS]; bands * groups];
-                threads::for_each_chunk_pair(
-                    (&mut lines, band_bytes.max(1)),
-                    (&mut scales, groups.max(1)),
-                    |band, lines, scales| {
+                let scales_of_bands = scales.par_chunks_mut(groups.max(1));
+                let bands =
+                    lines.par_chunks_mut(band_bytes.max(1)).zip(scales_of_bands).enumerate();
+                bands.for_each_init(
+                    || vec![0.; cols],
+                    |row, (band, (lines, scales))| {
                         let lines = lines.as_chunks_mut().0;
-                        visit_rows(band, &mut |index, w| {
+                        visit_rows(row, band, &mut |index, w| {
                             quantize_groups(format, w, (lines, index), scales);
                         });
                     },
@@ -170,15 +171,15 @@ impl HeadWeights {
     }
 }
 
-/// A row into its place in a band: 8 bits.
+/// A row into its place in a band: 8 bits, with room for its `codes`.
 fn quantize_row(
     kernel: &Kernel,
     w: &[f32],
+    codes: &mut [u8],
     (lines, row): (&mut [Line], usize),
     band: &mut BandRows,
 ) {
-    let mut codes = vec![0u8; w.len().next_multiple_of(GROUP)];
-    let quantized = kernel.quantize_head_row(w, &mut codes);
+    let quantized = kernel.quantize_head_row(w, codes);
     band.scales[row] = quantized.scale;
     band.errors[row] = quantized.error;
     band.norms[row] = quantized.norm;

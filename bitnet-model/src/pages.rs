@@ -41,6 +41,16 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Gives back to the system what was freed so far, also if [`keep_freed_memory`] keeps it. Without effect on systems other
+/// than Linux with glibc.
+pub fn release_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `malloc_trim` gives unused memory back and touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Hands out zeroed memory. What it handed out lives on without it.
 #[derive(Debug, Default)]
 pub struct Arena(Mutex<Option<Cursor>>);

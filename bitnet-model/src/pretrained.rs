@@ -15,6 +15,7 @@ use crate::{
     hub::{Hub, ModelFiles},
     model::Model,
     nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
+    pages,
     rows::RowSource,
     synthetic,
     text::Tokenizer,
@@ -252,7 +253,10 @@ impl Source {
     /// a time. The rows of large embeddings and heads stay in the checkpoint, which is read as they are
     /// needed; the head is in memory as `lm_head` says, screened if it is exact.
     pub fn load(&self, device: &Device) -> Result<Model> {
-        let packed = self.config.quantization.map(BitLinears::new);
+        let packed = self
+            .config
+            .quantization
+            .map(|quantization| BitLinears::new(quantization).reading(self.checkpoint.clone()));
         let linears: &dyn LinearFactory = match &packed {
             Some(linears) => linears,
             None => &DenseLinears,
@@ -321,7 +325,12 @@ impl Pretrained {
 impl Source {
     /// Loads model and tokenizer, side by side.
     pub fn into_pretrained(self, device: &Device) -> Result<Pretrained> {
-        let (model, tokenizer) = rayon::join(|| self.load(device), || self.tokenizer());
+        let tokenizer = || {
+            let tokenizer = self.tokenizer();
+            pages::release_freed_memory(); // what reading it took, before the weights need it
+            tokenizer
+        };
+        let (model, tokenizer) = rayon::join(|| self.load(device), tokenizer);
         Ok(Pretrained {
             model: Arc::new(model?),
             tokenizer: tokenizer?,

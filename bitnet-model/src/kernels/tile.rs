@@ -63,6 +63,45 @@ pub fn packed_row(bytes: &[u8; COLS], field: usize) -> [u8; 4] {
     word.to_le_bytes()
 }
 
+/// Sixteen rows and columns of the Hub's packing to the tiles of its four fields; `false` if there is a code 3 among them,
+/// which no tile may have.
+#[inline]
+pub fn unpack(bytes: &[[u8; COLS]; ROWS], tiles: [&mut Tile; 4]) -> bool {
+    // Of a row, word `lane` holds columns 4·lane .. 4·lane + 4 and its bits 2·field.. one field of each. In a tile it is
+    // the other way round: this transposes lanes and fields, in blocks of two by two and within them.
+    let mut words = [[0u32; ROWS]; 4];
+    for (row, bytes) in bytes.iter().enumerate() {
+        for (words, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            words[row] = u32::from_le_bytes(*bytes);
+        }
+    }
+    let [a, b, c, d] = &mut words;
+    let mut invalid = 0;
+    for row in 0..ROWS {
+        for word in [a[row], b[row], c[row], d[row]] {
+            invalid |= word & (word >> 1);
+        }
+        swap_bits(&mut a[row], &mut c[row], 4, 0x0f0f_0f0f);
+        swap_bits(&mut b[row], &mut d[row], 4, 0x0f0f_0f0f);
+        swap_bits(&mut a[row], &mut b[row], 2, 0x3333_3333);
+        swap_bits(&mut c[row], &mut d[row], 2, 0x3333_3333);
+    }
+    for (tile, words) in tiles.into_iter().zip(&words) {
+        for (bytes, word) in tile.as_chunks_mut().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+    }
+    invalid & 0x5555_5555 == 0
+}
+
+/// Exchanges the bits `mask << shift` of `a` with the bits `mask` of `b`.
+#[inline(always)]
+fn swap_bits(a: &mut u32, b: &mut u32, shift: u32, mask: u32) {
+    let differing = (*a >> shift ^ *b) & mask;
+    *b ^= differing;
+    *a ^= differing << shift;
+}
+
 /// The sixteen codes of a row.
 #[inline]
 pub fn row(tile: &Tile, row: usize) -> [u8; COLS] {
