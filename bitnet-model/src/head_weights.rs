@@ -105,6 +105,16 @@ impl HeadWeights {
         Ok(Self { lines, scales, format, rows, cols })
     }
 
+    /// The bytes that a head of `rows` × `cols` takes.
+    pub fn size(rows: usize, cols: usize, format: HeadFormat) -> usize {
+        let (bands, groups) = (rows.div_ceil(ROWS), cols.div_ceil(GROUP));
+        let scales = match format {
+            HeadFormat::Q8 => size_of::<BandRows>(),
+            HeadFormat::Q6 | HeadFormat::Q4 => groups * size_of::<[u16; ROWS]>(),
+        };
+        bands * (groups * format.lines_per_group() * size_of::<Line>() + scales)
+    }
+
     /// Rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
@@ -196,18 +206,24 @@ fn quantize_groups(
     (lines, row): (&mut [Line], usize),
     scales: &mut [[u16; ROWS]],
 ) {
-    let (offset, limit) = (f32::from(format.offset()), f32::from(format.limit()));
+    /// Adding 1.5 · 2²³ to `y`, `|y| < 2²²`, rounds it half to even and leaves the integer in the low bits.
+    const MAGIC: f32 = 12_582_912.;
+    let (offset, limit) = (format.offset(), f32::from(format.limit()));
     let groups = lines.chunks_mut(format.lines_per_group()).zip(scales).zip(w.chunks(GROUP));
     for ((lines, scales), w) in groups {
-        let absmax = w.iter().fold(0f32, |max, w| max.max(w.abs()));
+        let mut padded = [0f32; GROUP];
+        padded[..w.len()].copy_from_slice(w);
+        // Without the sign, the bits of floats are ordered as the floats are, infinity above them and NaN above that.
+        let absmax = padded.iter().fold(0, |max, w| (w.to_bits() & i32::MAX as u32).max(max));
+        let absmax = f32::from_bits(absmax);
         // To the nearest bfloat16; the codes are those of the scale as rounded.
         let bits = half::bf16::from_f32(absmax / limit).to_bits();
         let scale = f32::from_bits(u32::from(bits) << 16);
         let factor = if scale > 0. { 1. / scale } else { 0. };
-        let mut codes = [format.offset(); GROUP];
-        for (code, w) in codes.iter_mut().zip(w) {
-            *code = ((w * factor).round_ties_even().clamp(-limit, limit) + offset) as u8;
-        }
+        let codes = padded.map(|w| {
+            let y = (w * factor).max(-limit).min(limit) + MAGIC; // a code also for NaN
+            (y.to_bits() as u8).wrapping_add(offset)
+        });
         scales[row] = bits;
         set_group(format, lines, row, &codes);
     }
@@ -311,6 +327,7 @@ mod tests {
                 (HeadFormat::Q4, 1. / 14.),
             ] {
                 let head = HeadWeights::quantize(&source, format).unwrap();
+                assert_eq!(head.bytes(), HeadWeights::size(rows, cols, format));
                 let x = QuantizedHidden::new(&hidden.concat(), cols);
                 let y = head.matmul(kernels::active(), &x);
                 for row in 0..rows {

@@ -16,8 +16,10 @@ use memmap2::{MmapMut, MmapOptions};
 /// Bytes of a large page on x86-64, and on aarch64 with 4 KiB base pages.
 const PAGE: usize = 2 << 20;
 
-/// Bytes mapped at once; they become memory when they are first touched.
+/// Bytes mapped at once, twice as many each time; they become memory when they are first touched. Few large mappings, because
+/// the last page of each is used in part.
 const SLAB: usize = 64 << 20;
+const LARGEST_SLAB: usize = 512 << 20;
 
 /// Every part begins at a cache line.
 const LINE: usize = 64;
@@ -108,7 +110,10 @@ impl Arena {
         let mut cursor = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (slab, start) = match &*cursor {
             Some(Cursor { slab, used }) if size <= slab.len - used => (slab.clone(), *used),
-            _ => (Arc::new(Slab::new(size.next_multiple_of(SLAB).max(SLAB))?), 0),
+            last => {
+                let next = last.as_ref().map_or(SLAB, |last| (2 * last.slab.len).min(LARGEST_SLAB));
+                (Arc::new(Slab::new(size.next_multiple_of(SLAB).max(next))?), 0)
+            }
         };
         *cursor = Some(Cursor { slab: slab.clone(), used: start + size });
         Ok(Pages { slab, start, len })
