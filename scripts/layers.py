@@ -33,7 +33,7 @@ MAY_USE = {
     "sampler": {"error", "config", "nn"},
     "session": {"error", "kv_cache", "model", "nn", "ops", "sampler", "speculative"},
     "speculative": set(),
-    "score": {"error", "model", "storage"},
+    "score": {"error", "model", "ops", "storage"},
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error"},
