@@ -67,6 +67,8 @@ pub enum Command {
     Convert(commands::convert::Args),
     /// Write the logits of every position of a text
     Logits(commands::logits::Args),
+    /// Say how well a model foresees a text
+    Perplexity(commands::perplexity::Args),
     /// Show the tokens of a text, or the text of tokens
     Tokenize(commands::tokenize::Args),
     /// Print a completion script for a shell

@@ -67,7 +67,13 @@ pub fn run(
     }
     let decoded = session.tokens().len().saturating_sub(prompt.len());
     Ok(Continuation {
-        statistics: Statistics::new(&generation, decoded, first_token, load_time),
+        statistics: Statistics::new(
+            &generation,
+            decoded,
+            first_token,
+            load_time,
+            session.cache_bytes(),
+        ),
         tokens: generation.tokens,
         finish: match generation.finish {
             session::Finish::Eos => Finish::Eos,

@@ -1,6 +1,6 @@
 //! Which model, and how to sample from it: the options that several commands share.
 
-use std::sync::Arc;
+use std::{num::NonZeroUsize, sync::Arc};
 
 use bitnet_model::{
     hub::Hub,
@@ -33,13 +33,17 @@ pub struct ModelArgs {
     #[arg(long)]
     pub full_precision: bool,
     /// The output head: exact, bit for bit, of which large ones are screened in 8 bits and kept in the file; or its rows
-    /// in 8, 6 or 4 bits instead, less exact and smaller [default: exact]
+    /// in 8, 6 or 4 bits instead, less exact and smaller [default: exact, with --low-memory q4]
     #[arg(long, value_name = "PRECISION")]
     pub lm_head: Option<LmHead>,
     /// How ternary weights lie in memory, with the same results: 2bit is quickly unpacked, 1.6bit (five weights in a
     /// byte) is a fifth smaller; auto takes the faster, by a short measurement
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     pub weight_format: WeightFormat,
+    /// Take less memory, for less exact results: the output head in 4 bits, keys and values in int8 and ternary weights in
+    /// 1.6 bits, unless --lm-head, --kv-cache and --weight-format say otherwise, and prompts in shorter pieces
+    #[arg(long)]
+    pub low_memory: bool,
 }
 
 /// The values of `--weight-format`.
@@ -53,17 +57,6 @@ pub enum WeightFormat {
     /// Five weights in a byte
     #[value(name = "1.6bit")]
     Trits,
-}
-
-impl WeightFormat {
-    /// The format, if one was asked for.
-    fn tile_format(self) -> Option<TileFormat> {
-        match self {
-            Self::Auto => None,
-            Self::TwoBit => Some(TileFormat::TwoBit),
-            Self::Trits => Some(TileFormat::Trits),
-        }
-    }
 }
 
 /// The values of `--lm-head`.
@@ -94,9 +87,9 @@ impl From<LmHead> for HeadPrecision {
 #[derive(Args, Clone, Copy, Debug)]
 pub struct SessionArgs {
     /// How keys and values are stored: f32 as computed; f16, half the memory and read in half the time; bf16, for
-    /// values that f16 refuses; int8, half of that again, less exact
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]
-    pub kv_cache: KvType,
+    /// values that f16 refuses; int8, half of that again, less exact [default: f16, with --low-memory int8]
+    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
+    pub kv_cache: Option<KvType>,
     /// Draft what followed the last tokens before, and verify it at once: the same text, sooner where it repeats itself
     /// (summaries, edits, code)
     #[arg(long, value_name = "HOW")]
@@ -112,8 +105,15 @@ pub enum Speculate {
 
 impl SessionArgs {
     /// An empty session.
-    pub fn session(self, model: &Arc<Model>) -> Session {
-        let session = Session::with_cache(model.clone(), self.kv_cache);
+    pub fn session(self, model: &Arc<Model>, args: &ModelArgs) -> Session {
+        /// As many tokens as pass over a band of tiles together. Activations of 2B-4T take a tenth of what 512 tokens take.
+        const SHORT_PIECES: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+        let kv_type = self.kv_cache.unwrap_or_else(|| args.kv_type());
+        let session = Session::with_cache(model.clone(), kv_type);
+        let session = match args.low_memory {
+            true => session.prompt_pieces(SHORT_PIECES),
+            false => session,
+        };
         match self.speculate {
             Some(Speculate::Ngram) => session.speculating(),
             None => session,
@@ -138,9 +138,28 @@ impl ModelArgs {
             _ => Precision::AsConfigured,
         };
         let mut source = Source::open(&self.model, precision, &self.hub(global))?;
-        source.lm_head = self.lm_head.map_or(HeadPrecision::Exact, HeadPrecision::from);
-        source.tile_format = self.weight_format.tile_format();
+        source.lm_head = self.lm_head().into();
+        source.tile_format = self.tile_format();
         Ok(source)
+    }
+
+    /// How the output head is stored.
+    pub fn lm_head(&self) -> LmHead {
+        self.lm_head.unwrap_or(if self.low_memory { LmHead::Q4 } else { LmHead::Exact })
+    }
+
+    /// How ternary weights lie in memory, if it is not to be measured.
+    fn tile_format(&self) -> Option<TileFormat> {
+        match self.weight_format {
+            WeightFormat::Auto => self.low_memory.then_some(TileFormat::Trits),
+            WeightFormat::TwoBit => Some(TileFormat::TwoBit),
+            WeightFormat::Trits => Some(TileFormat::Trits),
+        }
+    }
+
+    /// How keys and values are stored if nothing else is said.
+    pub fn kv_type(&self) -> KvType {
+        if self.low_memory { KvType::Int8 } else { KvType::default() }
     }
 
     /// The Hub as the environment and the options have it.

@@ -30,18 +30,22 @@ pub struct Statistics {
     /// Rows of the output head multiplied exactly for a token, where the others were screened out.
     #[serde(skip_serializing_if = "Option::is_none")]
     rescored_rows_per_token: Option<f64>,
+    /// All of it: weights, keys and values, everything else.
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_memory_bytes: Option<u64>,
+    /// Of that, keys and values.
+    kv_cache_bytes: usize,
 }
 
 impl Statistics {
     /// Of a generation that ran `decoded` of its own tokens through the model (the last one often
-    /// need not run) and whose first token came after `first_token`.
+    /// need not run), whose first token came after `first_token`, and whose keys and values take `kv_cache_bytes`.
     pub fn new(
         generation: &Generation,
         decoded: usize,
         first_token: Option<Duration>,
         load_time: Duration,
+        kv_cache_bytes: usize,
     ) -> Self {
         let rate = |tokens: usize, time: Duration| {
             (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
@@ -58,6 +62,7 @@ impl Statistics {
             load_seconds: load_time.as_secs_f64(),
             rescored_rows_per_token: generation.rescored_rows,
             peak_memory_bytes: peak_memory(),
+            kv_cache_bytes,
         }
     }
 }
@@ -85,10 +90,11 @@ impl fmt::Display for Statistics {
         if let Some(rows) = self.rescored_rows_per_token {
             write!(f, ", {rows:.1} rescored rows per token")?;
         }
-        match self.peak_memory_bytes {
-            Some(bytes) => write!(f, ", peak memory {}", Bytes(bytes)),
-            None => Ok(()),
+        if let Some(bytes) = self.peak_memory_bytes {
+            let cache = Bytes(self.kv_cache_bytes as u64);
+            write!(f, ", peak memory {} of which {cache} keys and values", Bytes(bytes))?;
         }
+        Ok(())
     }
 }
 
@@ -135,16 +141,18 @@ mod tests {
             rescored_rows: Some(3.25),
         };
         let first = Some(Duration::from_millis(125));
-        let mut statistics = Statistics::new(&generation, 2, first, Duration::from_secs(1));
+        let mut statistics =
+            Statistics::new(&generation, 2, first, Duration::from_secs(1), 5 << 20);
         statistics.peak_memory_bytes = Some(3 << 30);
         assert_eq!(
             statistics.to_string(),
             "10 prompt tokens at 100.0 tokens/s, 3 new tokens at 4.0 tokens/s, \
-             first token after 0.125 s, 3.2 rescored rows per token, peak memory 3.00 GiB"
+             first token after 0.125 s, 3.2 rescored rows per token, \
+             peak memory 3.00 GiB of which 5.0 MiB keys and values"
         );
         let none =
             Generation { tokens: Vec::new(), prompt_tokens: 0, rescored_rows: None, ..generation };
-        let mut statistics = Statistics::new(&none, 0, None, Duration::ZERO);
+        let mut statistics = Statistics::new(&none, 0, None, Duration::ZERO, 0);
         statistics.peak_memory_bytes = None;
         assert_eq!(statistics.to_string(), "0 prompt tokens, 0 new tokens");
         assert!(serde_json::to_value(&statistics).unwrap().get("peak_memory_bytes").is_none());

@@ -54,6 +54,19 @@ fn library_greedy(model: &str, prompt: &[u32], max_new_tokens: usize) -> Vec<u32
     Session::new(model).generate(prompt, &options, &mut rng, go_on).unwrap().tokens
 }
 
+/// One flag for several, each of which may still be given.
+#[test]
+fn low_memory_is_a_smaller_head_and_cache() {
+    let run = |flags: &[&str]| json(&[&GREEDY[..], flags].concat());
+    let cache = |result: &Value| result["statistics"]["kv_cache_bytes"].as_u64().unwrap();
+    let (usual, low) = (run(&[]), run(&["--low-memory"]));
+    assert!(cache(&low) * 3 < cache(&usual) * 2, "{} {}", cache(&low), cache(&usual));
+    let spelled = run(&["--lm-head", "q4", "--kv-cache", "int8"]);
+    assert_eq!((&low["tokens"], cache(&low)), (&spelled["tokens"], cache(&spelled)));
+    let exact = run(&["--low-memory", "--lm-head", "exact", "--kv-cache", "f16"]);
+    assert_eq!((&exact["tokens"], cache(&exact)), (&usual["tokens"], cache(&usual)));
+}
+
 #[test]
 fn greedy_text_is_the_librarys() {
     let result = json(&GREEDY);

@@ -1,5 +1,7 @@
 //! `HeadWeights`: an output head in 8, 6 or 4 bits a weight, in the order in which the kernels read it.
 
+use rayon::prelude::*;
+
 use crate::{
     kernels::{
         self, Kernel, ROWS,
@@ -57,14 +59,13 @@ impl HeadWeights {
         let mut lines = Arena::default().zeroed(bands * band_bytes)?;
         let errors = Errors::default();
         let kernel = kernels::active();
-        // The rows of a band as f32, one after the other, padded to whole groups.
-        let visit_rows = |band: usize, visit: &mut dyn FnMut(usize, &[f32])| {
+        // The rows of a band as f32, one after the other.
+        let visit_rows = |row: &mut [f32], band: usize, visit: &mut dyn FnMut(usize, &[f32])| {
             let range = band * ROWS..rows.min((band + 1) * ROWS);
-            let mut row = vec![0.; cols];
             errors.note(source.with_rows(range, &mut |weights| {
                 for index in 0..weights.rows() {
-                    weights.widen_row(index, &mut row);
-                    visit(index, &row);
+                    weights.widen_row(index, row);
+                    visit(index, row);
                 }
             }));
         };
@@ -73,26 +74,26 @@ impl HeadWeights {
                 let zero = [0.; ROWS];
                 let rows = BandRows { scales: zero, errors: zero, norms: zero };
                 let mut scales = vec![rows; bands];
-                threads::for_each_chunk_pair(
-                    (&mut lines, band_bytes.max(1)),
-                    (&mut scales, 1),
-                    |band, lines, rows| {
-                        let lines = lines.as_chunks_mut().0;
-                        visit_rows(band, &mut |index, w| {
-                            quantize_row(kernel, w, (lines, index), &mut rows[0]);
-                        });
-                    },
-                );
+                let bands = lines.par_chunks_mut(band_bytes.max(1)).zip(&mut scales).enumerate();
+                let buffers = || (vec![0.; cols], vec![0; groups * GROUP]);
+                bands.for_each_init(buffers, |(row, codes), (band, (lines, rows))| {
+                    let lines = lines.as_chunks_mut().0;
+                    visit_rows(row, band, &mut |index, w| {
+                        quantize_row(kernel, w, codes, (lines, index), rows);
+                    });
+                });
                 Scales::Rows(scales)
             }
             HeadFormat::Q6 | HeadFormat::Q4 => {
                 let mut scales = vec![[0; ROWS]; bands * groups];
-                threads::for_each_chunk_pair(
-                    (&mut lines, band_bytes.max(1)),
-                    (&mut scales, groups.max(1)),
-                    |band, lines, scales| {
+                let scales_of_bands = scales.par_chunks_mut(groups.max(1));
+                let bands =
+                    lines.par_chunks_mut(band_bytes.max(1)).zip(scales_of_bands).enumerate();
+                bands.for_each_init(
+                    || vec![0.; cols],
+                    |row, (band, (lines, scales))| {
                         let lines = lines.as_chunks_mut().0;
-                        visit_rows(band, &mut |index, w| {
+                        visit_rows(row, band, &mut |index, w| {
                             quantize_groups(format, w, (lines, index), scales);
                         });
                     },
@@ -102,6 +103,16 @@ impl HeadWeights {
         };
         errors.first()?;
         Ok(Self { lines, scales, format, rows, cols })
+    }
+
+    /// The bytes that a head of `rows` × `cols` takes.
+    pub fn size(rows: usize, cols: usize, format: HeadFormat) -> usize {
+        let (bands, groups) = (rows.div_ceil(ROWS), cols.div_ceil(GROUP));
+        let scales = match format {
+            HeadFormat::Q8 => size_of::<BandRows>(),
+            HeadFormat::Q6 | HeadFormat::Q4 => groups * size_of::<[u16; ROWS]>(),
+        };
+        bands * (groups * format.lines_per_group() * size_of::<Line>() + scales)
     }
 
     /// Rows and columns.
@@ -168,15 +179,15 @@ impl HeadWeights {
     }
 }
 
-/// A row into its place in a band: 8 bits.
+/// A row into its place in a band: 8 bits, with room for its `codes`.
 fn quantize_row(
     kernel: &Kernel,
     w: &[f32],
+    codes: &mut [u8],
     (lines, row): (&mut [Line], usize),
     band: &mut BandRows,
 ) {
-    let mut codes = vec![0u8; w.len().next_multiple_of(GROUP)];
-    let quantized = kernel.quantize_head_row(w, &mut codes);
+    let quantized = kernel.quantize_head_row(w, codes);
     band.scales[row] = quantized.scale;
     band.errors[row] = quantized.error;
     band.norms[row] = quantized.norm;
@@ -193,18 +204,24 @@ fn quantize_groups(
     (lines, row): (&mut [Line], usize),
     scales: &mut [[u16; ROWS]],
 ) {
-    let (offset, limit) = (f32::from(format.offset()), f32::from(format.limit()));
+    /// Adding 1.5 · 2²³ to `y`, `|y| < 2²²`, rounds it half to even and leaves the integer in the low bits.
+    const MAGIC: f32 = 12_582_912.;
+    let (offset, limit) = (format.offset(), f32::from(format.limit()));
     let groups = lines.chunks_mut(format.lines_per_group()).zip(scales).zip(w.chunks(GROUP));
     for ((lines, scales), w) in groups {
-        let absmax = w.iter().fold(0f32, |max, w| max.max(w.abs()));
+        let mut padded = [0f32; GROUP];
+        padded[..w.len()].copy_from_slice(w);
+        // Without the sign, the bits of floats are ordered as the floats are, infinity above them and NaN above that.
+        let absmax = padded.iter().fold(0, |max, w| (w.to_bits() & i32::MAX as u32).max(max));
+        let absmax = f32::from_bits(absmax);
         // To the nearest bfloat16; the codes are those of the scale as rounded.
         let bits = half::bf16::from_f32(absmax / limit).to_bits();
         let scale = f32::from_bits(u32::from(bits) << 16);
         let factor = if scale > 0. { 1. / scale } else { 0. };
-        let mut codes = [format.offset(); GROUP];
-        for (code, w) in codes.iter_mut().zip(w) {
-            *code = ((w * factor).round_ties_even().clamp(-limit, limit) + offset) as u8;
-        }
+        let codes = padded.map(|w| {
+            let y = (w * factor).max(-limit).min(limit) + MAGIC; // a code also for NaN
+            (y.to_bits() as u8).wrapping_add(offset)
+        });
         scales[row] = bits;
         set_group(format, lines, row, &codes);
     }
@@ -308,6 +325,7 @@ mod tests {
                 (HeadFormat::Q4, 1. / 14.),
             ] {
                 let head = HeadWeights::quantize(&source, format).unwrap();
+                assert_eq!(head.bytes(), HeadWeights::size(rows, cols, format));
                 let x = QuantizedHidden::new(&hidden.concat(), cols);
                 let y = head.matmul(kernels::active(), &x);
                 for row in 0..rows {

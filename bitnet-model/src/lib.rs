@@ -36,6 +36,7 @@ pub mod kv_cache;
 pub mod model;
 pub mod nn;
 pub mod ops;
+pub mod packed;
 pub mod pages;
 pub mod pretrained;
 pub mod quant;

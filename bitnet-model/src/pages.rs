@@ -16,8 +16,10 @@ use memmap2::{MmapMut, MmapOptions};
 /// Bytes of a large page on x86-64, and on aarch64 with 4 KiB base pages.
 const PAGE: usize = 2 << 20;
 
-/// Bytes mapped at once; they become memory when they are first touched.
+/// Bytes mapped at once, twice as many each time; they become memory when they are first touched. Few large mappings, because
+/// the last page of each is used in part.
 const SLAB: usize = 64 << 20;
+const LARGEST_SLAB: usize = 512 << 20;
 
 /// Every part begins at a cache line.
 const LINE: usize = 64;
@@ -38,6 +40,16 @@ pub fn keep_freed_memory() {
         if kept == 0 {
             tracing::debug!("the allocator does not keep freed memory");
         }
+    }
+}
+
+/// Gives back to the system what was freed so far, also if [`keep_freed_memory`] keeps it. Without effect on systems other
+/// than Linux with glibc.
+pub fn release_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `malloc_trim` gives unused memory back and touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 
@@ -98,7 +110,10 @@ impl Arena {
         let mut cursor = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (slab, start) = match &*cursor {
             Some(Cursor { slab, used }) if size <= slab.len - used => (slab.clone(), *used),
-            _ => (Arc::new(Slab::new(size.next_multiple_of(SLAB).max(SLAB))?), 0),
+            last => {
+                let next = last.as_ref().map_or(SLAB, |last| (2 * last.slab.len).min(LARGEST_SLAB));
+                (Arc::new(Slab::new(size.next_multiple_of(SLAB).max(next))?), 0)
+            }
         };
         *cursor = Some(Cursor { slab: slab.clone(), used: start + size });
         Ok(Pages { slab, start, len })

@@ -17,6 +17,7 @@ use crate::{
     kernels::TileFormat,
     model::Model,
     nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
+    pages,
     rows::RowSource,
     synthetic,
     text::Tokenizer,
@@ -259,10 +260,10 @@ impl Source {
     /// a time. The rows of large embeddings and heads stay in the checkpoint, which is read as they are
     /// needed; the head is in memory as `lm_head` says, screened if it is exact.
     pub fn load(&self, device: &Device) -> Result<Model> {
-        let packed = self
-            .config
-            .quantization
-            .map(|quantization| BitLinears::new(quantization).with_format(self.tile_format()));
+        let packed = self.config.quantization.map(|quantization| {
+            let linears = BitLinears::new(quantization).with_format(self.tile_format());
+            linears.reading(self.checkpoint.clone())
+        });
         let linears: &dyn LinearFactory = match &packed {
             Some(linears) => linears,
             None => &DenseLinears,
@@ -337,7 +338,12 @@ impl Pretrained {
 impl Source {
     /// Loads model and tokenizer, side by side.
     pub fn into_pretrained(self, device: &Device) -> Result<Pretrained> {
-        let (model, tokenizer) = rayon::join(|| self.load(device), || self.tokenizer());
+        let tokenizer = || {
+            let tokenizer = self.tokenizer();
+            pages::release_freed_memory(); // what reading it took, before the weights need it
+            tokenizer
+        };
+        let (model, tokenizer) = rayon::join(|| self.load(device), tokenizer);
         Ok(Pretrained {
             model: Arc::new(model?),
             tokenizer: tokenizer?,

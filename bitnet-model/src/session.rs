@@ -1,6 +1,7 @@
 //! A session: one sequence, its cache, and the loop that continues it.
 
 use std::{
+    num::NonZeroUsize,
     ops::ControlFlow,
     sync::{
         Arc,
@@ -18,12 +19,12 @@ use crate::{
     model::Model,
     nn::{Logits, Need},
     ops::KvType,
-    sampler::Sampler,
+    sampler::{Sampler, SamplingParams},
     speculative::NgramDrafter,
 };
 
-/// Prompt tokens run at once: bounds the memory of the activations.
-pub const PREFILL_CHUNK: usize = 512;
+/// Prompt tokens run at once, unless the session says otherwise: bounds the memory of the activations.
+pub const PREFILL_CHUNK: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 
 /// One sequence of tokens and what the model remembers of it.
 pub struct Session {
@@ -32,6 +33,7 @@ pub struct Session {
     /// The tokens the cache holds.
     tokens: Vec<u32>,
     drafter: Option<NgramDrafter>,
+    prefill_chunk: NonZeroUsize,
 }
 
 /// How to continue a prompt.
@@ -120,7 +122,7 @@ impl Session {
     /// An empty session that remembers keys and values as `kv_type` says.
     pub fn with_cache(model: Arc<Model>, kv_type: KvType) -> Self {
         let cache = model.cache(kv_type, 1);
-        Self { model, cache, tokens: Vec::new(), drafter: None }
+        Self { model, cache, tokens: Vec::new(), drafter: None, prefill_chunk: PREFILL_CHUNK }
     }
 
     /// The same session, decoding several tokens at once where the text repeats itself ([`speculative`]): the same
@@ -129,6 +131,12 @@ impl Session {
     /// [`speculative`]: crate::speculative
     pub fn speculating(self) -> Self {
         Self { drafter: Some(NgramDrafter::default()), ..self }
+    }
+
+    /// The same session, running a prompt `tokens` at a time: fewer take less memory and more time, and give the same
+    /// result. 512 if nothing is said.
+    pub fn prompt_pieces(self, tokens: NonZeroUsize) -> Self {
+        Self { prefill_chunk: tokens, ..self }
     }
 
     /// The network.
@@ -158,7 +166,7 @@ impl Session {
     /// No tokens, an id outside the vocabulary, or more tokens than the model's context holds.
     pub fn append(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let mut hidden = None;
-        for chunk in tokens.chunks(PREFILL_CHUNK) {
+        for chunk in tokens.chunks(self.prefill_chunk.get()) {
             hidden = Some(self.run(chunk)?);
         }
         match hidden {
@@ -191,7 +199,7 @@ impl Session {
         let shared = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         self.truncate(shared.min(prompt.len() - 1)); // the last one runs for its logits
         let mut hidden = None;
-        for chunk in prompt[self.tokens.len()..].chunks(PREFILL_CHUNK) {
+        for chunk in prompt[self.tokens.len()..].chunks(self.prefill_chunk.get()) {
             if interrupt.load(Ordering::Relaxed) {
                 return Ok(None);
             }
@@ -213,6 +221,33 @@ impl Session {
         rng: &mut impl Rng,
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation> {
+        self.continue_text((prompt, None), options, rng, &mut on_token)
+    }
+
+    /// Continues `prompt` with `text` whatever the model says, at the cost of greedy decoding: how fast a model would be that
+    /// writes this, and how much of it speculation foresees.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn replay(&mut self, prompt: &[u32], text: &[u32]) -> Result<Generation> {
+        let options = GenerateOptions {
+            sampler: Sampler::new(SamplingParams::greedy())?,
+            max_new_tokens: text.len(),
+            eos_token_ids: Vec::new(),
+            interrupt: Arc::default(),
+        };
+        let go_on = &mut |_| ControlFlow::Continue(());
+        self.continue_text((prompt, Some(text)), &options, &mut rand::rng(), go_on)
+    }
+
+    /// Continues `prompt`, with `forced` if there is such a text of `max_new_tokens`.
+    fn continue_text(
+        &mut self,
+        (prompt, forced): (&[u32], Option<&[u32]>),
+        options: &GenerateOptions,
+        rng: &mut impl Rng,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generation> {
         let start = Instant::now();
         let before = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let prompt_tokens = prompt.len() - before.min(prompt.len().saturating_sub(1));
@@ -222,8 +257,8 @@ impl Session {
         let mut tally = Tally::default();
         let finish = match prefilled {
             Some(hidden) => {
-                let mut text = Text { prompt, generated: &mut generated, options, rng };
-                self.decode(&hidden, &mut text, &mut tally, &mut on_token)?
+                let mut text = Text { prompt, generated: &mut generated, forced, options, rng };
+                self.decode(&hidden, &mut text, &mut tally, on_token)?
             }
             None => Finish::Stopped,
         };
@@ -308,13 +343,15 @@ impl Session {
 struct Text<'a, R> {
     prompt: &'a [u32],
     generated: &'a mut Vec<u32>,
+    forced: Option<&'a [u32]>,
     options: &'a GenerateOptions,
     rng: &'a mut R,
 }
 
 impl<R: Rng> Text<'_, R> {
     fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        self.options.sampler.sample(logits, self.prompt, self.generated, self.rng)
+        let token = self.options.sampler.sample(logits, self.prompt, self.generated, self.rng)?;
+        Ok(self.forced.map_or(token, |forced| forced[self.generated.len()]))
     }
 
     /// What sampling will ask of the logits after the text, and after each token of `draft` behind it.

@@ -13,6 +13,7 @@ use crate::{
         self, Kernel,
         tile::{self, MAX_TILE_COLS, ROWS, Tile, TileFormat},
     },
+    packed::{self, PackedError, PackedSource},
     pages::{Arena, Pages},
     quant::{self, Rounding},
     threads,
@@ -55,39 +56,6 @@ impl PartialEq for TernaryWeight {
     }
 }
 
-/// What is wrong with packed data.
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum PackedError {
-    /// The byte count does not belong to the shape.
-    #[error(
-        "{found} bytes of packed codes, but {out_features} × {in_features} weights take {expected}"
-    )]
-    Length {
-        /// Rows of the matrix.
-        out_features: usize,
-        /// Columns of the matrix.
-        in_features: usize,
-        /// `out_features / 4 · in_features`.
-        expected: usize,
-        /// Bytes given.
-        found: usize,
-    },
-    /// Four rows share a byte.
-    #[error("{out_features} output features are not divisible by 4, so they cannot be packed")]
-    Rows {
-        /// Rows of the matrix.
-        out_features: usize,
-    },
-    /// Codes are 0, 1 and 2.
-    #[error("row {row}, column {col} holds code 3, which is no ternary value: the file is damaged")]
-    Code {
-        /// Output row of the first bad code.
-        row: usize,
-        /// Input column of the first bad code.
-        col: usize,
-    },
-}
-
 impl TernaryWeight {
     /// Ternarizes float weights (out_features, in_features) by absolute mean
     /// ([`quant`]).
@@ -124,20 +92,20 @@ impl TernaryWeight {
         scale: f32,
         format: TileFormat,
     ) -> Result<Self, PackedError> {
-        if !out_features.is_multiple_of(4) {
-            return Err(PackedError::Rows { out_features });
+        packed::check_len(out_features, in_features, bytes.len())?;
+        if packed::has_whole_bands(out_features, in_features) {
+            let format = format.for_cols(in_features);
+            let width = in_features.div_ceil(format.cols());
+            let mut tiles = vec![format.empty(); out_features / ROWS * width];
+            packed::fill_tiles(format, (out_features, in_features), &mut tiles, |offset, out| {
+                out.copy_from_slice(&bytes[offset..][..out.len()]);
+                Ok(())
+            })?;
+            let tiles = Tiles::Heap(tiles);
+            return Ok(Self { tiles, format, out_features, in_features, scale });
         }
         let quarter = out_features / 4;
-        let expected = quarter * in_features;
-        if bytes.len() != expected {
-            let found = bytes.len();
-            return Err(PackedError::Length { out_features, in_features, expected, found });
-        }
-        if let Some(at) = first_invalid(bytes) {
-            let field = invalid_fields(bytes[at]).trailing_zeros() as usize / 2;
-            let row = field * quarter + at / in_features;
-            return Err(PackedError::Code { row, col: at % in_features });
-        }
+        packed::check_codes(bytes, in_features, |field, row| field * quarter + row)?;
         Ok(Self::from_rows((out_features, in_features), scale, format, |format, row, col| {
             let field = row / quarter;
             let bytes = &bytes[row % quarter * in_features..][..in_features][col..];
@@ -152,6 +120,32 @@ impl TernaryWeight {
         }))
     }
 
+    /// As [`from_packed`](Self::from_packed), of the matrix `name` of `source`, into large pages beside others of `arena`.
+    ///
+    /// # Errors
+    /// As there; bytes that cannot be read, or no memory.
+    pub fn read_packed(
+        (source, name): (&dyn PackedSource, &str),
+        (out_features, in_features): (usize, usize),
+        scale: f32,
+        format: TileFormat,
+        arena: &Arena,
+    ) -> Result<Self, PackedError> {
+        let len = packed::check_len(out_features, in_features, source.packed_len(name)?)?;
+        if !packed::has_whole_bands(out_features, in_features) {
+            let mut bytes = vec![0; len];
+            source.read_packed(name, 0, &mut bytes)?;
+            let weight = Self::from_packed(&bytes, (out_features, in_features), scale, format)?;
+            return weight.into_pages(arena).map_err(no_memory);
+        }
+        let format = format.for_cols(in_features);
+        let tiles = out_features / ROWS * in_features.div_ceil(format.cols());
+        let mut pages = arena.zeroed(tiles * size_of::<Tile>()).map_err(no_memory)?;
+        let read = |offset, out: &mut [u8]| source.read_packed(name, offset, out);
+        packed::fill_tiles(format, (out_features, in_features), pages.as_chunks_mut().0, read)?;
+        Ok(Self { tiles: Tiles::Paged(pages), format, out_features, in_features, scale })
+    }
+
     /// `row_bytes(format, row, col)` gives a tile's row, the codes of `weight[row][col..]`.
     fn from_rows(
         (out_features, in_features): (usize, usize),
@@ -159,10 +153,7 @@ impl TernaryWeight {
         format: TileFormat,
         row_bytes: impl Fn(TileFormat, usize, usize) -> [u8; 4] + Send + Sync,
     ) -> Self {
-        let format = match in_features <= format.max_cols() {
-            true => format,
-            false => TileFormat::TwoBit,
-        };
+        let format = format.for_cols(in_features);
         let width = in_features.div_ceil(format.cols());
         let mut tiles = vec![format.empty(); out_features.div_ceil(ROWS) * width];
         tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
@@ -288,6 +279,10 @@ impl TernaryWeight {
     }
 }
 
+fn no_memory(error: io::Error) -> PackedError {
+    candle_core::Error::wrap(error).into()
+}
+
 /// `y = x·Wᵀ` (tokens, Σ out_features) with the kernel given, for matrices of the same inputs stacked on one another:
 /// `y[token][row] = weight_scale / a[token] · Σ`. The integer sum is exact, so every kernel gives the same bits.
 pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeight]) -> Vec<f32> {
@@ -344,21 +339,6 @@ fn codes_of_a_task(codes: usize, tokens: usize) -> usize {
         true => codes.div_ceil(threads::count() * TASKS).max(PRODUCTS / tokens.max(1)),
         false => CACHED,
     }
-}
-
-/// A 1 in the low bit of each 2-bit field that holds code 3.
-fn invalid_fields(byte: u8) -> u8 {
-    byte & (byte >> 1) & 0b01_01_01_01
-}
-
-/// The first byte with a code 3.
-fn first_invalid(bytes: &[u8]) -> Option<usize> {
-    /// Bytes looked at without a branch.
-    const BLOCK: usize = 1 << 12;
-    let has_invalid = |block: &[u8]| block.iter().fold(0, |any, &b| any | invalid_fields(b)) != 0;
-    let block = bytes.par_chunks(BLOCK).position_first(has_invalid)?;
-    let found = bytes[block * BLOCK..].iter().position(|&b| invalid_fields(b) != 0)?;
-    Some(block * BLOCK + found)
 }
 
 /// Tokens that pass over a band of tiles together.

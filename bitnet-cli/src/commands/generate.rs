@@ -104,7 +104,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         stdout.write_all(echo.as_bytes())?;
         stdout.flush()?;
     }
-    let mut session = args.session.session(&model.model);
+    let mut session = args.session.session(&model.model, &args.model);
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let sampling = (&plan.options, &mut rng);
     let (continuation, text) = match &model.tokenizer {

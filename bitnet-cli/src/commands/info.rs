@@ -8,7 +8,9 @@ use std::{
 use anyhow::Context;
 use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
-    kernels::{self, tile},
+    head_weights::HeadWeights,
+    kernels::{self, head::HeadFormat, tile},
+    nn::HeadPrecision,
     ops::KvType,
     pretrained::{Origin, Precision, Source, default_files},
     quant::Rounding,
@@ -108,10 +110,12 @@ struct BitsPerWeight {
 #[derive(Serialize)]
 struct Memory {
     projections: u64,
+    /// 0 if its rows stay in the file.
     embedding: u64,
     /// 0 if it is the embedding.
     head: u64,
     norms: u64,
+    /// Without keys and values.
     total: u64,
     cache_per_1k_tokens: u64,
 }
@@ -147,7 +151,8 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
         (_, true) => Precision::Full,
         _ => Precision::AsFound,
     };
-    let source = Source::open(&args.model.model, precision, &args.model.hub(global))?;
+    let mut source = Source::open(&args.model.model, precision, &args.model.hub(global))?;
+    source.lm_head = args.model.lm_head().into();
     let info = Info::of(&source)?;
     let out = &mut io::BufWriter::new(io::stdout().lock());
     match args.json {
@@ -270,10 +275,9 @@ impl Info {
         }
         let dtypes: Vec<String> = self.dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect();
         row("tensors", format!("{} ({})", self.tensors.len(), dtypes.join(", ")))?;
-        let mut parts = vec![(m.projections, "projections"), (m.embedding, "embedding")];
-        parts.extend([(m.head, "head"), (m.norms, "norms")].into_iter().filter(|(n, _)| *n > 0));
-        let parts: Vec<String> =
-            parts.iter().map(|(n, name)| format!("{} {name}", bytes(*n))).collect();
+        let parts = [(m.projections, "projections"), (m.embedding, "embedding"), (m.head, "head")];
+        let parts = parts.into_iter().chain([(m.norms, "norms")]).filter(|(n, _)| *n > 0);
+        let parts: Vec<String> = parts.map(|(n, name)| format!("{} {name}", bytes(n))).collect();
         row("memory at rest", format!("{} ({})", bytes(m.total), parts.join(", ")))?;
         row("cache", format!("{} for 1000 tokens, f16", bytes(m.cache_per_1k_tokens)))?;
         match &self.tokenizer {
@@ -372,8 +376,8 @@ impl Parameters {
 }
 
 impl Memory {
-    /// As [`Source::load`] does it: codes in padded tiles, embedding and head in bf16 if they are
-    /// stored so, the rest in f32.
+    /// As [`Source::load`] does it: codes in padded tiles; small embeddings and heads in bf16 if they are stored so, of
+    /// large ones the head alone, quantized or screened in 8 bits; the rest in f32.
     fn of(source: &Source, parameters: &Parameters) -> Self {
         let config = &source.config;
         let float = source.embedding_dtype().size_in_bytes() as u64;
@@ -387,7 +391,16 @@ impl Memory {
                 config.projections().map(tiles).sum::<u64>() * size_of::<tile::Tile>() as u64
             }
         };
-        let (embedding, head) = (parameters.embedding * float, parameters.head * float);
+        let (embedding, head) = match source.reads_rows() {
+            false => (parameters.embedding * float, parameters.head * float),
+            true => {
+                let format = match source.lm_head {
+                    HeadPrecision::Exact => HeadFormat::Q8,
+                    HeadPrecision::Quantized(format) => format,
+                };
+                (0, HeadWeights::size(config.vocab_size, config.hidden_size, format) as u64)
+            }
+        };
         let norms = parameters.others * size_of::<f32>() as u64;
         // Keys and values.
         let rows = 2 * config.num_key_value_heads * config.num_hidden_layers;

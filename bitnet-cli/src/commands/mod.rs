@@ -8,6 +8,7 @@ pub mod download;
 pub mod generate;
 pub mod info;
 pub mod logits;
+pub mod perplexity;
 pub mod tokenize;
 pub mod train;
 
@@ -24,6 +25,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Train(command) => train::run(command, global),
         Command::Convert(args) => convert::run(args, global),
         Command::Logits(args) => logits::run(args, global),
+        Command::Perplexity(args) => perplexity::run(&args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Completions(args) => completions::run(args),
     }

@@ -1,6 +1,6 @@
-//! Rows of a tensor, read from the file each time they are asked for.
+//! Parts of a tensor, read from the file each time they are asked for: rows of floats, and packed codes.
 
-use std::{ops::Range, sync::Arc};
+use std::{cell::Cell, ops::Range, sync::Arc};
 
 use bytemuck::Pod;
 
@@ -8,6 +8,7 @@ use super::{Checkpoint, Dtype, backend::wrap, header::Entry};
 use crate::{
     error::{Error, Result},
     kernels::{DenseWeights, Matrix},
+    packed::PackedSource,
     rows::RowSource,
 };
 
@@ -38,17 +39,26 @@ impl StoredRows {
         Ok(Self { checkpoint: checkpoint.clone(), name: name.into(), shard, entry, shape })
     }
 
-    /// The elements of some rows.
-    fn read<T: Pod>(&self, range: &Range<usize>) -> Result<Vec<T>, Error> {
+    /// Calls `visit` with the elements of some rows.
+    fn read<T: Pod>(&self, range: &Range<usize>, visit: impl FnOnce(&[T])) -> Result<(), Error> {
+        thread_local! {
+            /// The last rows read, or room for the next: a new buffer each time would have to be zeroed.
+            static BUFFER: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+        }
         let cols = self.shape.1;
         assert!(range.end <= self.shape.0, "rows {range:?} of {}", self.shape.0);
-        let mut data = vec![T::zeroed(); range.len() * cols];
+        let bytes = range.len() * cols * size_of::<T>();
+        let mut buffer = BUFFER.take();
+        buffer.resize(buffer.len().max(bytes.div_ceil(size_of::<u32>())), 0);
+        let data = &mut bytemuck::cast_slice_mut(&mut buffer)[..bytes];
         let start = self.entry.start + (range.start * cols * size_of::<T>()) as u64;
         self.checkpoint.shards[self.shard]
             .1
-            .read_exact_at(bytemuck::cast_slice_mut(&mut data), start)
+            .read_exact_at(data, start)
             .map_err(|e| self.checkpoint.wrong(&self.name, format!("cannot be read: {e}")))?;
-        Ok(data)
+        visit(bytemuck::cast_slice(data));
+        BUFFER.set(buffer);
+        Ok(())
     }
 }
 
@@ -63,20 +73,42 @@ impl RowSource for StoredRows {
         visit: &mut dyn FnMut(DenseWeights<'_>),
     ) -> candle_core::Result<()> {
         let (rows, cols) = (range.len(), self.shape.1);
-        match self.entry.dtype {
-            Dtype::F32 => {
-                let data = self.read(&range).map_err(wrap)?;
-                visit(DenseWeights::F32(Matrix::new(&data, rows, cols)));
-            }
-            Dtype::F16 => {
-                let data = self.read(&range).map_err(wrap)?;
-                visit(DenseWeights::F16(Matrix::new(&data, rows, cols)));
-            }
-            _ => {
-                let data = self.read(&range).map_err(wrap)?;
-                visit(DenseWeights::Bf16(Matrix::new(&data, rows, cols)));
-            }
+        let read = match self.entry.dtype {
+            Dtype::F32 => self.read(&range, |data: &[f32]| {
+                visit(DenseWeights::F32(Matrix::new(data, rows, cols)));
+            }),
+            Dtype::F16 => self.read(&range, |data: &[u16]| {
+                visit(DenseWeights::F16(Matrix::new(data, rows, cols)));
+            }),
+            _ => self.read(&range, |data: &[u16]| {
+                visit(DenseWeights::Bf16(Matrix::new(data, rows, cols)));
+            }),
+        };
+        read.map_err(wrap)
+    }
+}
+
+impl Checkpoint {
+    /// The place of a tensor of bytes.
+    fn packed(&self, name: &str) -> Result<&(usize, Entry), Error> {
+        let found = self.find(name)?;
+        match found.1.dtype {
+            Dtype::U8 => Ok(found),
+            dtype => Err(self.wrong(name, format!("expected packed codes (U8), found {dtype}"))),
         }
-        Ok(())
+    }
+}
+
+impl PackedSource for Checkpoint {
+    fn packed_len(&self, name: &str) -> candle_core::Result<usize> {
+        self.packed(name).map(|(_, entry)| entry.bytes).map_err(wrap)
+    }
+
+    fn read_packed(&self, name: &str, offset: usize, out: &mut [u8]) -> candle_core::Result<()> {
+        let (shard, entry) = self.packed(name).map_err(wrap)?;
+        let within = offset.checked_add(out.len()).is_some_and(|end| end <= entry.bytes);
+        assert!(within, "{} bytes at {offset} of {}", out.len(), entry.bytes);
+        let read = self.shards[*shard].1.read_exact_at(out, entry.start + offset as u64);
+        read.map_err(|e| wrap(self.wrong(name, format!("cannot be read: {e}"))))
     }
 }

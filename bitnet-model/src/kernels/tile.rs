@@ -58,6 +58,14 @@ impl TileFormat {
         }
     }
 
+    /// This format, or the one for rows as long as that.
+    pub const fn for_cols(self, cols: usize) -> Self {
+        match cols <= self.max_cols() {
+            true => self,
+            false => Self::TwoBit,
+        }
+    }
+
     const fn base(self) -> u32 {
         match self {
             Self::TwoBit => 4,
@@ -151,4 +159,65 @@ pub const PACKED_ZEROS: u8 = 0b01_01_01_01;
 #[inline]
 pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
     tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
+}
+
+impl TileFormat {
+    /// Sixteen rows of the Hub's packing, of which [`cols`](Self::cols) count, to the tiles of their four fields; `false` if
+    /// there is a code 3 among them, which no tile may have.
+    #[inline]
+    pub fn unpack(self, bytes: &[[u8; MAX_TILE_COLS]; ROWS], tiles: [&mut Tile; 4]) -> bool {
+        // Of a row, word `lane` holds columns 4·lane .. 4·lane + 4, four fields of each.
+        let mut words = [[0u32; ROWS]; MAX_TILE_COLS / 4];
+        for (row, bytes) in bytes.iter().enumerate() {
+            for (words, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+                words[row] = u32::from_le_bytes(*bytes);
+            }
+        }
+        let invalid = words[..self.lanes()].as_flattened().iter();
+        let invalid = invalid.fold(0, |invalid, word| invalid | word & (word >> 1));
+        let fields = match self {
+            Self::TwoBit => transpose([words[0], words[1], words[2], words[3]]),
+            Self::Trits => std::array::from_fn(|field| base_3(&words, field)),
+        };
+        for (tile, words) in tiles.into_iter().zip(&fields) {
+            for (bytes, word) in tile.as_chunks_mut().0.iter_mut().zip(words) {
+                *bytes = word.to_le_bytes();
+            }
+        }
+        invalid & 0x5555_5555 == 0
+    }
+}
+
+/// In words of lanes, bits 2·field.. are those of a field; in words of fields, bits 2·lane.. those of a lane. This transposes
+/// them, in blocks of two by two and within these.
+#[inline(always)]
+fn transpose(mut lanes: [[u32; ROWS]; 4]) -> [[u32; ROWS]; 4] {
+    let [a, b, c, d] = &mut lanes;
+    for row in 0..ROWS {
+        swap_bits(&mut a[row], &mut c[row], 4, 0x0f0f_0f0f);
+        swap_bits(&mut b[row], &mut d[row], 4, 0x0f0f_0f0f);
+        swap_bits(&mut a[row], &mut b[row], 2, 0x3333_3333);
+        swap_bits(&mut c[row], &mut d[row], 2, 0x3333_3333);
+    }
+    lanes
+}
+
+/// Exchanges the bits `mask << shift` of `a` with the bits `mask` of `b`.
+#[inline(always)]
+fn swap_bits(a: &mut u32, b: &mut u32, shift: u32, mask: u32) {
+    let differing = (*a >> shift ^ *b) & mask;
+    *b ^= differing;
+    *a ^= differing << shift;
+}
+
+/// `Σ code(lane) · 3ˡᵃⁿᵉ` of a field, four codes a word.
+#[inline(always)]
+fn base_3(lanes: &[[u32; ROWS]; 5], field: usize) -> [u32; ROWS] {
+    let mut sums = [0u32; ROWS];
+    for words in lanes.iter().rev() {
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum = *sum + (*sum << 1) + (word >> (2 * field) & 0x0303_0303); // at most 242 in each byte
+        }
+    }
+    sums
 }

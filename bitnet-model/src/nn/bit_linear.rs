@@ -13,6 +13,7 @@ use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
     ops::ternary_matmul,
+    packed::{PackedError, PackedSource},
     pages::Arena,
     quant::Rounding,
     storage::with_slice,
@@ -37,58 +38,6 @@ impl BitLinear {
     /// The packed weights.
     pub fn weights(&self) -> &[TernaryWeight] {
         &self.weights
-    }
-}
-
-/// Loads packed codes `weight` (out_features / 4, in_features) u8 with `weight_scale`, or ternarizes a float `weight`
-/// (out_features, in_features).
-fn load_weight(
-    spec: LinearSpec,
-    quantization: Quantization,
-    format: TileFormat,
-    vb: VarBuilder,
-) -> Result<TernaryWeight> {
-    let Quantization { weights, rounding, .. } = quantization;
-    let (out_features, in_features) = (spec.out_features, spec.in_features);
-    let refuse = |reason: String| {
-        candle_core::Error::Msg(format!("tensor `{}.weight`: {reason}", vb.prefix()))
-    };
-    match weights {
-        WeightForm::Latent => {
-            let shape = (out_features, in_features);
-            let latent =
-                vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::F32)?;
-            with_slice::<f32, _>(&latent, |latent| {
-                if let Some(at) = latent.iter().position(|w| !w.is_finite()) {
-                    let (row, col) = (at / in_features, at % in_features);
-                    return Err(refuse(format!("row {row}, column {col} is {}", latent[at])));
-                }
-                Ok(TernaryWeight::from_latent(
-                    latent,
-                    (out_features, in_features),
-                    rounding,
-                    format,
-                ))
-            })
-        }
-        WeightForm::Packed(convention) => {
-            let shape = (out_features.div_ceil(4), in_features);
-            let codes = vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::U8)?;
-            let scale =
-                vb.get_with_hints_dtype(1, "weight_scale", Default::default(), DType::F32)?;
-            let scale = scale.to_vec1::<f32>()?[0];
-            if !(scale.is_finite() && scale > 0.) {
-                return Err(refuse(format!("weight_scale is {scale}, not a positive number")));
-            }
-            let scale = match convention {
-                ScaleConvention::Multiply => scale,
-                ScaleConvention::Divide => 1. / scale,
-            };
-            with_slice::<u8, _>(&codes, |codes| {
-                TernaryWeight::from_packed(codes, (out_features, in_features), scale, format)
-                    .map_err(|e| refuse(e.to_string()))
-            })
-        }
     }
 }
 
@@ -119,6 +68,7 @@ impl Projections for BitLinear {
 pub struct BitLinears {
     quantization: Quantization,
     format: TileFormat,
+    codes: Option<Arc<dyn PackedSource>>,
     arena: Arena,
     /// Of the weights loaded so far.
     bytes: AtomicUsize,
@@ -128,7 +78,7 @@ impl BitLinears {
     /// Loads projections quantized like this, into memory of large pages.
     pub fn new(quantization: Quantization) -> Self {
         let (format, arena) = (TileFormat::default(), Arena::default());
-        Self { quantization, format, arena, bytes: AtomicUsize::new(0) }
+        Self { quantization, format, codes: None, arena, bytes: AtomicUsize::new(0) }
     }
 
     /// With weights in memory in this format; results do not depend on it.
@@ -136,16 +86,60 @@ impl BitLinears {
         Self { format, ..self }
     }
 
+    /// The same factory, which reads packed codes piece by piece from `codes` and not as tensors.
+    pub fn reading(self, codes: Arc<dyn PackedSource>) -> Self {
+        Self { codes: Some(codes), ..self }
+    }
+
     /// How the projections are quantized.
     pub fn quantization(&self) -> Quantization {
         self.quantization
     }
 
+    /// Loads packed codes `weight` (out_features / 4, in_features) u8 with `weight_scale`, or ternarizes a float
+    /// `weight` (out_features, in_features).
     fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
-        let weight = load_weight(spec, self.quantization, self.format, vb)?;
-        let weight = weight.into_pages(&self.arena).map_err(candle_core::Error::wrap)?;
-        self.bytes.fetch_add(weight.bytes(), Ordering::Relaxed);
-        Ok(weight)
+        let Quantization { weights, rounding, .. } = self.quantization;
+        let shape @ (out_features, in_features) = (spec.out_features, spec.in_features);
+        let name = format!("{}.weight", vb.prefix());
+        let refuse = |reason: String| candle_core::Error::Msg(format!("tensor `{name}`: {reason}"));
+        let WeightForm::Packed(convention) = weights else {
+            let latent =
+                vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::F32)?;
+            let weight = with_slice::<f32, _>(&latent, |latent| {
+                if let Some(at) = latent.iter().position(|w| !w.is_finite()) {
+                    let (row, col) = (at / in_features, at % in_features);
+                    return Err(refuse(format!("row {row}, column {col} is {}", latent[at])));
+                }
+                Ok(TernaryWeight::from_latent(latent, shape, rounding, self.format))
+            })?;
+            return weight.into_pages(&self.arena).map_err(candle_core::Error::wrap);
+        };
+        let scale = vb.get_with_hints_dtype(1, "weight_scale", Default::default(), DType::F32)?;
+        let scale = scale.to_vec1::<f32>()?[0];
+        if !(scale.is_finite() && scale > 0.) {
+            return Err(refuse(format!("weight_scale is {scale}, not a positive number")));
+        }
+        let scale = match convention {
+            ScaleConvention::Multiply => scale,
+            ScaleConvention::Divide => 1. / scale,
+        };
+        let refuse_packed = |error| match error {
+            PackedError::Read(error) => error,
+            error => refuse(error.to_string()),
+        };
+        if let Some(codes) = &self.codes {
+            let source = (&**codes, &name[..]);
+            return TernaryWeight::read_packed(source, shape, scale, self.format, &self.arena)
+                .map_err(refuse_packed);
+        }
+        let packed = (out_features.div_ceil(4), in_features);
+        let codes = vb.get_with_hints_dtype(packed, "weight", Default::default(), DType::U8)?;
+        with_slice::<u8, _>(&codes, |codes| {
+            TernaryWeight::from_packed(codes, shape, scale, self.format).map_err(refuse_packed)
+        })?
+        .into_pages(&self.arena)
+        .map_err(candle_core::Error::wrap)
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Token ids are the engine's language; strings exist only here and at the program's edges.
 
+mod bpe;
 mod chat_template;
 mod detokenizer;
 mod python;

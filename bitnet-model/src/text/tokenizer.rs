@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs::File, io::Read, path::Path, sync::Arc};
 use serde_json::{Map, Value};
 use tokenizers::DecoderWrapper;
 
-use super::{ChatTemplate, TokenStream};
+use super::{ChatTemplate, TokenStream, bpe::BpeTokenizer};
 use crate::{Error, Result};
 
 /// Larger files are refused. The largest public vocabularies (262 144 tokens) take 35 MB.
@@ -226,8 +226,9 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io(path))?;
+    let len = file.metadata().map_err(Error::io(path))?.len();
+    let mut bytes = Vec::with_capacity(len.min(MAX_FILE_BYTES) as usize + 1);
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         let limit = MAX_FILE_BYTES >> 20;
@@ -237,10 +238,15 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn parse_core(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
-    serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| e.to_string())?;
     // tokenizers panics on some malformed files, if not while reading then at the first text.
     let read = || {
-        let core = tokenizers::Tokenizer::from_bytes(json)?;
+        let core: tokenizers::Tokenizer = match serde_json::from_slice::<BpeTokenizer>(json) {
+            Ok(core) => core.into(),
+            Err(_) => {
+                serde_json::from_slice::<serde::de::IgnoredAny>(json)?; // says where the JSON is wrong
+                tokenizers::Tokenizer::from_bytes(json)?
+            }
+        };
         core.encode_fast("", true)?;
         Ok(core)
     };

@@ -81,7 +81,7 @@ impl Work {
         let rescored = rescored * self.head_row_bytes as f64;
         Some(match test.kind {
             Kind::Prompt { tokens } => {
-                let passes = tokens.div_ceil(PREFILL_CHUNK) as f64;
+                let passes = tokens.div_ceil(PREFILL_CHUNK.get()) as f64;
                 (passes * projections + head + rescored) / tokens as f64
             }
             Kind::Generate { tokens, depth } => {
@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(bytes, 500. + 300. + 70. + 204.);
         let bytes = WORK.bytes_a_token(&generate(3, 100, 4), 7.).unwrap();
         assert_eq!(bytes, 200. + 70. + 204.);
-        let tokens = PREFILL_CHUNK + 1;
+        let tokens = PREFILL_CHUNK.get() + 1;
         let prompt = Test { kind: Kind::Prompt { tokens }, threads: 2, batch: 1 };
         assert_eq!(WORK.bytes_a_token(&prompt, 0.).unwrap(), 1300. / tokens as f64);
     }

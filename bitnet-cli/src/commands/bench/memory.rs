@@ -51,7 +51,7 @@ pub fn model_bytes(source: &Source, screened: bool) -> u64 {
 pub fn working_bytes(config: &Config, batch: usize) -> u64 {
     // Gate, up and their product; residual, norm, queries, keys, values and attention are at most as much again.
     let widths = 3 * config.intermediate_size + 6 * config.hidden_size;
-    let activations = PREFILL_CHUNK.max(batch) * widths * size_of::<f32>();
+    let activations = PREFILL_CHUNK.get().max(batch) * widths * size_of::<f32>();
     let logits = 3 * batch * config.vocab_size * size_of::<f32>();
     (activations + logits + buffer_bytes()) as u64
 }

@@ -157,7 +157,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let load_start = Instant::now();
     let mut source = args.model.open(global)?;
     let open_time = load_start.elapsed();
-    if args.model.lm_head.is_none() {
+    if args.model.lm_head.is_none() && !args.model.low_memory {
         source.lm_head = args.level.lm_head();
     }
     let plan = Plan::new(args, &global.threads, &source)?;

@@ -177,7 +177,7 @@ impl<'a> Runner<'a> {
     fn measure(&self, state: &mut State, test: &Test, energy: &Energy) -> Unless<Measurement> {
         set_threads(test.threads);
         let warm_up = match test.kind {
-            Kind::Prompt { tokens } => state.read(tokens.min(PREFILL_CHUNK), self.interrupt)?,
+            Kind::Prompt { tokens } => state.read(tokens.min(PREFILL_CHUNK.get()), self.interrupt)?,
             Kind::Generate { tokens, .. } => state.generate(tokens.min(WARM_UP), self.interrupt)?,
         };
         state.rewind();
@@ -290,7 +290,7 @@ impl<'m> State<'m> {
 
     /// Reads a prompt of `tokens`, in chunks as a session does, and computes the logits after it.
     fn read(&mut self, tokens: usize, interrupt: &AtomicBool) -> Unless<Tally> {
-        let chunk = (PREFILL_CHUNK / self.cache.batch()).max(1);
+        let chunk = (PREFILL_CHUNK.get() / self.cache.batch()).max(1);
         let mut tally = Tally::default();
         let mut left = tokens;
         while left > 0 {

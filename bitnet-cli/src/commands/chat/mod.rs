@@ -88,7 +88,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if is_terminal && !global.quiet {
         say(&format!("Chatting with {}; /help lists the commands, Ctrl-D leaves", model.name));
     }
-    let session = args.session.session(&model.model);
+    let session = args.session.session(&model.model, &args.model);
     let mut conversation =
         Conversation::new(session, tokenizer, plan, args.system.clone(), start.elapsed());
     let mut input = match is_terminal {

@@ -1,0 +1,78 @@
+//! Given texts: how likely they are, and what it takes to write them.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{ops::ControlFlow, sync::Arc};
+
+use bitnet_model::{
+    ops::KvType,
+    score::{Perplexity, ScoreRequest, Windows, loglikelihood, perplexity},
+    session::{Finish, Session},
+};
+use bitnet_tests::fixture::Fixture;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Random token ids of the fixture's vocabulary.
+fn ids(seed: u64, len: usize) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(0..512)).collect()
+}
+
+/// The given text is what becomes of it, drafted or not, and the session holds what decoding it leaves.
+#[test]
+fn a_replay_writes_the_given_text() {
+    let model = Arc::new(Fixture::open("bitnet_packed_tied").model());
+    let prompt = ids(3, 12);
+    for text in [[&prompt[2..9], &prompt[4..10]].concat(), ids(4, 13), vec![]] {
+        let mut plain = Session::new(model.clone());
+        let mut speculating = Session::new(model.clone()).speculating();
+        let without = plain.replay(&prompt, &text).unwrap();
+        let with = speculating.replay(&prompt, &text).unwrap();
+        assert_eq!((&without.tokens, &with.tokens), (&text, &text));
+        assert_eq!(plain.tokens(), speculating.tokens());
+        assert_eq!((without.drafted.tokens, with.finish), (0, Finish::Length));
+        let repeats = text.starts_with(&prompt[2..9]);
+        assert_eq!(with.drafted.accepted > 3, repeats, "{:?}", with.drafted);
+        assert_eq!(plain.append(&[5]).unwrap(), speculating.append(&[5]).unwrap());
+    }
+}
+
+#[test]
+fn perplexity_is_that_of_the_scores() {
+    let model = Fixture::open("bitnet_packed_tied").model();
+    let tokens = ids(8, 50);
+    let go_on = |_: &Perplexity| ControlFlow::Continue(());
+    for (window, stride) in [(64, 3), (50, 49), (16, 8), (7, 6), (2, 1)] {
+        let (w, s) = (window.try_into().unwrap(), stride.try_into().unwrap());
+        let windows = Windows { window: w, stride: s, kv_type: KvType::F32 };
+        let found = perplexity(&model, &tokens, windows, go_on).unwrap();
+        // Token i is in the first window that reaches it.
+        let start = |i: usize| (i + 1usize).saturating_sub(window).div_ceil(stride) * stride;
+        let requests = (1..50).map(|i| ScoreRequest {
+            context: tokens[start(i)..i].to_vec(),
+            continuation: vec![tokens[i]],
+        });
+        let scores = loglikelihood(&model, &requests.collect::<Vec<_>>(), 8).unwrap();
+        let nll: f64 = -scores.iter().map(|score| score.sum()).sum::<f64>();
+        assert_eq!(found.tokens, 49);
+        assert!((found.nll - nll).abs() < 1e-9, "{window} {stride}: {} {nll}", found.nll);
+        let half = Windows { kv_type: KvType::F16, ..windows };
+        let half = perplexity(&model, &tokens, half, go_on).unwrap();
+        // Keys and values of f16 are off by 2⁻¹¹ of themselves.
+        assert!((half.value() / found.value() - 1.).abs() < 0.01 && half != found);
+    }
+    let windows = |window: usize, stride: usize| Windows {
+        window: window.try_into().unwrap(),
+        stride: stride.try_into().unwrap(),
+        kv_type: KvType::F32,
+    };
+    for (tokens, windows) in [
+        (&tokens[..], windows(257, 8)),
+        (&tokens, windows(8, 8)),
+        (&tokens[..1], windows(8, 4)),
+        (&[1, 512], windows(8, 4)),
+    ] {
+        assert!(perplexity(&model, tokens, windows, go_on).is_err(), "{windows:?}");
+    }
+}
