@@ -96,9 +96,16 @@ impl BitLinears {
         self.quantization
     }
 
+    /// [`read_weight`](Self::read_weight), counted.
+    fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
+        let weight = self.read_weight(spec, vb)?;
+        self.bytes.fetch_add(weight.bytes(), Ordering::Relaxed);
+        Ok(weight)
+    }
+
     /// Loads packed codes `weight` (out_features / 4, in_features) u8 with `weight_scale`, or ternarizes a float
     /// `weight` (out_features, in_features).
-    fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
+    fn read_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
         let Quantization { weights, rounding, .. } = self.quantization;
         let shape @ (out_features, in_features) = (spec.out_features, spec.in_features);
         let name = format!("{}.weight", vb.prefix());

@@ -25,7 +25,7 @@ use super::machine::last_level_cache;
 const LEAST_BUFFER: usize = 64 << 20;
 
 /// How many times the last-level cache they are at least: read in order, nothing of them is there the next time.
-const CACHES: usize = 16;
+const CACHES: usize = 8;
 
 /// Bytes of a task of reading.
 const PART: usize = 1 << 20;

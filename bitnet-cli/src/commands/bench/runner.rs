@@ -177,7 +177,9 @@ impl<'a> Runner<'a> {
     fn measure(&self, state: &mut State, test: &Test, energy: &Energy) -> Unless<Measurement> {
         set_threads(test.threads);
         let warm_up = match test.kind {
-            Kind::Prompt { tokens } => state.read(tokens.min(PREFILL_CHUNK.get()), self.interrupt)?,
+            Kind::Prompt { tokens } => {
+                state.read(tokens.min(PREFILL_CHUNK.get()), self.interrupt)?
+            }
             Kind::Generate { tokens, .. } => state.generate(tokens.min(WARM_UP), self.interrupt)?,
         };
         state.rewind();
