@@ -116,6 +116,7 @@ Limits, measured before and after the tests, the better of the two:
               second-level cache, divided by the ternary weights. For one sequence.
   multiply    the kernel's multiply instruction on registers, divided by the ternary weights and
               the weights of the head for each row of logits. Attention is not counted.
+  For comparison: bytes read from pages of 4 KiB, and the ternary kernel on weights in memory.
   `reached` is the speed divided by what the tightest of these allows.
 
 Presets set --threads where it is not given, and --batch and --depth where neither is. C is the
