@@ -23,6 +23,8 @@ const INTERMEDIATE: usize = 6912;
 const HEADS: usize = 20;
 const KV_HEADS: usize = 5;
 const HEAD_DIM: usize = 128;
+/// Bytes of the copies of a projection.
+const COPIES: usize = 256 << 20;
 /// One token, and a chunk of a prompt.
 const TOKENS: [usize; 2] = [1, 512];
 
@@ -39,15 +41,15 @@ fn time(c: &mut Criterion, op: &str, elements: usize, run: impl Fn() -> Result<T
 }
 
 /// Random weights in large pages.
-fn weight(out_features: usize, in_features: usize) -> TernaryWeight {
+fn weight(out_features: usize, in_features: usize, arena: &Arena) -> TernaryWeight {
     let mut rng = ChaCha8Rng::seed_from_u64(158);
     let mut codes = || (0..4).fold(0, |byte, field| byte | rng.random_range(0..3u8) << (2 * field));
     let bytes: Vec<u8> = (0..out_features / 4 * in_features).map(|_| codes()).collect();
     let weight = TernaryWeight::from_packed(&bytes, out_features, in_features, 1.).unwrap();
-    weight.into_pages(&Arena::default()).unwrap()
+    weight.into_pages(arena).unwrap()
 }
 
-/// The projections of a layer. A token reads each of eight copies in turn, which no cache holds.
+/// The projections of a layer. A token reads copies in turn, more than a cache holds.
 fn ternary_matmul(c: &mut Criterion) {
     let kv = KV_HEADS * HEAD_DIM;
     let projections: [(&str, &[usize], usize); 4] = [
@@ -57,8 +59,10 @@ fn ternary_matmul(c: &mut Criterion) {
         ("down_proj", &[HIDDEN], INTERMEDIATE),
     ];
     for (name, rows, cols) in projections {
-        let copy = |_| rows.iter().map(|&rows| weight(rows, cols)).collect();
-        let copies: Vec<Arc<[TernaryWeight]>> = (0..8).map(copy).collect();
+        let arena = Arena::default();
+        let copy = |_| rows.iter().map(|&rows| weight(rows, cols, &arena)).collect();
+        let count = COPIES.div_ceil(rows.iter().sum::<usize>() * cols / 4);
+        let copies: Vec<Arc<[TernaryWeight]>> = (0..count).map(copy).collect();
         for tokens in TOKENS {
             let x = random((tokens, cols));
             let next = std::cell::Cell::new(0);

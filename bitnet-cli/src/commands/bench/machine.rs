@@ -24,7 +24,7 @@ pub struct Machine {
     pub huge_pages: Option<String>,
     /// Operating system and architecture.
     pub system: String,
-    /// Processes that wanted to run, on average over the last minute.
+    /// Processes that wanted to run, on average over the minute before the run.
     pub load_average: Option<f64>,
 }
 
