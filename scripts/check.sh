@@ -75,4 +75,5 @@ step "clippy" cargo clippy --workspace --all-targets -- -D warnings
 step "tests" cargo test --workspace
 step "documentation" documentation
 step "the README's first command" first_command
+step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
 printf '\nall checks passed, %d s\n' "$SECONDS"

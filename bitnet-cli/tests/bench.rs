@@ -61,7 +61,13 @@ fn json_has_every_test_with_its_samples_and_its_limit() {
         report["limits"].as_array().unwrap().iter().map(|row| row["threads"].clone()).collect();
     assert_eq!(threads, [json!(1), json!(2)]);
     for row in report["limits"].as_array().unwrap() {
-        for name in ["read_large_pages", "read_small_pages", "multiply", "cached_ternary"] {
+        for name in [
+            "read_large_pages",
+            "read_small_pages",
+            "multiply",
+            "cached_ternary",
+            "streamed_ternary",
+        ] {
             assert!(row[name].as_f64().unwrap() > 0., "{name}: {row}");
         }
     }
@@ -104,7 +110,15 @@ fn levels_and_kernels_are_what_they_say() {
     assert_eq!(setting(&["--level", "aggressive"]), [&*fastest, "int8", "q4"]);
     let overridden = ["--level", "aggressive", "--kv-cache", "bf16", "--lm-head", "q6"];
     assert_eq!(setting(&overridden), [&*fastest, "bf16", "q6"]);
-    assert_eq!(setting(&["--kernel", "scalar"]), ["scalar", "f16", "exact"]);
+    let kernels = json_of(&[])["machine"]["kernels"].clone();
+    assert_eq!(
+        (&kernels[0], kernels.as_array().unwrap().last()),
+        (&json!(fastest), Some(&json!("scalar")))
+    );
+    for kernel in kernels.as_array().unwrap() {
+        let kernel = kernel.as_str().unwrap();
+        assert_eq!(setting(&["--kernel", kernel]), [kernel, "f16", "exact"]);
+    }
 }
 
 #[test]

@@ -141,6 +141,7 @@ mod tests {
         read_small_pages: 4e4,
         multiply: 1e6,
         cached_ternary: 4e5,
+        streamed_ternary: 3e5,
     };
 
     fn generate(tokens: usize, depth: usize, batch: usize) -> Test {

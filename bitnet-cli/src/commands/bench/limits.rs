@@ -5,7 +5,6 @@ use std::{
     hint::black_box,
     io,
     num::NonZeroUsize,
-    ops::DerefMut,
     time::{Duration, Instant},
 };
 
@@ -52,6 +51,8 @@ pub struct Limits {
     pub multiply: f64,
     /// Ternary weights a second times one token, in the second-level cache.
     pub cached_ternary: f64,
+    /// The same, read from pages of 2 MiB.
+    pub streamed_ternary: f64,
 }
 
 /// Bytes read to measure bandwidth.
@@ -79,13 +80,22 @@ impl Limits {
                 read_small_pages: 0.,
                 multiply: multiply(threads),
                 cached_ternary: cached_ternary(threads, in_features, format),
+                streamed_ternary: 0.,
             });
         }
-        let bytes = buffer_bytes();
-        let large = bandwidths(Arena::default().zeroed(bytes)?, counts);
-        let small = bandwidths(pages::small_pages(bytes)?, counts);
-        for ((limits, large), small) in all.iter_mut().zip(large).zip(small) {
-            (limits.read_large_pages, limits.read_small_pages) = (large, small);
+        let mut large = Arena::default().zeroed(buffer_bytes())?;
+        fill(&mut large);
+        for limits in &mut all {
+            set_threads(limits.threads);
+            limits.read_large_pages = read(&large);
+            limits.streamed_ternary = streamed_ternary(&large, in_features, format);
+        }
+        drop(large);
+        let mut small = pages::small_pages(buffer_bytes())?;
+        fill(&mut small);
+        for limits in &mut all {
+            set_threads(limits.threads);
+            limits.read_small_pages = read(&small);
         }
         Ok(all)
     }
@@ -98,6 +108,7 @@ impl Limits {
             read_small_pages: self.read_small_pages.max(other.read_small_pages),
             multiply: self.multiply.max(other.multiply),
             cached_ternary: self.cached_ternary.max(other.cached_ternary),
+            streamed_ternary: self.streamed_ternary.max(other.streamed_ternary),
         }
     }
 }
@@ -135,39 +146,79 @@ fn multiply(count: usize) -> f64 {
 
 /// Weights a second of all threads together, each with weights of its own.
 fn cached_ternary(count: usize, in_features: usize, format: TileFormat) -> f64 {
-    let width = in_features.div_ceil(format.cols()).max(1);
-    let bands = (CACHED / (width * size_of::<Tile>())).max(1);
-    let weights: Vec<Vec<Tile>> = vec![vec![format.empty(); bands * width]; count];
-    let x: Vec<i8> = (0..width * format.cols()).map(|i| (i % 255) as i8).collect();
-    let sum = x.iter().map(|x| i32::from(*x)).sum();
-    let kernel = kernels::active();
-    best_rate(count * bands * width * ROWS * format.cols(), |rounds| {
+    let token = Token::new(in_features, format);
+    let bands = (CACHED / token.band_bytes()).max(1);
+    let weights = vec![vec![format.empty(); bands * token.tiles]; count];
+    best_rate(count * bands * token.band_weights(), |rounds| {
         threads::for_each(count, |thread| {
-            for _ in 0..rounds {
-                for tiles in weights[thread].chunks(width) {
-                    let mut out = [[0; ROWS]];
-                    kernel.ternary_dots(format, tiles, &x, &[sum], &mut out);
-                    black_box(out);
-                }
-            }
+            (0..rounds).for_each(|_| token.multiply(&weights[thread]));
         });
     })
 }
 
-/// Bytes a second read from `memory`, for each number of threads.
-fn bandwidths(mut memory: impl DerefMut<Target = [u8]> + Sync, counts: &[usize]) -> Vec<f64> {
-    // Written once, so that there are pages; zeroed ones may all be the same.
-    threads::for_each_chunk(&mut memory, PART, |part, bytes| bytes.fill(part as u8 | 1));
+/// Weights a second of all threads together, from one end of `memory` to the other.
+fn streamed_ternary(memory: &[u8], in_features: usize, format: TileFormat) -> f64 {
+    let token = Token::new(in_features, format);
+    let bands = (PART / token.band_bytes()).max(1);
+    let part = bands * token.band_bytes();
+    let parts = memory.len() / part;
+    best_rate(parts * bands * token.band_weights(), |rounds| {
+        for _ in 0..rounds {
+            threads::for_each(parts, |index| {
+                token.multiply(memory[index * part..][..part].as_chunks().0);
+            });
+        }
+    })
+}
+
+/// One token's activations, for products with any weights.
+struct Token {
+    format: TileFormat,
+    x: Vec<i8>,
+    sum: i32,
+    /// Tiles of sixteen rows.
+    tiles: usize,
+}
+
+impl Token {
+    fn new(in_features: usize, format: TileFormat) -> Self {
+        let tiles = in_features.div_ceil(format.cols()).max(1);
+        let x: Vec<i8> = (0..tiles * format.cols()).map(|i| (i % 255) as i8).collect();
+        Self { format, sum: x.iter().map(|x| i32::from(*x)).sum(), x, tiles }
+    }
+
+    fn band_bytes(&self) -> usize {
+        self.tiles * size_of::<Tile>()
+    }
+
+    fn band_weights(&self) -> usize {
+        self.tiles * ROWS * self.format.cols()
+    }
+
+    /// Multiplies band after band.
+    fn multiply(&self, weights: &[Tile]) {
+        let kernel = kernels::active();
+        for band in weights.chunks_exact(self.tiles) {
+            let mut out = [[0; ROWS]];
+            kernel.ternary_dots(self.format, band, &self.x, &[self.sum], &mut out);
+            black_box(out);
+        }
+    }
+}
+
+/// Makes pages of `memory`, with codes of either format in them.
+fn fill(memory: &mut [u8]) {
+    threads::for_each_chunk(memory, PART, |_, bytes| bytes.fill(TileFormat::TwoBit.empty()[0]));
+}
+
+/// Bytes a second read from `memory` by all threads together.
+fn read(memory: &[u8]) -> f64 {
     let parts = memory.len() / PART;
-    let rate = |&count| {
-        set_threads(count);
-        best_rate(memory.len(), |rounds| {
-            for _ in 0..rounds {
-                threads::for_each(parts, |part| _ = black_box(sum(&memory[part * PART..][..PART])));
-            }
-        })
-    };
-    counts.iter().map(rate).collect()
+    best_rate(parts * PART, |rounds| {
+        for _ in 0..rounds {
+            threads::for_each(parts, |part| _ = black_box(sum(&memory[part * PART..][..PART])));
+        }
+    })
 }
 
 /// Reads all bytes; in a form that compilers make vector code of.
@@ -203,6 +254,7 @@ mod tests {
             read_small_pages: 1.,
             multiply,
             cached_ternary: 1.,
+            streamed_ternary: 1.,
         };
         let best = limits(1., 4.).max(limits(2., 3.));
         assert_eq!((best.read_large_pages, best.multiply), (2., 4.));

@@ -2,6 +2,7 @@
 
 use std::{fs, num::NonZeroUsize, path::Path};
 
+use bitnet_model::kernels::{self, Kernel};
 use serde::Serialize;
 
 use super::memory::field;
@@ -13,6 +14,8 @@ pub struct Machine {
     pub processor: Option<String>,
     /// Those this process may use.
     pub processors: usize,
+    /// Instruction sets there are kernels for, fastest first.
+    pub kernels: Vec<&'static str>,
     /// Bytes of memory.
     pub memory_bytes: Option<u64>,
     /// Bytes of the last-level cache.
@@ -21,7 +24,7 @@ pub struct Machine {
     pub huge_pages: Option<String>,
     /// Operating system and architecture.
     pub system: String,
-    /// Processes that wanted to run, on average over the last minute.
+    /// Processes that wanted to run, on average over the minute before the run.
     pub load_average: Option<f64>,
 }
 
@@ -37,6 +40,7 @@ impl Machine {
         Self {
             processor,
             processors: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            kernels: kernels::available().map(Kernel::name).collect(),
             memory_bytes: read("/proc/meminfo").and_then(|text| field(&text, "MemTotal:")),
             cache_bytes: last_level_cache(),
             huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled").and_then(|text| {

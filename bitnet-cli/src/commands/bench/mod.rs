@@ -33,9 +33,10 @@ use self::{
     bounds::Work,
     compare::Comparison,
     energy::Energy,
+    machine::Machine,
     plan::Plan,
     presets::{Level, Preset},
-    report::Report,
+    report::{Findings, Report},
     runner::Runner,
 };
 use crate::{
@@ -116,6 +117,7 @@ Limits, measured before and after the tests, the better of the two:
               second-level cache, divided by the ternary weights. For one sequence.
   multiply    the kernel's multiply instruction on registers, divided by the ternary weights and
               the weights of the head for each row of logits. Attention is not counted.
+  For comparison: bytes read from pages of 4 KiB, and the ternary kernel on weights in memory.
   `reached` is the speed divided by what the tightest of these allows.
 
 Presets set --threads where it is not given, and --batch and --depth where neither is. C is the
@@ -153,6 +155,7 @@ Examples:
 
 /// Runs it.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    let machine = Machine::here();
     let old = args.compare.as_deref().map(compare::read).transpose()?;
     let load_start = Instant::now();
     let mut source = args.model.open(global)?;
@@ -186,7 +189,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     drop(model);
     runner.measure_limits(&source)?;
 
-    let mut report = Report::new(&source, (&plan, args), work, run, runner.limits(), &energy);
+    let findings = Findings { machine, work, run, limits: runner.limits(), energy: &energy };
+    let mut report = Report::new(&source, &plan, args, findings);
     report.interrupted = interrupt.load(Ordering::Relaxed);
     if let Some(old) = old {
         report.comparison = Some(Comparison::new(&report, &old));

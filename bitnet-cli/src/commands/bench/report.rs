@@ -13,7 +13,7 @@ use super::{
     compare::Comparison,
     energy::Energy,
     limits::Limits,
-    machine::{Machine, last_level_cache},
+    machine::Machine,
     plan::Plan,
     presets::{Level, Preset},
     runner::{Measurement, Run},
@@ -117,17 +117,26 @@ pub struct Row {
     pub joules_per_token: Option<f64>,
 }
 
+/// What a run found out.
+#[derive(Debug)]
+pub struct Findings<'a> {
+    /// Where it ran.
+    pub machine: Machine,
+    /// What a token costs.
+    pub work: Work,
+    /// The tests.
+    pub run: Run,
+    /// What the machine can do.
+    pub limits: &'a [Limits],
+    /// Whether energy was measured.
+    pub energy: &'a Energy,
+}
+
 impl Report {
     /// Puts the parts together.
-    pub fn new(
-        source: &Source,
-        (plan, args): (&Plan, &Args),
-        work: Work,
-        run: Run,
-        limits: &[Limits],
-        energy: &Energy,
-    ) -> Self {
-        let cache = last_level_cache();
+    pub fn new(source: &Source, plan: &Plan, args: &Args, findings: Findings<'_>) -> Self {
+        let Findings { machine, work, run, limits, energy } = findings;
+        let cache = machine.cache_bytes;
         let mut rows: Vec<Row> = run
             .measurements
             .iter()
@@ -154,7 +163,7 @@ impl Report {
             level: args.level,
             preset: args.preset,
             memory_limit_bytes: plan.memory_limit,
-            machine: Machine::here(),
+            machine,
             work,
             limits: limits.to_vec(),
             load_seconds: run.load_time.as_secs_f64(),

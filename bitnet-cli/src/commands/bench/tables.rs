@@ -161,6 +161,7 @@ fn limits(report: &Report) -> Table {
             giga(limits.read_small_pages),
             giga(limits.multiply),
             giga(limits.cached_ternary),
+            giga(limits.streamed_ternary),
         ]
     };
     Table {
@@ -169,7 +170,8 @@ fn limits(report: &Report) -> Table {
             "GB/s, 2 MiB pages",
             "GB/s, 4 KiB pages",
             "G products/s",
-            "G ternary weights/s in cache",
+            "G weights/s, cached",
+            "G weights/s, memory",
         ],
         rows: report.limits.iter().map(row).collect(),
     }
