@@ -53,6 +53,7 @@ fn block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     for (run, tiles) in tiles.chunks(RUN).enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for (i, tile) in tiles.iter().enumerate() {
+            fetch_ahead(tile);
             let [mut low, mut high] = halves(tile);
             for lane in 0..4 {
                 let codes = [_mm256_and_si256(low, low2), _mm256_and_si256(high, low2)];
@@ -102,6 +103,16 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
         ];
         add_pairs(acc, total);
     }
+}
+
+/// Asks for a later tile, to lie in the second-level cache by then. While products of several tokens fill the queue of
+/// instructions, the processor's own prefetching falls behind; a single token leaves it room, and gains nothing here.
+#[inline(always)]
+pub(super) fn fetch_ahead(tile: &Tile) {
+    /// Tiles: 12 KiB.
+    const AHEAD: usize = 192;
+    // SAFETY: every x86-64 processor has the instruction, and it reads nothing: an address outside memory is passed over.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(tile.as_ptr().wrapping_add(64 * AHEAD).cast()) };
 }
 
 /// Rows 0 to 7 and 8 to 15 of a tile.

@@ -42,7 +42,7 @@ fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
         1 => block::<1, 4>(tiles, x_rest, rest),
         2 => block::<2, 4>(tiles, x_rest, rest),
         3 => block::<3, 4>(tiles, x_rest, rest),
-        4 => block::<4, 2>(tiles, x_rest, rest),
+        4 => block::<4, 4>(tiles, x_rest, rest),
         5 => block::<5, 2>(tiles, x_rest, rest),
         6 => block::<6, 2>(tiles, x_rest, rest),
         _ => block::<7, 2>(tiles, x_rest, rest),
@@ -57,6 +57,9 @@ fn block<const N: usize, const CHAINS: usize>(tiles: &[Tile], x: &[i8], acc: &mu
     let low2 = _mm512_set1_epi8(3);
     let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
     for (i, tile) in tiles.iter().enumerate() {
+        if N > 1 {
+            avx2::fetch_ahead(tile);
+        }
         // SAFETY: a `Tile` is 64 bytes.
         let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
         let lanes = [
