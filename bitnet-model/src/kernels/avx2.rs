@@ -117,8 +117,8 @@ pub(super) fn fetch_ahead(tile: &Tile) {
 
 /// Rows 0 to 7 and 8 to 15 of a tile.
 #[inline]
-#[target_feature(enable = "avx2,fma")]
-fn halves(tile: &Tile) -> [__m256i; 2] {
+#[target_feature(enable = "avx2")]
+pub(super) fn halves(tile: &Tile) -> [__m256i; 2] {
     let tile: *const __m256i = tile.as_ptr().cast();
     // SAFETY: a `Tile` is 64 bytes, two registers.
     unsafe { [_mm256_loadu_si256(tile), _mm256_loadu_si256(tile.add(1))] }
@@ -129,8 +129,8 @@ fn halves(tile: &Tile) -> [__m256i; 2] {
 /// # Safety
 /// `x` is valid for reads of four bytes.
 #[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn broadcast(x: *const i8) -> __m256i {
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn broadcast(x: *const i8) -> __m256i {
     // SAFETY: upheld by the caller.
     _mm256_set1_epi32(unsafe { x.cast::<i32>().read_unaligned() })
 }
@@ -138,10 +138,17 @@ unsafe fn broadcast(x: *const i8) -> __m256i {
 /// Adds to each row its two neighbouring 16-bit sums.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_pairs(acc: &mut [i32; ROWS], sums: [__m256i; 2]) {
+fn add_pairs(acc: &mut [i32; ROWS], [low, high]: [__m256i; 2]) {
+    let ones = _mm256_set1_epi16(1);
+    add(acc, [_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones)]);
+}
+
+/// Adds to each row its sum.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn add(acc: &mut [i32; ROWS], sums: [__m256i; 2]) {
     for (acc, sum) in acc.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
         let acc = acc.as_mut_ptr().cast();
-        let sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
         // SAFETY: eight i32 are one register.
         unsafe { _mm256_storeu_si256(acc, _mm256_add_epi32(_mm256_loadu_si256(acc), sum)) };
     }
@@ -149,7 +156,7 @@ fn add_pairs(acc: &mut [i32; ROWS], sums: [__m256i; 2]) {
 
 /// Proof of AVX2, FMA and F16C: made only in functions that have these features.
 #[derive(Clone, Copy)]
-struct Avx2(());
+pub(super) struct Avx2(pub(super) ());
 
 impl Simd for Avx2 {
     /// Lanes 0 to 7 and 8 to 15.

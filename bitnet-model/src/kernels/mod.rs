@@ -11,6 +11,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod dense;
 mod exp;
 pub mod head;
@@ -45,6 +47,8 @@ static KERNELS: &[&Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     &avx512vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
+    &avxvnni::KERNEL,
+    #[cfg(target_arch = "x86_64")]
     &avx2::KERNEL,
     &scalar::KERNEL,
 ];
@@ -72,7 +76,7 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    /// The instruction set: `avx512vnni`, `avx2` or `scalar`.
+    /// The instruction set: such as `avx512vnni` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }
