@@ -13,6 +13,8 @@ mod avx2;
 mod avx512vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod choice;
 mod dense;
 mod exp;
@@ -56,6 +58,8 @@ static KERNELS: &[&Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     &avx512vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
+    &avxvnni::KERNEL,
+    #[cfg(target_arch = "x86_64")]
     &avx2::KERNEL,
     &scalar::KERNEL,
 ];
@@ -77,7 +81,7 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2` or `scalar`.
+    /// The instruction set: such as `avx512vnni` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -46,6 +46,23 @@ fn avx512vnni(rounds: usize) {
     black_box(sums);
 }
 
+/// `vpdpbusd` on 256 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) const AVXVNNI: Peak = Peak { run: avxvnni, products: CHAINS * 32 };
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avxvnni")]
+fn avxvnni(rounds: usize) {
+    let (codes, x) = (_mm256_set1_epi8(black_box(2)), _mm256_set1_epi8(black_box(-3)));
+    let mut sums = [_mm256_setzero_si256(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_dpbusd_avx_epi32(*sum, codes, x);
+        }
+    }
+    black_box(sums);
+}
+
 /// `vpmaddubsw` on 256 bits. Its products are the codes of the next one, as it has no sum to add to.
 #[cfg(target_arch = "x86_64")]
 pub(super) const AVX2: Peak = Peak { run: avx2, products: CHAINS * 32 };

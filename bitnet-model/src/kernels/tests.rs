@@ -11,6 +11,18 @@ const LENGTHS: [usize; 14] = [0, 1, 5, 15, 16, 17, 31, 32, 33, 48, 63, 100, 128,
 /// Below, at and above the runs of tiles after which kernels widen their sums.
 const TILE_COUNTS: [usize; 13] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 37, 61];
 
+/// Kernels of tests alone.
+static TEST_KERNELS: &[&Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avxvnni::EVEX,
+];
+
+/// Every kernel that this processor can run.
+pub(super) fn tested() -> impl Iterator<Item = &'static Kernel> {
+    let more = TEST_KERNELS.iter().copied().filter(|kernel| (kernel.is_available)());
+    available().chain(more)
+}
+
 fn set_code(format: TileFormat, tile: &mut Tile, row: usize, col: usize, code: u8) {
     let mut codes = format.row(tile, row);
     codes[col] = code;
@@ -151,7 +163,7 @@ fn ternary_products_equal_naive() {
                     })
                 })
                 .collect();
-            for kernel in available() {
+            for kernel in tested() {
                 let name = kernel.name();
                 let mut out = vec![[7; ROWS]; tokens];
                 kernel.ternary_dots(format, &packed, &x, &sums, &mut out);
@@ -173,7 +185,7 @@ fn extreme_codes_do_not_saturate() {
         let tile = [code * format.empty()[0]; 64];
         let x = vec![value; tokens * tiles * format.cols()];
         let sum = (tiles * format.cols()) as i32 * i32::from(value);
-        for kernel in available() {
+        for kernel in tested() {
             let mut out = vec![[7; ROWS]; tokens];
             kernel.ternary_dots(format, &vec![tile; tiles], &x, &vec![sum; tokens], &mut out);
             let name = kernel.name();
@@ -228,7 +240,7 @@ fn quantization_equals_naive() {
                 .collect();
             let sum: i32 = expected.iter().map(|code| i32::from(*code)).sum();
             expected.resize(x.len().next_multiple_of(16), 0);
-            for kernel in available() {
+            for kernel in tested() {
                 let mut codes = vec![9; expected.len()];
                 let (scale, codes_sum) = kernel.quantize_row(&x, half_up, &mut codes);
                 assert_eq!(codes, expected, "{}: {x:?}", kernel.name());
@@ -244,7 +256,7 @@ fn rows_that_are_not_finite_have_a_scale_that_is_nan() {
         for position in [0, 16, 39] {
             let mut x = [1.; 40];
             x[position] = bad;
-            for kernel in available() {
+            for kernel in tested() {
                 let mut codes = [9; 48];
                 let (a, sum) = kernel.quantize_row(&x, false, &mut codes);
                 assert!(a.is_nan(), "{}", kernel.name());
@@ -274,7 +286,7 @@ fn dense_products_equal_naive() {
             let x = Matrix::strided(&x, m, k, x_stride);
             let single = DenseWeights::F32(Matrix::strided(&w, n, k, w_stride));
             let half = DenseWeights::Bf16(Matrix::strided(&w16, n, k, w_stride));
-            for kernel in available() {
+            for kernel in tested() {
                 for w in [single, half] {
                     let mut y = vec![5.; m * y_stride];
                     kernel.matmul_nt(x, w, &mut y, y_stride);
@@ -290,7 +302,7 @@ fn panels_of_a_large_product_do_not_show() {
     let mut rng = rng();
     let (m, n, k) = (13, 6, 1 << 15); // panels of four rows
     let (x, w) = (floats(&mut rng, m * k), floats(&mut rng, n * k));
-    for kernel in available() {
+    for kernel in tested() {
         let mut y = vec![0.; m * n];
         kernel.matmul_nt(
             Matrix::new(&x, m, k),
@@ -308,7 +320,7 @@ fn panels_of_a_large_product_do_not_show() {
 #[test]
 fn bfloat16_widens_exactly() {
     let w: Vec<u16> = (0..=u16::MAX).filter(|bits| bf16(*bits).is_finite()).collect();
-    for kernel in available() {
+    for kernel in tested() {
         let mut y = vec![0.; w.len()];
         let x = Matrix::new(&[1.], 1, 1);
         kernel.matmul_nt(x, DenseWeights::Bf16(Matrix::new(&w, w.len(), 1)), &mut y, w.len());
@@ -323,7 +335,7 @@ fn reductions_equal_naive() {
     let mut rng = rng();
     for len in LENGTHS {
         let x = floats(&mut rng, len);
-        for kernel in available() {
+        for kernel in tested() {
             let name = kernel.name();
             assert_eq!(kernel.sum(&x), naive_sum(x.iter().map(|x| (*x, 1.))), "{name}");
             assert_eq!(kernel.sum_squares(&x), naive_sum(x.iter().map(|x| (*x, *x))), "{name}");
@@ -334,7 +346,7 @@ fn reductions_equal_naive() {
             );
         }
     }
-    for kernel in available() {
+    for kernel in tested() {
         for nan in 0..20 {
             let mut x: Vec<f32> = (0..20).map(|i| -(i as f32)).collect();
             x[nan] = f32::NAN;
@@ -356,7 +368,7 @@ fn weighted_sums_and_axpy_equal_naive() {
                     *sum = p.mul_add(v[j * stride + d], *sum);
                 }
             }
-            for kernel in available() {
+            for kernel in tested() {
                 for copies in [1, 3, 4, 9] {
                     let mut out = vec![f32::NAN; copies * dims];
                     let (p, v) = (p.repeat(copies), Matrix::strided(&v, rows, dims, stride));
@@ -380,7 +392,7 @@ fn weighted_sums_and_axpy_equal_naive() {
 fn stored_elements_widen_exactly() {
     let halves: Vec<u16> = (0..=u16::MAX).collect();
     let integers: Vec<i8> = (i8::MIN..=i8::MAX).collect();
-    for kernel in available() {
+    for kernel in tested() {
         let mut out = vec![0f32; halves.len()];
         let one = Matrix::new(&[1.], 1, 1);
         kernel.weighted_sums(
@@ -412,7 +424,7 @@ fn exp_is_accurate_and_equal_everywhere() {
     let range = |end: f32| (0..end.to_bits()).step_by(797).map(f32::from_bits);
     let x: Vec<f32> = range(88.722).chain(range(104.5).map(|x| -x)).collect();
     let mut first: Option<Vec<f32>> = None;
-    for kernel in available() {
+    for kernel in tested() {
         let mut e = x.clone();
         kernel.exp(&mut e);
         for (e, x) in e.iter().zip(&x) {
@@ -425,7 +437,7 @@ fn exp_is_accurate_and_equal_everywhere() {
 
 #[test]
 fn exp_of_special_values() {
-    for kernel in available() {
+    for kernel in tested() {
         let mut x =
             [0., -0., f32::NEG_INFINITY, f32::MIN, -104., f32::INFINITY, f32::MAX, 88.73, f32::NAN];
         kernel.exp(&mut x);
@@ -444,7 +456,7 @@ fn softmax_equals_its_definition() {
         if len > 20 {
             scores[7] = f32::NEG_INFINITY; // a masked position
         }
-        for kernel in available() {
+        for kernel in tested() {
             let max = kernel.max(&scores);
             let mut expected: Vec<f32> = scores.iter().map(|score| score - max).collect();
             kernel.exp(&mut expected);
@@ -457,7 +469,7 @@ fn softmax_equals_its_definition() {
             assert!(len == 0 || (out.iter().sum::<f32>() - 1.).abs() < 1e-6, "{}", kernel.name());
         }
     }
-    for kernel in available() {
+    for kernel in tested() {
         for bad in [vec![f32::NEG_INFINITY; 3], vec![1., f32::NAN], vec![f32::INFINITY, 0.]] {
             let mut out = bad.clone();
             kernel.softmax(&mut out);

@@ -54,7 +54,7 @@ fn head_q8_block<const N: usize>(lines: &[Line], x: &[[i8; 8]], out: &mut [Plane
 /// `quad` can be read.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn planes(quad: *const [i8; 8]) -> [__m256i; 2] {
+pub(super) unsafe fn planes(quad: *const [i8; 8]) -> [__m256i; 2] {
     let quad: *const i32 = quad.cast();
     // SAFETY: the caller's.
     unsafe {
@@ -169,7 +169,7 @@ fn add_planes<const N: usize>(sums: &mut [__m256i; N], products: [[__m256i; 2]; 
 /// Half of a line: rows 0 to 7 or 8 to 15.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_half(line: &Line, half: usize) -> __m256i {
+pub(super) fn load_half(line: &Line, half: usize) -> __m256i {
     let half: &[u8; 32] = &line.as_chunks().0[half];
     // SAFETY: one register.
     unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
@@ -186,7 +186,7 @@ fn nibbles(line: __m256i) -> [__m256i; 2] {
 /// Half of two lines of nibbles to four halves of codes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn decode_q4([first, second]: &[Line; 2], half: usize) -> [__m256i; 4] {
+pub(super) fn decode_q4([first, second]: &[Line; 2], half: usize) -> [__m256i; 4] {
     let [a, b] = nibbles(load_half(first, half));
     let [c, d] = nibbles(load_half(second, half));
     [a, b, c, d]
@@ -195,7 +195,7 @@ fn decode_q4([first, second]: &[Line; 2], half: usize) -> [__m256i; 4] {
 /// Half of two lines of nibbles and of one of high bits to four halves of codes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn decode_q6([first, second, high]: &[Line; 3], half: usize) -> [__m256i; 4] {
+pub(super) fn decode_q6([first, second, high]: &[Line; 3], half: usize) -> [__m256i; 4] {
     let high2 = _mm256_set1_epi8(3 << 4);
     let [a, b] = nibbles(load_half(first, half));
     let [c, d] = nibbles(load_half(second, half));
@@ -211,6 +211,6 @@ fn decode_q6([first, second, high]: &[Line; 3], half: usize) -> [__m256i; 4] {
 /// Eight bfloat16 to f32.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn widen(x: __m128i) -> __m256 {
+pub(super) fn widen(x: __m128i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
 }
