@@ -17,6 +17,8 @@ mod choice;
 mod dense;
 mod exp;
 pub mod head;
+#[cfg(target_arch = "aarch64")]
+mod neondot;
 mod peak;
 mod quantize;
 mod scalar;
@@ -57,6 +59,8 @@ static KERNELS: &[&Kernel] = &[
     &avx512vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
     &avx2::KERNEL,
+    #[cfg(target_arch = "aarch64")]
+    &neondot::KERNEL,
     &scalar::KERNEL,
 ];
 
@@ -77,7 +81,7 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2` or `scalar`.
+    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2`, `neondot` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }
