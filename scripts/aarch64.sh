@@ -5,7 +5,7 @@
 #   scripts/aarch64.sh [ARGUMENT...]      # arguments go to the test binaries, for example a filter: kernels
 #
 # Needs Linux on x86-64, root (for debootstrap, mount and chroot) and debootstrap. The compiler for the target, its standard
-# library and the emulator come from Debian unstable, in a folder of 1.5 GB that the first run makes
+# library and the emulator come from Debian unstable, in a folder of 3 GB that the first run makes
 # (BITNET_AARCH64_ROOT, default ~/.cache/bitnet-aarch64/debian). It can be interrupted and started again at any point.
 # The first build compiles every dependency, which takes long.
 set -euo pipefail
