@@ -19,10 +19,14 @@ mod choice;
 mod dense;
 mod exp;
 pub mod head;
+#[cfg(target_arch = "aarch64")]
+mod neondot;
 mod peak;
 mod quantize;
 mod scalar;
 mod simd;
+#[cfg(test)]
+mod ternary_tests;
 #[cfg(test)]
 mod tests;
 pub mod tile;
@@ -61,6 +65,8 @@ static KERNELS: &[&Kernel] = &[
     &avxvnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
     &avx2::KERNEL,
+    #[cfg(target_arch = "aarch64")]
+    &neondot::KERNEL,
     &scalar::KERNEL,
 ];
 
@@ -82,6 +88,7 @@ impl fmt::Debug for Kernel {
 
 impl Kernel {
     /// The instruction set: such as `avx512vnni` or `scalar`.
+    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2`, `neondot` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }

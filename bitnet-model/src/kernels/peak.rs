@@ -1,11 +1,15 @@
 //! The most products a kernel's multiply instruction can make, with all operands in registers: the bound of everything
 //! that is limited by arithmetic.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::*;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
 use super::Kernel;
+#[cfg(target_arch = "aarch64")]
+use super::neondot::dot;
 
 /// A loop of nothing but multiply instructions.
 #[derive(Clone, Copy)]
@@ -78,6 +82,23 @@ fn avx2(rounds: usize) {
         }
     }
     black_box(codes);
+}
+
+/// `sdot` on 128 bits.
+#[cfg(target_arch = "aarch64")]
+pub(super) const NEONDOT: Peak = Peak { run: neondot, products: CHAINS * 16 };
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "dotprod")]
+fn neondot(rounds: usize) {
+    let (codes, x) = (vdupq_n_s8(black_box(2)), vdupq_n_s8(black_box(-3)));
+    let mut sums = [vdupq_n_s32(0); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = dot::<0>(*sum, codes, x);
+        }
+    }
+    black_box(sums);
 }
 
 /// 16-bit products and sums, vectorized for what every processor of the architecture has.

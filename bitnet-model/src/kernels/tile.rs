@@ -216,7 +216,8 @@ fn base_3(lanes: &[[u32; ROWS]; 5], field: usize) -> [u32; ROWS] {
     let mut sums = [0u32; ROWS];
     for words in lanes.iter().rev() {
         for (sum, word) in sums.iter_mut().zip(words) {
-            *sum = *sum + (*sum << 1) + (word >> (2 * field) & 0x0303_0303); // at most 242 in each byte
+            // At most 242 in each byte; more, and wrapped around, if there is a code 3.
+            *sum = sum.wrapping_mul(3).wrapping_add(word >> (2 * field) & 0x0303_0303);
         }
     }
     sums

@@ -27,6 +27,8 @@ pub(super) mod avx2;
 pub(super) mod avx512vnni;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avxvnni;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neondot;
 pub(super) mod portable;
 #[cfg(test)]
 mod tests;
