@@ -197,13 +197,16 @@ fn other_files_are_no_reports() {
 
 #[test]
 fn numbers_that_make_no_sense_are_refused_before_loading() {
-    let cases: [(&[&str], &str); 9] = [
+    let most = usize::MAX.to_string();
+    let cases: [(&[&str], &str); 11] = [
         (&["-t", "0"], "--threads 0 cannot compute"),
         (&["-b", "1,0"], "--batch 0 is no sequence"),
         (&["-r", "0"], "--repetitions 0 measures nothing"),
         (&["-p", "0", "-n", "0"], "there is nothing to measure"),
         (&["-p", "100000"], "pp100000 needs a context of 100000 tokens"),
         (&["-d", "99998"], "tg4@99998 needs a context of 100002 tokens"),
+        (&["-d", &most], "needs a context of"),
+        (&["-b", &most], "sequences takes about"),
         (&["-b", "100000000"], "with 100000000 sequences takes about"),
         (&["-m", "synthetic:falcon3-10b", "--preset", "mobile"], "but the preset allows"),
         (&["-m", "synthetic:7b"], "there is no such synthetic model"),
