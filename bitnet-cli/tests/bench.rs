@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use support::wait_for_handler;
 use support::{bitnet, failure, fixture, interrupt, long_context, run, stdout, text};
 
-/// `bitnet bench` with `more`, and few tokens and samples where that does not say how many.
+/// `bitnet bench` with `more`, and few tokens and samples on one thread where that does not say how many.
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    let defaults = [["-p", "8"], ["-n", "4"], ["-r", "2"]];
+    let defaults = [["-p", "8"], ["-n", "4"], ["-r", "2"], ["-t", "1"]];
     let missing = defaults.iter().filter(|flag| !more.contains(&flag[0]));
     [&["bench", "-q"], &missing.flatten().copied().collect::<Vec<_>>()[..], more].concat()
 }
@@ -223,7 +223,8 @@ fn numbers_that_make_no_sense_are_refused_before_loading() {
 
 #[test]
 fn presets_choose_what_is_not_given() {
-    let mobile = json_of(&["--preset", "mobile"]);
+    let flags = ["bench", "-q", "-p", "8", "-n", "4", "-r", "1", "--preset", "mobile", "--json"];
+    let mobile: Value = serde_json::from_str(&stdout(&flags, "")).unwrap();
     let context = 2048.min(context());
     let deep = format!("tg4@{}", context - 4);
     let tests: Vec<String> = keys(&mobile).into_iter().map(|key| key.0).collect();
