@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use support::wait_for_handler;
 use support::{bitnet, failure, fixture, interrupt, long_context, run, stdout, text};
 
-/// `bitnet bench` with `more`, and few tokens and samples where that does not say how many.
+/// `bitnet bench` with `more`, and few tokens and samples on one thread where that does not say how many.
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    let defaults = [["-p", "8"], ["-n", "4"], ["-r", "2"]];
+    let defaults = [["-p", "8"], ["-n", "4"], ["-r", "2"], ["-t", "1"]];
     let missing = defaults.iter().filter(|flag| !more.contains(&flag[0]));
     [&["bench", "-q"], &missing.flatten().copied().collect::<Vec<_>>()[..], more].concat()
 }
@@ -197,13 +197,16 @@ fn other_files_are_no_reports() {
 
 #[test]
 fn numbers_that_make_no_sense_are_refused_before_loading() {
-    let cases: [(&[&str], &str); 9] = [
+    let most = usize::MAX.to_string();
+    let cases: [(&[&str], &str); 11] = [
         (&["-t", "0"], "--threads 0 cannot compute"),
         (&["-b", "1,0"], "--batch 0 is no sequence"),
         (&["-r", "0"], "--repetitions 0 measures nothing"),
         (&["-p", "0", "-n", "0"], "there is nothing to measure"),
         (&["-p", "100000"], "pp100000 needs a context of 100000 tokens"),
         (&["-d", "99998"], "tg4@99998 needs a context of 100002 tokens"),
+        (&["-d", &most], "needs a context of"),
+        (&["-b", &most], "sequences takes about"),
         (&["-b", "100000000"], "with 100000000 sequences takes about"),
         (&["-m", "synthetic:falcon3-10b", "--preset", "mobile"], "but the preset allows"),
         (&["-m", "synthetic:7b"], "there is no such synthetic model"),
@@ -220,7 +223,8 @@ fn numbers_that_make_no_sense_are_refused_before_loading() {
 
 #[test]
 fn presets_choose_what_is_not_given() {
-    let mobile = json_of(&["--preset", "mobile"]);
+    let flags = ["bench", "-q", "-p", "8", "-n", "4", "-r", "1", "--preset", "mobile", "--json"];
+    let mobile: Value = serde_json::from_str(&stdout(&flags, "")).unwrap();
     let context = 2048.min(context());
     let deep = format!("tg4@{}", context - 4);
     let tests: Vec<String> = keys(&mobile).into_iter().map(|key| key.0).collect();

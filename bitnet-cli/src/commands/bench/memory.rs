@@ -51,9 +51,10 @@ pub fn model_bytes(source: &Source, screened: bool) -> u64 {
 pub fn working_bytes(config: &Config, batch: usize) -> u64 {
     // Gate, up and their product; residual, norm, queries, keys, values and attention are at most as much again.
     let widths = 3 * config.intermediate_size + 6 * config.hidden_size;
-    let activations = PREFILL_CHUNK.get().max(batch) * widths * size_of::<f32>();
-    let logits = 3 * batch * config.vocab_size * size_of::<f32>();
-    (activations + logits + buffer_bytes()) as u64
+    let activations = PREFILL_CHUNK.get().max(batch).saturating_mul(widths);
+    let logits = batch.saturating_mul(3 * config.vocab_size);
+    let floats = activations.saturating_add(logits).saturating_mul(size_of::<f32>());
+    floats.saturating_add(buffer_bytes()) as u64
 }
 
 /// Bytes that this process may still take: what the system has available, within the limit of its control group.

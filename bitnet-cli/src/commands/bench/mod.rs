@@ -24,7 +24,11 @@ use std::{
 };
 
 use bitnet_model::{
-    checkpoint, kernels, model::Model, nn::BitLinears, ops::KvType, pretrained::Source,
+    checkpoint, kernels,
+    model::Model,
+    nn::{BitLinears, DenseLinears},
+    ops::KvType,
+    pretrained::Source,
 };
 use candle_core::Device;
 use clap::ArgGroup;
@@ -89,7 +93,7 @@ pub struct Args {
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Compare with an earlier run, written by --json
-    #[arg(long, value_name = "OLD.json")]
+    #[arg(long, value_name = "OLD.json", conflicts_with = "csv")]
     pub compare: Option<PathBuf>,
 }
 
@@ -222,6 +226,6 @@ fn load_unscreened(source: &Source) -> anyhow::Result<Model> {
             let linears = BitLinears::new(quantization).with_format(source.tile_format());
             source.load_with(&linears, &Device::Cpu)?
         }
-        None => source.load(&Device::Cpu)?,
+        None => source.load_with(&DenseLinears, &Device::Cpu)?,
     })
 }

@@ -51,11 +51,19 @@ impl Test {
         }
     }
 
+    /// Tokens of each sequence before the test.
+    pub fn depth(&self) -> usize {
+        match self.kind {
+            Kind::Prompt { .. } => 0,
+            Kind::Generate { depth, .. } => depth,
+        }
+    }
+
     /// Tokens of each sequence at the end of the test.
     pub fn context(&self) -> usize {
         match self.kind {
             Kind::Prompt { tokens } => tokens,
-            Kind::Generate { tokens, depth } => depth + tokens,
+            Kind::Generate { tokens, depth } => depth.saturating_add(tokens),
         }
     }
 
@@ -188,8 +196,9 @@ struct Memory {
 impl Memory {
     /// Bytes for `batch` sequences of `context` tokens. A cache that grows is copied: twice its size.
     fn needed(&self, source: &Source, batch: usize, context: usize) -> u64 {
-        let cache = 2 * self.kv_token.saturating_mul(batch as u64).saturating_mul(context as u64);
-        cache.saturating_add(self.model + working_bytes(&source.config, batch))
+        let cached = [2, batch as u64, context as u64].into_iter();
+        let cache = cached.fold(self.kv_token, u64::saturating_mul);
+        cache.saturating_add(self.model).saturating_add(working_bytes(&source.config, batch))
     }
 
     /// Numbers of sequences and tokens before them, for which generating is timed.

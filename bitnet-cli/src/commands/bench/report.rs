@@ -109,7 +109,7 @@ pub struct Row {
     pub limit_fraction: Option<f64>,
     /// Rows of the head multiplied again for each row of logits, if it is screened.
     pub rescored_rows: Option<f64>,
-    /// The most resident memory while the test ran.
+    /// The most resident memory while the test ran and, unless another test had done so, the tokens before it were read.
     pub peak_rss_bytes: Option<u64>,
     /// Keys and values.
     pub kv_cache_bytes: usize,

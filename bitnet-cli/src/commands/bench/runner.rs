@@ -37,7 +37,7 @@ pub struct Measurement {
     pub samples: Vec<f64>,
     /// Rows of the head multiplied again for each row of logits; `None` if the head is not screened.
     pub rescored: Option<f64>,
-    /// The most resident memory while it ran.
+    /// The most resident memory while it ran and the tokens before it were read.
     pub peak_rss: Option<u64>,
     /// Bytes of keys and values.
     pub kv_bytes: usize,
@@ -111,13 +111,12 @@ impl<'a> Runner<'a> {
         let mut measurements = Vec::new();
         let mut state: Option<State> = None;
         for test in &self.plan.tests {
-            let reusable = state.take().filter(|state| state.serves(test));
-            let measured = match reusable {
+            memory::reset_peak();
+            let prepared = match state.take().filter(|state| state.serves(test)) {
                 Some(state) => Some(state),
                 None => self.prepare(model, test)?,
             };
-            let Some(mut prepared) = measured else { break };
-            memory::reset_peak();
+            let Some(mut prepared) = prepared else { break };
             let measurement = self.measure(&mut prepared, test, energy)?;
             state = Some(prepared);
             if let Some(measurement) = measurement {
@@ -159,10 +158,7 @@ impl<'a> Runner<'a> {
 
     /// A cache with the tokens that `test` finds there; computed on all threads, as the result does not depend on them.
     fn prepare<'m>(&self, model: &'m Model, test: &Test) -> Unless<State<'m>> {
-        let depth = match test.kind {
-            Kind::Prompt { .. } => 0,
-            Kind::Generate { depth, .. } => depth,
-        };
+        let depth = test.depth();
         let mut state = State::new(model, self.plan, test.batch, depth);
         if depth > 0 {
             self.say(&format!("reading {depth} tokens, batch {}", test.batch));
@@ -257,11 +253,7 @@ impl<'m> State<'m> {
 
     /// Whether the tokens of this cache are what `test` begins with.
     fn serves(&self, test: &Test) -> bool {
-        let depth = match test.kind {
-            Kind::Prompt { .. } => 0,
-            Kind::Generate { depth, .. } => depth,
-        };
-        depth == self.depth && test.batch == self.cache.batch()
+        test.depth() == self.depth && test.batch == self.cache.batch()
     }
 
     fn rewind(&mut self) {
