@@ -6,7 +6,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, ROWS, Tile, TileFormat, avx512vnni};
+use super::{
+    Kernel, ROWS, Tile, TileFormat,
+    avx512vnni::{self, add, broadcast, lanes, load, multiply},
+    tile::TRIT_CODES,
+};
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avx512vbmi",
@@ -16,17 +20,6 @@ pub(super) static KERNEL: Kernel = Kernel {
 };
 
 const COLS: usize = TileFormat::Trits.cols();
-
-/// The codes d₀ … d₃ of r, in two bits each.
-const CODES: [u8; 128] = {
-    let mut codes = [0; 128];
-    let mut r = 0;
-    while r < 81 {
-        codes[r] = (r % 3 + r / 3 % 3 * 4 + r / 9 % 3 * 16 + r / 27 * 64) as u8;
-        r += 1;
-    }
-    codes
-};
 
 /// Multiplying by it, modulo 2³², divides a multiple of 81.
 const INVERSE_81: i32 = inverse(81) as i32;
@@ -75,15 +68,8 @@ fn accumulate_trits(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn unpack(tile: &Tile) -> [__m512i; 2] {
-    // SAFETY: a `Tile` is 64 bytes, and `CODES` is twice that.
-    let (v, low, high) = unsafe {
-        let codes = CODES.as_ptr();
-        (
-            _mm512_loadu_si512(tile.as_ptr().cast()),
-            _mm512_loadu_si512(codes.cast()),
-            _mm512_loadu_si512(codes.add(64).cast()),
-        )
-    };
+    let v = load(tile);
+    let [low, high] = [0, 1].map(|half| load(&TRIT_CODES.as_chunks().0[half]));
     let once = _mm512_sub_epi8(v, _mm512_set1_epi8(81));
     let twice = _mm512_sub_epi8(v, _mm512_set1_epi8(162_u8 as i8));
     let r = _mm512_min_epu8(_mm512_min_epu8(v, once), twice);
@@ -106,65 +92,34 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
             _mm512_and_si512(codes, masks[3]),
             fifth,
         ];
-        for ((sum, codes), x) in sums.iter_mut().zip(lanes).zip(x.as_chunks().0) {
-            *sum = _mm512_dpbusd_epi32(
-                *sum,
-                codes,
-                _mm512_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8))),
-            );
+        for (lane, (sum, codes)) in sums.iter_mut().zip(lanes).enumerate() {
+            // SAFETY: lane < 5, so these four values end within the twenty of x.
+            let x = unsafe { broadcast(x.as_ptr().add(4 * lane)) };
+            *sum = _mm512_dpbusd_epi32(*sum, codes, x);
         }
     }
-    let sums = [
+    let lanes = [
         sums[0],
         _mm512_srai_epi32::<2>(sums[1]),
         _mm512_srai_epi32::<4>(sums[2]),
         _mm512_srai_epi32::<6>(sums[3]),
         _mm512_mullo_epi32(sums[4], _mm512_set1_epi32(INVERSE_81)),
     ];
-    add(acc, &sums);
+    add(acc, lanes);
 }
 
-/// `N` tokens with `CHAINS` sums each, to hide the latency of the products: the sums stay in registers, and a tile is
-/// decoded once for all tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn block<const N: usize, const CHAINS: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
-    let cols = tiles.len() * COLS;
-    assert_eq!((x.len(), acc.len()), (N * cols, N));
-    let low2 = _mm512_set1_epi8(3);
-    let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
-    for (i, tile) in tiles.iter().enumerate() {
-        let [codes, fifth] = unpack(tile);
-        let lanes = [
-            _mm512_and_si512(codes, low2),
-            _mm512_and_si512(_mm512_srli_epi32::<2>(codes), low2),
-            _mm512_and_si512(_mm512_srli_epi32::<4>(codes), low2),
-            _mm512_and_si512(_mm512_srli_epi32::<6>(codes), low2),
-            _mm512_and_si512(_mm512_srli_epi32::<6>(fifth), low2), // 81 = 0b01…, 162 = 0b10…
-        ];
-        for (lane, codes) in lanes.into_iter().enumerate() {
-            for (token, sums) in sums.iter_mut().enumerate() {
-                let start = token * cols + i * COLS + 4 * lane;
-                // SAFETY: token < N, i < tiles.len() and lane < 5, so these four values end within the N · cols of x.
-                let x = unsafe { x.as_ptr().add(start).cast::<i32>().read_unaligned() };
-                let sum = &mut sums[lane % CHAINS];
-                *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(x));
-            }
-        }
-    }
-    for (acc, sums) in acc.iter_mut().zip(sums) {
-        add(acc, &sums);
-    }
+    // SAFETY: this function has the features.
+    unsafe { multiply::<N, CHAINS, 5>(tiles, x, acc, |tile| unpack_lanes(tile)) }
 }
 
+/// The codes of a tile, a register for each lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn add(acc: &mut [i32; ROWS], sums: &[__m512i]) {
-    let acc = acc.as_mut_ptr().cast();
-    // SAFETY: sixteen i32 are one register.
-    let mut total = unsafe { _mm512_loadu_si512(acc) };
-    for sum in sums {
-        total = _mm512_add_epi32(total, *sum);
-    }
-    // SAFETY: as above.
-    unsafe { _mm512_storeu_si512(acc, total) };
+fn unpack_lanes(tile: &Tile) -> [__m512i; 5] {
+    let [codes, fifth] = unpack(tile);
+    let [a, b, c, d] = lanes(codes);
+    let fifth = _mm512_srli_epi32::<6>(fifth); // 81 = 0b01…, 162 = 0b10…
+    [a, b, c, d, _mm512_and_si512(fifth, _mm512_set1_epi8(3))]
 }

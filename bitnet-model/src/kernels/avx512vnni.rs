@@ -54,34 +54,64 @@ fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
     }
 }
 
-/// `N` tokens with `CHAINS` sums each: the sums stay in registers, and a tile is decoded once for all tokens.
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn block<const N: usize, const CHAINS: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
-    let cols = tiles.len() * COLS;
-    assert_eq!((x.len(), acc.len()), (N * cols, N));
+    // SAFETY: this function has the features.
+    unsafe { multiply::<N, CHAINS, 4>(tiles, x, acc, |tile| lanes(load(tile))) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn load(tile: &Tile) -> __m512i {
+    // SAFETY: a `Tile` is 64 bytes.
+    unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) }
+}
+
+/// The four codes of 2 bits of each byte, a register for each lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn lanes(codes: __m512i) -> [__m512i; 4] {
     let low2 = _mm512_set1_epi8(3);
-    let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
-    for (i, tile) in tiles.iter().enumerate() {
-        avx2::fetch_ahead(tile);
-        // SAFETY: a `Tile` is 64 bytes.
-        let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
-        let lanes = [
-            _mm512_and_si512(codes, low2),
-            _mm512_and_si512(_mm512_srli_epi32::<2>(codes), low2),
-            _mm512_and_si512(_mm512_srli_epi32::<4>(codes), low2),
-            _mm512_and_si512(_mm512_srli_epi32::<6>(codes), low2),
-        ];
-        for (lane, codes) in lanes.into_iter().enumerate() {
-            for (token, sums) in sums.iter_mut().enumerate() {
-                let start = token * cols + i * COLS + 4 * lane;
-                // SAFETY: token < N, i < tiles.len() and lane < 4, so these four values end within the N · cols of x.
-                let x = unsafe { broadcast(x.as_ptr().add(start)) };
-                let sum = &mut sums[lane % CHAINS];
-                *sum = _mm512_dpbusd_epi32(*sum, codes, x);
+    [
+        _mm512_and_si512(codes, low2),
+        _mm512_and_si512(_mm512_srli_epi32::<2>(codes), low2),
+        _mm512_and_si512(_mm512_srli_epi32::<4>(codes), low2),
+        _mm512_and_si512(_mm512_srli_epi32::<6>(codes), low2),
+    ]
+}
+
+/// `N` tokens with `CHAINS` sums each: the sums stay in registers, and a tile, whose codes `unpack` gives in a register for
+/// each lane, is unpacked once for all tokens.
+///
+/// # Safety
+/// The caller has AVX-512 F and VNNI as target features.
+#[inline(always)]
+pub(super) unsafe fn multiply<const N: usize, const CHAINS: usize, const LANES: usize>(
+    tiles: &[Tile],
+    x: &[i8],
+    acc: &mut [[i32; ROWS]],
+    unpack: impl Fn(&Tile) -> [__m512i; LANES],
+) {
+    let cols = tiles.len() * 4 * LANES;
+    assert_eq!((x.len(), acc.len()), (N * cols, N));
+    // SAFETY: the caller's features; the reads of x are argued below.
+    unsafe {
+        let mut sums = [[_mm512_setzero_si512(); CHAINS]; N];
+        for (i, tile) in tiles.iter().enumerate() {
+            avx2::fetch_ahead(tile);
+            for (lane, codes) in unpack(tile).into_iter().enumerate() {
+                for (token, sums) in sums.iter_mut().enumerate() {
+                    // token < N, i < tiles.len() and lane < LANES: these four values end within the N · cols of x.
+                    let x = broadcast(x.as_ptr().add(token * cols + 4 * (i * LANES + lane)));
+                    let sum = &mut sums[lane % CHAINS];
+                    *sum = _mm512_dpbusd_epi32(*sum, codes, x);
+                }
             }
         }
+        for (acc, sums) in acc.iter_mut().zip(sums) {
+            add(acc, sums);
+        }
     }
-    acc.iter_mut().zip(sums).for_each(|(acc, sums)| add(acc, sums));
 }
 
 /// One token, a sum for each lane of codes. Half of them are used where they stand, as four times their value: one shift
@@ -91,8 +121,7 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
     let (once, four_times) = (_mm512_set1_epi8(3), _mm512_set1_epi8(3 << 2));
     let mut sums = [_mm512_setzero_si512(); 4];
     for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
-        // SAFETY: a `Tile` is 64 bytes.
-        let low = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
+        let low = load(tile);
         let high = _mm512_srli_epi32::<4>(low);
         let lanes = [(low, once), (low, four_times), (high, once), (high, four_times)];
         for (lane, (codes, mask)) in lanes.into_iter().enumerate() {
@@ -111,7 +140,7 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
 /// `x` is valid for reads of four bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn broadcast(x: *const i8) -> __m512i {
+pub(super) unsafe fn broadcast(x: *const i8) -> __m512i {
     // SAFETY: upheld by the caller.
     _mm512_set1_epi32(unsafe { x.cast::<i32>().read_unaligned() })
 }
@@ -119,7 +148,7 @@ unsafe fn broadcast(x: *const i8) -> __m512i {
 /// Adds the sums of each row to it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add<const CHAINS: usize>(acc: &mut [i32; ROWS], sums: [__m512i; CHAINS]) {
+pub(super) fn add<const CHAINS: usize>(acc: &mut [i32; ROWS], sums: [__m512i; CHAINS]) {
     for sum in sums {
         let acc = acc.as_mut_ptr().cast();
         // SAFETY: sixteen i32 are one register.
@@ -136,8 +165,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch<T>(self, at: *const T) {
-        // SAFETY: a prefetch reads nothing that the program sees and faults at no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+        avx2::prefetch(at);
     }
 
     #[inline(always)]

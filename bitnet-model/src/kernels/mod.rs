@@ -88,7 +88,6 @@ impl fmt::Debug for Kernel {
 
 impl Kernel {
     /// The instruction set: such as `avx512vnni` or `scalar`.
-    /// The instruction set: `avx512vbmi`, `avx512vnni`, `avx2`, `neondot` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -6,6 +6,7 @@ use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 use super::{
     Kernel, ROWS, Tile, TileFormat, head, peak,
     simd::{LANES, Simd, routines},
+    tile::TRIT_CODES,
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
@@ -20,17 +21,6 @@ pub(super) static KERNEL: Kernel = Kernel {
 
 /// Tokens that share a decoded tile: their sums take half of the 32 registers.
 const BLOCK: usize = 4;
-
-/// The codes d₀ … d₃ of `r = d₀ + 3d₁ + 9d₂ + 27d₃`, in two bits each.
-const TABLE: [u8; 96] = {
-    let mut codes = [0; 96];
-    let mut r = 0;
-    while r < 81 {
-        codes[r] = (r % 3 + r / 3 % 3 * 4 + r / 9 % 3 * 16 + r / 27 * 64) as u8;
-        r += 1;
-    }
-    codes
-};
 
 /// `sum[row] + Σⱼ codes[4·row + j] · x[4·LANE + j]` for four rows. Written as an instruction because the intrinsic
 /// `vdotq_laneq_s32` is not stable.
@@ -168,7 +158,7 @@ fn unpack(v: uint8x16_t) -> [int8x16_t; 5] {
 #[inline]
 #[target_feature(enable = "neon")]
 fn unpack_trits(v: uint8x16_t) -> [int8x16_t; 5] {
-    let (tables, _) = TABLE.as_chunks::<16>();
+    let (tables, _) = TRIT_CODES.as_chunks::<16>();
     let low = uint8x16x4_t(load(&tables[0]), load(&tables[1]), load(&tables[2]), load(&tables[3]));
     let high = uint8x16x2_t(load(&tables[4]), load(&tables[5]));
     let once = vsubq_u8(v, vdupq_n_u8(81));

@@ -33,6 +33,18 @@ impl Kernel {
     }
 }
 
+/// `multiply` again and again, on as many sums as are under way at once.
+#[inline(always)]
+fn repeat<T: Copy>(rounds: usize, start: T, multiply: impl Fn(T) -> T) {
+    let mut sums = [start; CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = multiply(*sum);
+        }
+    }
+    black_box(sums);
+}
+
 /// `vpdpbusd` on 512 bits.
 #[cfg(target_arch = "x86_64")]
 pub(super) const AVX512VNNI: Peak = Peak { run: avx512vnni, products: CHAINS * 64 };
@@ -41,13 +53,7 @@ pub(super) const AVX512VNNI: Peak = Peak { run: avx512vnni, products: CHAINS * 6
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn avx512vnni(rounds: usize) {
     let (codes, x) = (_mm512_set1_epi8(black_box(2)), _mm512_set1_epi8(black_box(-3)));
-    let mut sums = [_mm512_setzero_si512(); CHAINS];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = _mm512_dpbusd_epi32(*sum, codes, x);
-        }
-    }
-    black_box(sums);
+    repeat(rounds, _mm512_setzero_si512(), |sum| _mm512_dpbusd_epi32(sum, codes, x));
 }
 
 /// `vpdpbusd` on 256 bits.
@@ -58,13 +64,7 @@ pub(super) const AVXVNNI: Peak = Peak { run: avxvnni, products: CHAINS * 32 };
 #[target_feature(enable = "avx2,avxvnni")]
 fn avxvnni(rounds: usize) {
     let (codes, x) = (_mm256_set1_epi8(black_box(2)), _mm256_set1_epi8(black_box(-3)));
-    let mut sums = [_mm256_setzero_si256(); CHAINS];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = _mm256_dpbusd_avx_epi32(*sum, codes, x);
-        }
-    }
-    black_box(sums);
+    repeat(rounds, _mm256_setzero_si256(), |sum| _mm256_dpbusd_avx_epi32(sum, codes, x));
 }
 
 /// `vpmaddubsw` on 256 bits. Its products are the codes of the next one, as it has no sum to add to.
@@ -75,13 +75,7 @@ pub(super) const AVX2: Peak = Peak { run: avx2, products: CHAINS * 32 };
 #[target_feature(enable = "avx2")]
 fn avx2(rounds: usize) {
     let x = _mm256_set1_epi8(black_box(-3));
-    let mut codes = [_mm256_set1_epi8(black_box(2)); CHAINS];
-    for _ in 0..rounds {
-        for codes in &mut codes {
-            *codes = _mm256_maddubs_epi16(*codes, x);
-        }
-    }
-    black_box(codes);
+    repeat(rounds, _mm256_set1_epi8(black_box(2)), |codes| _mm256_maddubs_epi16(codes, x));
 }
 
 /// `sdot` on 128 bits.
@@ -92,13 +86,7 @@ pub(super) const NEONDOT: Peak = Peak { run: neondot, products: CHAINS * 16 };
 #[target_feature(enable = "dotprod")]
 fn neondot(rounds: usize) {
     let (codes, x) = (vdupq_n_s8(black_box(2)), vdupq_n_s8(black_box(-3)));
-    let mut sums = [vdupq_n_s32(0); CHAINS];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = dot::<0>(*sum, codes, x);
-        }
-    }
-    black_box(sums);
+    repeat(rounds, vdupq_n_s32(0), |sum| dot::<0>(sum, codes, x));
 }
 
 /// 16-bit products and sums, vectorized for what every processor of the architecture has.
@@ -106,13 +94,7 @@ pub(super) const SCALAR: Peak = Peak { run: scalar, products: CHAINS * 8 };
 
 fn scalar(rounds: usize) {
     let x = black_box([-3i16; 8]);
-    let mut sums = black_box([[1i16; 8]; CHAINS]);
-    for _ in 0..rounds {
-        for sums in &mut sums {
-            for (sum, x) in sums.iter_mut().zip(x) {
-                *sum = sum.wrapping_mul(x).wrapping_add(x);
-            }
-        }
-    }
-    black_box(sums);
+    repeat(rounds, black_box([1i16; 8]), |sum| {
+        std::array::from_fn(|i| sum[i].wrapping_mul(x[i]).wrapping_add(x[i]))
+    });
 }

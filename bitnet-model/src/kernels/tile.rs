@@ -73,21 +73,12 @@ impl TileFormat {
         }
     }
 
-    const fn place(self, lane: usize) -> u32 {
-        self.base().pow(lane as u32)
-    }
-
     /// The tile of zero weights (code 1): padding that adds nothing to a product.
     pub const fn empty(self) -> Tile {
         match self {
             Self::TwoBit => [1 + 4 + 16 + 64; 64],
             Self::Trits => [1 + 3 + 9 + 27 + 81; 64],
         }
-    }
-
-    #[inline(always)]
-    fn digit(self, byte: u8, lane: usize) -> u8 {
-        (u32::from(byte) / self.place(lane) % self.base()) as u8
     }
 
     /// The code of `weight[row][col]`.
@@ -97,7 +88,7 @@ impl TileFormat {
     #[inline]
     pub fn code(self, tile: &Tile, row: usize, col: usize) -> u8 {
         assert!(row < ROWS && col < self.cols(), "no code at row {row}, column {col} of a tile");
-        self.digit(tile[4 * row + col % 4], col / 4)
+        self.row(tile, row)[col]
     }
 
     /// The four bytes of a row with these codes, one a column of the tile.
@@ -113,55 +104,13 @@ impl TileFormat {
     pub fn pack_field(self, bytes: &[u8], field: usize) -> [u8; 4] {
         debug_assert_eq!(bytes.len(), self.cols(), "one byte a column");
         // Four codes a word: word `lane` holds columns 4·lane .. 4·lane + 4. No byte of the sum exceeds 255.
-        let words = bytes.as_chunks::<4>().0.iter().enumerate();
-        let word = words.fold(0, |word, (lane, &bytes)| {
-            word + (u32::from_le_bytes(bytes) >> (2 * field) & 0x0303_0303) * self.place(lane)
+        let words = bytes.as_chunks::<4>().0.iter().rev();
+        let word = words.fold(0, |word, &bytes| {
+            word * self.base() + (u32::from_le_bytes(bytes) >> (2 * field) & 0x0303_0303)
         });
         word.to_le_bytes()
     }
 
-    /// The codes of a row; those behind [`cols`](Self::cols) mean nothing.
-    #[inline]
-    pub fn row(self, tile: &Tile, row: usize) -> [u8; MAX_TILE_COLS] {
-        let mut codes = [0; MAX_TILE_COLS];
-        let bytes = &tile[4 * row..4 * row + 4];
-        for (lane, codes) in codes.as_chunks_mut::<4>().0[..self.lanes()].iter_mut().enumerate() {
-            codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = self.digit(*byte, lane));
-        }
-        codes
-    }
-
-    /// The weights −1, 0, 1 of a tile, row by row; those behind [`cols`](Self::cols) mean nothing.
-    #[inline]
-    pub fn decode(self, tile: &Tile, out: &mut [[f32; MAX_TILE_COLS]; ROWS]) {
-        match self {
-            Self::TwoBit => decode::<4, 4>(tile, out),
-            Self::Trits => decode::<3, 5>(tile, out),
-        }
-    }
-}
-
-#[inline(always)]
-fn decode<const BASE: u8, const LANES: usize>(tile: &Tile, out: &mut [[f32; MAX_TILE_COLS]; ROWS]) {
-    for (bytes, row) in tile.as_chunks::<4>().0.iter().zip(out) {
-        let mut rest = *bytes;
-        for weights in &mut row.as_chunks_mut::<4>().0[..LANES] {
-            *weights = rest.map(|byte| f32::from(byte % BASE) - 1.);
-            rest = rest.map(|byte| byte / BASE);
-        }
-    }
-}
-
-/// A byte of the Hub's packing whose four rows have weight 0.
-pub const PACKED_ZEROS: u8 = 0b01_01_01_01;
-
-/// Sets the four bytes of a row, as [`TileFormat::pack_row`] makes them.
-#[inline]
-pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
-    tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
-}
-
-impl TileFormat {
     /// Sixteen rows of the Hub's packing, of which [`cols`](Self::cols) count, to the tiles of their four fields; `false` if
     /// there is a code 3 among them, which no tile may have.
     #[inline]
@@ -186,7 +135,58 @@ impl TileFormat {
         }
         invalid & 0x5555_5555 == 0
     }
+
+    /// The codes of a row; those behind [`cols`](Self::cols) mean nothing.
+    #[inline]
+    pub fn row(self, tile: &Tile, row: usize) -> [u8; MAX_TILE_COLS] {
+        let bytes = &tile.as_chunks().0[row];
+        match self {
+            Self::TwoBit => digits::<4, 4>(bytes),
+            Self::Trits => digits::<3, 5>(bytes),
+        }
+    }
+
+    /// The weights −1, 0, 1 of a tile, row by row; those behind [`cols`](Self::cols) mean nothing.
+    #[inline]
+    pub fn decode(self, tile: &Tile, out: &mut [[f32; MAX_TILE_COLS]; ROWS]) {
+        for (row, out) in out.iter_mut().enumerate() {
+            *out = self.row(tile, row).map(|code| f32::from(code) - 1.);
+        }
+    }
 }
+
+/// The digits of four bytes, those of one lane after the other.
+#[inline(always)]
+fn digits<const BASE: u8, const LANES: usize>(bytes: &[u8; 4]) -> [u8; MAX_TILE_COLS] {
+    let (mut codes, mut rest) = ([0; MAX_TILE_COLS], *bytes);
+    for codes in &mut codes.as_chunks_mut::<4>().0[..LANES] {
+        *codes = rest.map(|byte| byte % BASE);
+        rest = rest.map(|byte| byte / BASE);
+    }
+    codes
+}
+
+/// A byte of the Hub's packing whose four rows have weight 0.
+pub const PACKED_ZEROS: u8 = 0b01_01_01_01;
+
+/// Sets the four bytes of a row, as [`TileFormat::pack_row`] makes them.
+#[inline]
+pub fn set_row(tile: &mut Tile, row: usize, bytes: [u8; 4]) {
+    tile[4 * row..4 * row + 4].copy_from_slice(&bytes);
+}
+
+/// The codes d₀ … d₃ of `r = d₀ + 3d₁ + 9d₂ + 27d₃` in two bits each, for r up to 80: what is left of a byte of base 3 without
+/// its fifth code.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) const TRIT_CODES: [u8; 128] = {
+    let mut codes = [0; 128];
+    let mut r = 0;
+    while r < 81 {
+        codes[r] = (r % 3 + r / 3 % 3 * 4 + r / 9 % 3 * 16 + r / 27 * 64) as u8;
+        r += 1;
+    }
+    codes
+};
 
 /// In words of lanes, bits 2·field.. are those of a field; in words of fields, bits 2·lane.. those of a lane. This transposes
 /// them, in blocks of two by two and within these.

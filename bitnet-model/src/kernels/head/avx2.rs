@@ -2,21 +2,19 @@
 
 use std::arch::x86_64::*;
 
-use super::{HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums, ROWS};
+use super::{HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums, ROWS, in_blocks};
 
 pub(in crate::kernels) const ROUTINES: HeadRoutines =
     HeadRoutines { q8: head_q8, q6: head_groups::<6>, q4: head_groups::<4> };
 
 #[target_feature(enable = "avx2,fma")]
 fn head_q8(lines: &[Line], x: &[[i8; 8]], sums: &mut [PlaneSums]) {
-    let (pairs, rest) = sums.as_chunks_mut::<2>();
-    let (x, x_rest) = x.split_at(pairs.len() * 2 * lines.len());
-    for (sums, x) in pairs.iter_mut().zip(x.chunks_exact(2 * lines.len().max(1))) {
-        head_q8_block(lines, x, sums);
-    }
-    for sums in rest {
-        head_q8_block(lines, x_rest, std::array::from_mut(sums));
-    }
+    let of = |first: usize, tokens: usize| &x[first * lines.len()..][..tokens * lines.len()];
+    in_blocks::<2, _>(
+        sums,
+        |first, sums| head_q8_block(lines, of(first, 2), sums),
+        |first, sums| head_q8_block(lines, of(first, 1), sums),
+    );
 }
 
 /// `N` tokens: a line is read once for all of them.
@@ -69,14 +67,11 @@ fn head_groups<const BITS: u32>(
     x: HeadActivations<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    let (blocks, rest) = out.as_chunks_mut::<4>();
-    for (i, out) in blocks.iter_mut().enumerate() {
-        head_groups_block::<BITS, 4>(lines, scales, x.tokens(4 * i, 4), out);
-    }
-    for (i, out) in rest.iter_mut().enumerate() {
-        let (x, out) = (x.tokens(4 * blocks.len() + i, 1), std::array::from_mut(out));
-        head_groups_block::<BITS, 1>(lines, scales, x, out);
-    }
+    in_blocks::<4, _>(
+        out,
+        |first, out| head_groups_block::<BITS, 4>(lines, scales, x.tokens(first, 4), out),
+        |first, out| head_groups_block::<BITS, 1>(lines, scales, x.tokens(first, 1), out),
+    );
 }
 
 /// `N` tokens: a group is decoded once for all of them.

@@ -8,6 +8,7 @@ use super::{
     super::avxvnni::{Dpbusd, Vex},
     HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums, ROWS,
     avx2::{decode_q4, decode_q6, load_half, planes, widen},
+    in_blocks,
 };
 
 /// [`HeadRoutines`] with an encoding of the instruction and the features it needs.
@@ -38,14 +39,12 @@ pub(in crate::kernels) const EVEX: HeadRoutines =
 
 #[inline(always)]
 fn head_q8<D: Dpbusd>(dot: D, lines: &[Line], x: &[[i8; 8]], sums: &mut [PlaneSums]) {
-    let (pairs, rest) = sums.as_chunks_mut::<2>();
-    let (x, x_rest) = x.split_at(pairs.len() * 2 * lines.len());
-    for (sums, x) in pairs.iter_mut().zip(x.chunks_exact(2 * lines.len().max(1))) {
-        head_q8_block::<D, 2, 1>(dot, lines, x, sums);
-    }
-    for sums in rest {
-        head_q8_block::<D, 1, 2>(dot, lines, x_rest, std::array::from_mut(sums));
-    }
+    let of = |first: usize, tokens: usize| &x[first * lines.len()..][..tokens * lines.len()];
+    in_blocks::<2, _>(
+        sums,
+        |first, sums| head_q8_block::<D, 2, 1>(dot, lines, of(first, 2), sums),
+        |first, sums| head_q8_block::<D, 1, 2>(dot, lines, of(first, 1), sums),
+    );
 }
 
 /// `N` tokens with `CHAINS` sums for each plane and half of the rows: a line is read once for all tokens.
@@ -94,14 +93,11 @@ fn head_groups<D: Dpbusd, const BITS: u32>(
     x: HeadActivations<'_>,
     out: &mut [[f32; ROWS]],
 ) {
-    let (blocks, rest) = out.as_chunks_mut::<4>();
-    for (i, out) in blocks.iter_mut().enumerate() {
-        head_groups_block::<D, BITS, 4>(dot, lines, scales, x.tokens(4 * i, 4), out);
-    }
-    for (i, out) in rest.iter_mut().enumerate() {
-        let (x, out) = (x.tokens(4 * blocks.len() + i, 1), std::array::from_mut(out));
-        head_groups_block::<D, BITS, 1>(dot, lines, scales, x, out);
-    }
+    in_blocks::<4, _>(
+        out,
+        |first, out| head_groups_block::<D, BITS, 4>(dot, lines, scales, x.tokens(first, 4), out),
+        |first, out| head_groups_block::<D, BITS, 1>(dot, lines, scales, x.tokens(first, 1), out),
+    );
 }
 
 /// `N` tokens: a group is decoded once for all of them.

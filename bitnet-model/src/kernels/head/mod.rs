@@ -153,6 +153,23 @@ pub(super) type FinishQ8 =
 
 type GroupedProduct = unsafe fn(&[Line], &[[u16; ROWS]], HeadActivations<'_>, &mut [[f32; ROWS]]);
 
+/// Calls `many` with the outputs of each `N` tokens and the number of the first of them, and `one` with each of the others.
+#[inline(always)]
+fn in_blocks<const N: usize, T>(
+    out: &mut [T],
+    many: impl Fn(usize, &mut [T; N]),
+    one: impl Fn(usize, &mut [T; 1]),
+) {
+    let (blocks, rest) = out.as_chunks_mut::<N>();
+    let after = N * blocks.len();
+    for (i, out) in blocks.iter_mut().enumerate() {
+        many(N * i, out);
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        one(after + i, std::array::from_mut(out));
+    }
+}
+
 /// Tokens that share one pass over a band.
 const TOKENS: usize = 8;
 
