@@ -38,7 +38,7 @@ MAY_USE = {
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error"},
-    "pretrained": {"calibration", "error", "checkpoint", "config", "hub", "kv_cache", "model", "nn", "kernels", "ops",
+    "pretrained": {"calibration", "error", "checkpoint", "config", "head_weights", "hub", "kv_cache", "model", "nn", "kernels", "ops",
                    "pages", "quant", "rows", "sampler", "score", "session", "synthetic", "text", "weights"},
 }
 

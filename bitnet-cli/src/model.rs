@@ -137,6 +137,11 @@ impl ModelArgs {
             (_, true) => Precision::Full,
             _ => Precision::AsConfigured,
         };
+        self.open_as(precision, global)
+    }
+
+    /// [`open`](Self::open) with float weights taken as `precision` says, whatever the options say of it.
+    pub fn open_as(&self, precision: Precision, global: &Global) -> anyhow::Result<Source> {
         let mut source = Source::open(&self.model, precision, &self.hub(global))?;
         source.lm_head = self.lm_head().into();
         source.tile_format = self.tile_format();

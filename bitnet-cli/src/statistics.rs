@@ -114,12 +114,13 @@ impl fmt::Display for Bytes {
 /// The most memory this process has occupied so far, where the system tells (Linux).
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    peak_memory_of(&status)
+    proc_field(&status, "VmHWM:")
 }
 
-fn peak_memory_of(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+/// A line of a file in `/proc` in kB, as bytes.
+pub fn proc_field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }
 
@@ -159,10 +160,18 @@ mod tests {
     }
 
     #[test]
+    fn fields_of_proc() {
+        let text = "MemTotal:       24683520 kB\nMemAvailable:   2 kB\nPages: 3\n";
+        assert_eq!(proc_field(text, "MemAvailable:"), Some(2048));
+        assert_eq!(proc_field(text, "Pages:"), None);
+        assert_eq!(proc_field(text, "Swap:"), None);
+    }
+
+    #[test]
     fn peak_memory_of_a_status_file() {
         let status = "Name:\tbitnet\nVmPeak:\t  900 kB\nVmHWM:\t   12 kB\n";
-        assert_eq!(peak_memory_of(status), Some(12 << 10));
-        assert_eq!(peak_memory_of("Name:\tbitnet\n"), None);
+        assert_eq!(proc_field(status, "VmHWM:"), Some(12 << 10));
+        assert_eq!(proc_field("Name:\tbitnet\n", "VmHWM:"), None);
         assert_eq!(Bytes(45 << 20).to_string(), "45.0 MiB");
         if cfg!(target_os = "linux") {
             assert!(peak_memory().is_some_and(|bytes| bytes > 1 << 20));

@@ -57,6 +57,12 @@ impl KvCache {
         }
     }
 
+    /// Bytes of one token of one sequence.
+    pub fn token_bytes(config: &Config, kv_type: KvType) -> usize {
+        let rows = 2 * config.num_hidden_layers * config.num_key_value_heads; // keys and values
+        rows * kv_type.bytes(config.head_dim)
+    }
+
     /// Rows of the batch.
     pub fn batch(&self) -> usize {
         self.starts.len()

@@ -224,6 +224,7 @@ mod tests {
                 assert_eq!(weight.code(row, col), byte >> (2 * (row / quarter)) & 3, "{shape:?}");
             }
             assert_eq!(weight.to_packed().unwrap(), source.0);
+            assert_eq!(weight.bytes(), TernaryWeight::size(shape, format));
             assert_eq!(weight, TernaryWeight::from_packed(&source.0, shape, 0.5, format).unwrap());
         }
     }

@@ -13,14 +13,16 @@ use crate::{
     calibration::fastest_format,
     checkpoint::{Checkpoint, Dtype, StoredRows},
     config::{Config, GenerationConfig},
+    head_weights::HeadWeights,
     hub::{Hub, ModelFiles},
-    kernels::TileFormat,
+    kernels::{TileFormat, head::HeadFormat},
     model::Model,
     nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
     pages,
     rows::RowSource,
     synthetic,
     text::Tokenizer,
+    weights::TernaryWeight,
 };
 
 /// The name of the model inside this library.
@@ -80,6 +82,26 @@ pub struct Source {
     pub lm_head: HeadPrecision,
     /// How ternary weights lie in memory; [`Source::load`] measures which is faster unless it is set.
     pub tile_format: Option<TileFormat>,
+}
+
+/// Bytes of a loaded model's parts, keys and values aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// The projections of all layers.
+    pub projections: u64,
+    /// The embedding; 0 if its rows stay in the checkpoint.
+    pub embedding: u64,
+    /// The output head; 0 if it is the embedding.
+    pub head: u64,
+    /// Norms and biases.
+    pub norms: u64,
+}
+
+impl WeightBytes {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.projections + self.embedding + self.head + self.norms
+    }
 }
 
 /// A loaded model with everything around it.
@@ -281,6 +303,37 @@ impl Source {
     pub fn tile_format(&self) -> TileFormat {
         let weights = || self.config.projections().map(|(_, (out, input))| out * input).sum();
         self.tile_format.unwrap_or_else(|| fastest_format(weights()))
+    }
+
+    /// What the weights take once they are loaded: codes in padded tiles; embedding and head in bf16 if they are stored so or,
+    /// if rows are read as they are needed ([`reads_rows`](Self::reads_rows)), the head alone, quantized or screened in 8 bits;
+    /// the rest in f32.
+    pub fn weight_bytes(&self, reads_rows: bool) -> WeightBytes {
+        let config = &self.config;
+        let float = self.embedding_dtype().size_in_bytes();
+        let format = self.tile_format.unwrap_or_default();
+        let projection = |(_, shape): (String, (usize, usize))| match config.quantization {
+            Some(_) => TernaryWeight::size(shape, format),
+            None => shape.0 * shape.1 * float,
+        };
+        let vocabulary = config.vocab_size * config.hidden_size * float;
+        let (embedding, head) = match (reads_rows, self.lm_head) {
+            (false, _) if config.tie_word_embeddings => (vocabulary, 0),
+            (false, _) => (vocabulary, vocabulary),
+            (true, precision) => {
+                let format = match precision {
+                    HeadPrecision::Exact => HeadFormat::Q8,
+                    HeadPrecision::Quantized(format) => format,
+                };
+                (0, HeadWeights::size(config.vocab_size, config.hidden_size, format))
+            }
+        };
+        WeightBytes {
+            projections: config.projections().map(projection).sum::<usize>() as u64,
+            embedding: embedding as u64,
+            head: head as u64,
+            norms: config.norm_parameters() * size_of::<f32>() as u64,
+        }
     }
 
     /// Rows of embedding and head, unless these are small and exact.

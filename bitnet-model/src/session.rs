@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     kv_cache::KvCache,
     model::Model,
-    nn::{Logits, Need},
+    nn::{Need, Rescored},
     ops::KvType,
     sampler::{Sampler, SamplingParams},
     speculative::NgramDrafter,
@@ -95,22 +95,7 @@ pub struct Drafted {
 #[derive(Default)]
 struct Tally {
     drafted: Drafted,
-    /// Rows of logits that were screened, and rows of the head multiplied for them.
-    screened: usize,
-    rescored: usize,
-}
-
-impl Tally {
-    fn count(&mut self, logits: &[Logits]) {
-        for rows in logits.iter().filter_map(|logits| logits.rescored) {
-            self.screened += 1;
-            self.rescored += rows;
-        }
-    }
-
-    fn rescored_rows(&self) -> Option<f64> {
-        (self.screened > 0).then(|| self.rescored as f64 / self.screened as f64)
-    }
+    rescored: Rescored,
 }
 
 impl Session {
@@ -269,7 +254,7 @@ impl Session {
             prompt_time: decode_start - start,
             decode_time: decode_start.elapsed(),
             drafted: tally.drafted,
-            rescored_rows: tally.rescored_rows(),
+            rescored_rows: tally.rescored.mean(),
         })
     }
 
@@ -288,7 +273,7 @@ impl Session {
         // After the last token, and after each of the draft.
         let mut rows = self.model.needed_logits(hidden, &text.needs(&draft))?;
         loop {
-            tally.count(&rows);
+            tally.rescored.count(&rows);
             let before = self.tokens.len() - draft.len(); // tokens known to be right
             let mut accepted = 0;
             let token = loop {

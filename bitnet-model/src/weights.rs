@@ -139,8 +139,8 @@ impl TernaryWeight {
             return weight.into_pages(arena).map_err(no_memory);
         }
         let format = format.for_cols(in_features);
-        let tiles = out_features / ROWS * in_features.div_ceil(format.cols());
-        let mut pages = arena.zeroed(tiles * size_of::<Tile>()).map_err(no_memory)?;
+        let bytes = Self::size((out_features, in_features), format);
+        let mut pages = arena.zeroed(bytes).map_err(no_memory)?;
         let read = |offset, out: &mut [u8]| source.read_packed(name, offset, out);
         packed::fill_tiles(format, (out_features, in_features), pages.as_chunks_mut().0, read)?;
         Ok(Self { tiles: Tiles::Paged(pages), format, out_features, in_features, scale })
@@ -238,14 +238,15 @@ impl TernaryWeight {
         self.in_features
     }
 
-    /// How the codes lie in memory.
-    pub fn format(&self) -> TileFormat {
-        self.format
-    }
-
     /// The absmean scale; it multiplies.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// The bytes that a matrix (out_features, in_features) takes in `format`.
+    pub fn size((out_features, in_features): (usize, usize), format: TileFormat) -> usize {
+        let cols = format.for_cols(in_features).cols();
+        out_features.div_ceil(ROWS) * in_features.div_ceil(cols) * size_of::<Tile>()
     }
 
     /// Bytes at rest.

@@ -8,11 +8,10 @@ use std::{
 use anyhow::Context;
 use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
-    head_weights::HeadWeights,
-    kernels::{self, head::HeadFormat, tile},
-    nn::HeadPrecision,
+    kernels,
+    kv_cache::KvCache,
     ops::KvType,
-    pretrained::{Origin, Precision, Source, default_files},
+    pretrained::{Origin, Precision, Source, WeightBytes, default_files},
     quant::Rounding,
 };
 use serde::Serialize;
@@ -151,8 +150,7 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
         (_, true) => Precision::Full,
         _ => Precision::AsFound,
     };
-    let mut source = Source::open(&args.model.model, precision, &args.model.hub(global))?;
-    source.lm_head = args.model.lm_head().into();
+    let source = args.model.open_as(precision, global)?;
     let info = Info::of(&source)?;
     let out = &mut io::BufWriter::new(io::stdout().lock());
     match args.json {
@@ -206,7 +204,7 @@ impl Info {
                 ternary: is_ternary.then(|| 8. * stored as f64 / parameters.ternary as f64),
                 checkpoint: 8. * on_disk as f64 / parameters.total as f64,
             },
-            memory: Memory::of(source, &parameters),
+            memory: Memory::of(source),
             parameters,
             files,
             tokenizer: tokenizer(source)?,
@@ -376,41 +374,17 @@ impl Parameters {
 }
 
 impl Memory {
-    /// As [`Source::load`] does it: codes in padded tiles; small embeddings and heads in bf16 if they are stored so, of
-    /// large ones the head alone, quantized or screened in 8 bits; the rest in f32.
-    fn of(source: &Source, parameters: &Parameters) -> Self {
-        let config = &source.config;
-        let float = source.embedding_dtype().size_in_bytes() as u64;
-        let projections = match config.quantization {
-            None => parameters.ternary * float,
-            Some(_) => {
-                let cols = source.tile_format.unwrap_or_default().cols();
-                let tiles = |(_, (out_features, in_features)): (String, (usize, usize))| {
-                    (out_features.div_ceil(tile::ROWS) * in_features.div_ceil(cols)) as u64
-                };
-                config.projections().map(tiles).sum::<u64>() * size_of::<tile::Tile>() as u64
-            }
-        };
-        let (embedding, head) = match source.reads_rows() {
-            false => (parameters.embedding * float, parameters.head * float),
-            true => {
-                let format = match source.lm_head {
-                    HeadPrecision::Exact => HeadFormat::Q8,
-                    HeadPrecision::Quantized(format) => format,
-                };
-                (0, HeadWeights::size(config.vocab_size, config.hidden_size, format) as u64)
-            }
-        };
-        let norms = parameters.others * size_of::<f32>() as u64;
-        // Keys and values.
-        let rows = 2 * config.num_key_value_heads * config.num_hidden_layers;
+    fn of(source: &Source) -> Self {
+        let weights = source.weight_bytes(source.reads_rows());
+        let WeightBytes { projections, embedding, head, norms } = weights;
+        let of_a_token = KvCache::token_bytes(&source.config, KvType::default());
         Self {
             projections,
             embedding,
             head,
             norms,
-            total: projections + embedding + head + norms,
-            cache_per_1k_tokens: 1000 * (rows * KvType::default().bytes(config.head_dim)) as u64,
+            total: weights.total(),
+            cache_per_1k_tokens: 1000 * of_a_token as u64,
         }
     }
 }

@@ -12,6 +12,7 @@ use bitnet_model::{
     kv_cache::KvCache,
     model::Model,
     ops::KvType,
+    sampler::argmax,
 };
 use candle_core::{Device, Tensor};
 
@@ -111,10 +112,4 @@ fn logits(model: &Model, chunk: &[u32], cache: &mut KvCache) -> anyhow::Result<V
     let input = Tensor::new(chunk, model.device())?.unsqueeze(0)?;
     let hidden = model.hidden_states(&input, Some(cache))?; // (1, seq, hidden_size)
     Ok(model.logits(&hidden.squeeze(0)?)?.to_vec2()?)
-}
-
-/// Index of the largest value, the first of equals.
-fn argmax(row: &[f32]) -> usize {
-    let larger = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
-    (0..row.len()).fold(0, larger)
 }

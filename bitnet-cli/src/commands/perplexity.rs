@@ -12,11 +12,11 @@ use std::{
 
 use anyhow::{Context, bail};
 use bitnet_model::{
+    nn::HeadPrecision,
     ops::KvType,
     score::{self, Windows},
 };
 use candle_core::Device;
-use clap::ValueEnum;
 use serde_json::json;
 
 use crate::{
@@ -96,8 +96,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if interrupt.load(Ordering::Relaxed) {
         interrupt::exit();
     }
-    let head = args.model.lm_head().to_possible_value();
-    let head = head.as_ref().map_or("exact", |value| value.get_name());
+    let head = HeadPrecision::from(args.model.lm_head()).name();
     let (perplexity, tokens) = (result.value(), result.tokens);
     let mut out = io::stdout().lock();
     match args.json {

@@ -55,6 +55,33 @@ pub struct Logits {
     pub rescored: Option<usize>,
 }
 
+/// How many rows of the head were [rescored](Logits::rescored), for how many screened rows of logits.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rescored {
+    screened: usize,
+    rows: usize,
+}
+
+impl Rescored {
+    /// Counts more rows of logits.
+    pub fn count(&mut self, logits: &[Logits]) {
+        for rows in logits.iter().filter_map(|logits| logits.rescored) {
+            self.add(Self { screened: 1, rows });
+        }
+    }
+
+    /// Counts what `other` counted.
+    pub fn add(&mut self, other: Self) {
+        self.screened += other.screened;
+        self.rows += other.rows;
+    }
+
+    /// Rows of the head for a row of logits; `None` if none was screened.
+    pub fn mean(self) -> Option<f64> {
+        (self.screened > 0).then(|| self.rows as f64 / self.screened as f64)
+    }
+}
+
 /// An output head.
 pub trait LmHead: Send + Sync {
     /// `hidden` (…, hidden_size) → all logits (…, vocab_size), f32.
@@ -102,6 +129,18 @@ pub enum HeadPrecision {
     Exact,
     /// Logits of rows in 8, 6 or 4 bits.
     Quantized(HeadFormat),
+}
+
+impl HeadPrecision {
+    /// Its name: `exact`, `q8`, `q6` or `q4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Quantized(HeadFormat::Q8) => "q8",
+            Self::Quantized(HeadFormat::Q6) => "q6",
+            Self::Quantized(HeadFormat::Q4) => "q4",
+        }
+    }
 }
 
 /// A head in fewer bits than its checkpoint's: its logits are those of the quantized rows.

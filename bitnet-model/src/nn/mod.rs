@@ -19,7 +19,9 @@ pub use block::Block;
 pub use embedding::{DenseEmbedding, Embedding, StoredEmbedding};
 pub use feed_forward::FeedForward;
 pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projection, Projections};
-pub use lm_head::{Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead};
+pub use lm_head::{
+    Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead, Rescored,
+};
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};
 pub use screened_head::ScreenedHead;

@@ -8,8 +8,6 @@
 
 mod params;
 
-use std::cmp::Ordering;
-
 use rand::Rng;
 
 pub use params::SamplingParams;
@@ -98,7 +96,7 @@ impl Sampler {
         rng: &mut impl Rng,
     ) -> Result<u32> {
         let scores = self.scores(logits, prompt, generated)?;
-        let best = argmax(&scores)?;
+        let best = best(&scores)?;
         if self.params.temperature == 0. {
             return Ok(best as u32);
         }
@@ -122,7 +120,7 @@ impl Sampler {
         generated: &[u32],
     ) -> Result<Vec<(u32, f64)>> {
         let scores = self.scores(logits, prompt, generated)?;
-        let best = argmax(&scores)?;
+        let best = best(&scores)?;
         if self.params.temperature == 0. {
             return Ok(vec![(best as u32, 1.)]);
         }
@@ -224,14 +222,19 @@ fn kth_largest(scores: &[f32], k: usize) -> f32 {
     *scores.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
 }
 
-/// The index of the largest score, the first of equals.
-fn argmax(scores: &[f32]) -> Result<usize> {
-    let best = (0..scores.len()).reduce(|best, i| match scores[i].partial_cmp(&scores[best]) {
-        Some(Ordering::Greater) => i,
-        _ => best,
-    });
-    best.filter(|&best| scores[best] > f32::NEG_INFINITY)
-        .ok_or_else(|| Error::Input(format!("all {} logits exclude their token", scores.len())))
+/// The index of the largest value, the first of equals; 0 if there are none.
+pub fn argmax(values: &[f32]) -> usize {
+    let larger = |best: usize, i: usize| if values[i] > values[best] { i } else { best };
+    (0..values.len()).fold(0, larger)
+}
+
+/// The [`argmax`] of scores that do not all exclude their token.
+fn best(scores: &[f32]) -> Result<usize> {
+    let best = argmax(scores);
+    match scores.get(best).is_some_and(|&score| score > f32::NEG_INFINITY) {
+        true => Ok(best),
+        false => Err(Error::Input(format!("all {} logits exclude their token", scores.len()))),
+    }
 }
 
 fn total(weights: &[(u32, f64)]) -> f64 {

@@ -1,11 +1,10 @@
 //! Which limit of the machine bounds a test, and at what speed.
 
-use bitnet_model::{model::Model, ops::KvType, session::PREFILL_CHUNK};
+use bitnet_model::{kv_cache::KvCache, model::Model, ops::KvType, session::PREFILL_CHUNK};
 use serde::Serialize;
 
 use super::{
     limits::Limits,
-    memory::kv_bytes,
     plan::{Kind, Test},
 };
 
@@ -70,7 +69,7 @@ impl Work {
             projection_bytes: model.projection_bytes(),
             head_bytes: head.bytes(),
             head_row_bytes: head.rescored_row_bytes(),
-            kv_token_bytes: kv_bytes(config, kv_type),
+            kv_token_bytes: KvCache::token_bytes(config, kv_type),
         }
     }
 

@@ -5,7 +5,7 @@ use std::{fs, num::NonZeroUsize, path::Path};
 use bitnet_model::kernels::{self, Kernel};
 use serde::Serialize;
 
-use super::memory::field;
+use crate::statistics::proc_field;
 
 /// What can be told about this machine; a field that the system does not tell is absent.
 #[derive(Clone, Debug, Serialize)]
@@ -41,7 +41,7 @@ impl Machine {
             processor,
             processors: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             kernels: kernels::available().map(Kernel::name).collect(),
-            memory_bytes: read("/proc/meminfo").and_then(|text| field(&text, "MemTotal:")),
+            memory_bytes: read("/proc/meminfo").and_then(|text| proc_field(&text, "MemTotal:")),
             cache_bytes: last_level_cache(),
             huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled").and_then(|text| {
                 let (_, rest) = text.split_once('[')?;

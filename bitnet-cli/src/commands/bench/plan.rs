@@ -4,11 +4,11 @@
 use std::num::NonZeroUsize;
 
 use anyhow::{bail, ensure};
-use bitnet_model::{ops::KvType, pretrained::Source, threads};
+use bitnet_model::{kv_cache::KvCache, ops::KvType, pretrained::Source, threads};
 
 use super::{
     Args,
-    memory::{available, kv_bytes, model_bytes, working_bytes},
+    memory::{available, model_bytes, working_bytes},
     presets::{Allowance, Level},
 };
 use crate::statistics::Bytes;
@@ -105,7 +105,7 @@ impl Plan {
         let memory = Memory {
             available: available(),
             model: model_bytes(source, screened),
-            kv_token: kv_bytes(&source.config, kv_type) as u64,
+            kv_token: KvCache::token_bytes(&source.config, kv_type) as u64,
         };
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let allowance = args

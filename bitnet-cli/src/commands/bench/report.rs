@@ -1,10 +1,6 @@
 //! The result of a run: what `--json` prints and the tables show.
 
-use bitnet_model::{
-    kernels::{self, head::HeadFormat},
-    nn::HeadPrecision,
-    pretrained::Source,
-};
+use bitnet_model::{kernels, pretrained::Source};
 use serde::Serialize;
 
 use super::{
@@ -153,12 +149,7 @@ impl Report {
                 config: source.config.to_json(),
             },
             kernel: kernels::active().name(),
-            lm_head: match source.lm_head {
-                HeadPrecision::Exact => "exact",
-                HeadPrecision::Quantized(HeadFormat::Q8) => "q8",
-                HeadPrecision::Quantized(HeadFormat::Q6) => "q6",
-                HeadPrecision::Quantized(HeadFormat::Q4) => "q4",
-            },
+            lm_head: source.lm_head.name(),
             kv_cache: plan.kv_type.name(),
             level: args.level,
             preset: args.preset,

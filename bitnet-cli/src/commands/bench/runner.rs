@@ -9,8 +9,9 @@ use anyhow::Context;
 use bitnet_model::{
     kv_cache::KvCache,
     model::Model,
-    nn::{Changed, Logits, Need},
+    nn::{Changed, Need, Rescored},
     pretrained::Source,
+    sampler::argmax,
     session::PREFILL_CHUNK,
 };
 use candle_core::{IndexOp, Tensor};
@@ -21,6 +22,7 @@ use super::{
     memory,
     plan::{Kind, Plan, Test},
 };
+use crate::statistics::peak_memory;
 
 /// Tokens of the prompt after which the first token is timed.
 const FIRST_PROMPT: usize = 16;
@@ -107,7 +109,7 @@ impl<'a> Runner<'a> {
     pub fn run(&self, model: &Model, load_time: Duration, energy: &Energy) -> anyhow::Result<Run> {
         set_threads(self.most_threads());
         let first_token = load_time + self.first_token(model)?;
-        let mut peak_rss = memory::peak();
+        let mut peak_rss = peak_memory();
         let mut measurements = Vec::new();
         let mut state: Option<State> = None;
         for test in &self.plan.tests {
@@ -183,7 +185,7 @@ impl<'a> Runner<'a> {
             return Ok(None);
         }
         let (mut samples, mut joules) = (Vec::new(), Some(0.));
-        let mut tally = Tally::default();
+        let mut tally = Rescored::default();
         for _ in 0..self.plan.repetitions {
             let before = energy.now();
             let start = Instant::now();
@@ -206,8 +208,8 @@ impl<'a> Runner<'a> {
         Ok(Some(Measurement {
             test: *test,
             samples,
-            rescored: tally.rescored(),
-            peak_rss: memory::peak(),
+            rescored: tally.mean(),
+            peak_rss: peak_memory(),
             kv_bytes: state.cache.bytes(),
             joules: joules.map(|joules| joules / tokens),
         }))
@@ -219,31 +221,6 @@ struct State<'m> {
     model: &'m Model,
     cache: KvCache,
     depth: usize,
-}
-
-/// Rows of logits that were screened, and rows of the head multiplied for them.
-#[derive(Clone, Copy, Default)]
-struct Tally {
-    screened: usize,
-    rescored: usize,
-}
-
-impl Tally {
-    fn count(&mut self, logits: &[Logits]) {
-        for rows in logits.iter().filter_map(|logits| logits.rescored) {
-            self.screened += 1;
-            self.rescored += rows;
-        }
-    }
-
-    fn add(&mut self, other: Self) {
-        self.screened += other.screened;
-        self.rescored += other.rescored;
-    }
-
-    fn rescored(self) -> Option<f64> {
-        (self.screened > 0).then(|| self.rescored as f64 / self.screened as f64)
-    }
 }
 
 impl<'m> State<'m> {
@@ -272,20 +249,20 @@ impl<'m> State<'m> {
     }
 
     /// Runs `tokens` (batch, seq) and chooses the next token of each sequence.
-    fn next(&mut self, tokens: &Tensor, tally: &mut Tally) -> anyhow::Result<Vec<u32>> {
+    fn next(&mut self, tokens: &Tensor, tally: &mut Rescored) -> anyhow::Result<Vec<u32>> {
         let hidden = self.model.hidden_states(tokens, Some(&mut self.cache))?;
         let last = hidden.dim(1)? - 1;
         let hidden = hidden.i((.., last))?.contiguous()?; // (batch, hidden_size)
         let best = Need::Top { k: 1, changed: Changed::default() };
         let logits = self.model.needed_logits(&hidden, &vec![best; self.cache.batch()])?;
         tally.count(&logits);
-        Ok(logits.iter().map(|logits| argmax(&logits.values)).collect())
+        Ok(logits.iter().map(|logits| argmax(&logits.values) as u32).collect())
     }
 
     /// Reads a prompt of `tokens`, in chunks as a session does, and computes the logits after it.
-    fn read(&mut self, tokens: usize, interrupt: &AtomicBool) -> Unless<Tally> {
+    fn read(&mut self, tokens: usize, interrupt: &AtomicBool) -> Unless<Rescored> {
         let chunk = (PREFILL_CHUNK.get() / self.cache.batch()).max(1);
-        let mut tally = Tally::default();
+        let mut tally = Rescored::default();
         let mut left = tokens;
         while left > 0 {
             if interrupt.load(Ordering::Relaxed) {
@@ -302,8 +279,8 @@ impl<'m> State<'m> {
     }
 
     /// Generates `tokens` of every sequence.
-    fn generate(&mut self, tokens: usize, interrupt: &AtomicBool) -> Unless<Tally> {
-        let mut tally = Tally::default();
+    fn generate(&mut self, tokens: usize, interrupt: &AtomicBool) -> Unless<Rescored> {
+        let mut tally = Rescored::default();
         let mut input = self.tokens(1)?;
         for _ in 0..tokens {
             if interrupt.load(Ordering::Relaxed) {
@@ -314,10 +291,4 @@ impl<'m> State<'m> {
         }
         Ok(Some(tally))
     }
-}
-
-/// Index of the largest value, the first of equals.
-fn argmax(values: &[f32]) -> u32 {
-    let larger = |best: usize, i: usize| if values[i] > values[best] { i } else { best };
-    (0..values.len()).fold(0, larger) as u32
 }
