@@ -110,6 +110,7 @@ fn levels_and_kernels_are_what_they_say() {
     assert_eq!(setting(&["--level", "aggressive"]), [&*fastest, "int8", "q4"]);
     let overridden = ["--level", "aggressive", "--kv-cache", "bf16", "--lm-head", "q6"];
     assert_eq!(setting(&overridden), [&*fastest, "bf16", "q6"]);
+    assert_eq!(setting(&["--low-memory"]), [&*fastest, "int8", "q4"]);
     let kernels = json_of(&[])["machine"]["kernels"].clone();
     assert_eq!(
         (&kernels[0], kernels.as_array().unwrap().last()),

@@ -1,4 +1,5 @@
-//! What speculation gains on given texts: `cargo run --release -p bitnet-model --example replay -- synthetic:2b-4t`
+//! What speculation gains on given texts: `cargo run --release -p bitnet-model --example replay [MODEL [FILE …]]`; without a
+//! model random weights of the 2B-4T geometry.
 //!
 //! The model's own choices are dropped and the text beside this file is written instead, once plainly and once with drafts
 //! from its repetitions, so that a model with random weights says how fast a trained one would be that writes this: a
@@ -24,7 +25,7 @@ const ROUNDS: usize = 2;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = env::args().skip(1);
-    let bitnet = Pretrained::open(&args.next().unwrap_or(DEFAULT.into()))?;
+    let bitnet = Pretrained::open(&args.next().unwrap_or_else(|| "synthetic:2b-4t".into()))?;
     // Where there is none, that of the embedded model cuts the texts: what counts is what repeats.
     let tokenizer = match bitnet.tokenizer {
         Some(tokenizer) => tokenizer,

@@ -142,8 +142,8 @@ Levels:
   optimized   the defaults: the fastest kernel, keys and values in f16, an exact head that is
               screened where it is large
   aggressive  the fastest kernel, keys and values in int8, a head of 4 bits: less exact
-  --kernel, --kv-cache and --lm-head override the level. No level speculates: what that gains
-  depends on the text.
+  --kernel, --kv-cache, --lm-head and --low-memory override the level. No level speculates: what
+  that gains depends on the text.
 
 Ctrl-C ends the run: what was measured until then is printed, and the exit status is 130.
 

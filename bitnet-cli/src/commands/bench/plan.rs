@@ -100,8 +100,12 @@ impl Plan {
     pub fn new(args: &Args, threads: &[usize], source: &Source) -> anyhow::Result<Self> {
         ensure!(args.repetitions > 0, "--repetitions 0 measures nothing: give at least 1");
         ensure!(!args.batch.contains(&0), "--batch 0 is no sequence: give at least 1");
-        let kv_type = args.kv_cache.unwrap_or(args.level.kv_type());
-        let screened = args.level != Level::Baseline || args.model.lm_head.is_some();
+        let kv_type = args.kv_cache.unwrap_or_else(|| match args.model.low_memory {
+            true => args.model.kv_type(),
+            false => args.level.kv_type(),
+        });
+        let screened =
+            args.level != Level::Baseline || args.model.lm_head.is_some() || args.model.low_memory;
         let memory = Memory {
             available: available(),
             model: model_bytes(source, screened),
