@@ -70,12 +70,12 @@ pub fn run(
         true => Trainer::resume(recipe, dataset, named)?,
         false => Trainer::start(recipe, dataset, named)?,
     };
-    let logits = |model: &Model, tokens: &Tensor| -> Result<Tensor> {
-        Ok(model.logits(&model.hidden_states(tokens, None)?)?)
+    let logits = |model: &Model, tokens: &Tensor, starts: &[usize]| -> Result<Tensor> {
+        Ok(model.logits(&model.document_states(tokens, starts)?)?)
     };
     let outcome = trainer.run(
-        |tokens| logits(&model, tokens),
-        |tokens| logits(&frozen, tokens),
+        |tokens, starts| logits(&model, tokens, starts),
+        |tokens, starts| logits(&frozen, tokens, starts),
         observe,
         interrupted,
     )?;

@@ -123,12 +123,7 @@ impl Trainer {
             recipe: recipe.identity()?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
-        let mut batches = Batches::new(
-            train,
-            recipe.train.batch_size,
-            recipe.data.sequence_length,
-            recipe.train.seed,
-        )?;
+        let mut batches = Batches::new(train, recipe.cut(), recipe.train.seed)?;
         let steps = recipe.steps(batches.per_epoch())?;
         if let Some(path) = checkpoints.latest()? {
             let saved = checkpoint::read_state(&path)?;
@@ -183,12 +178,12 @@ impl Trainer {
     /// Trains until the end, or until `interrupted` is set, which is looked at after every update.
     ///
     /// `forward` makes logits `(batch · seq, vocab)` or `(batch, seq, vocab)` of tokens `(batch, seq)` through the
-    /// parameters. `evaluate` makes the same without recording a graph, from variables seen through
+    /// parameters; it is also given [`Batch::starts`]. `evaluate` makes the same without recording a graph, from variables seen through
     /// [`Var::as_detached_tensor`].
     pub fn run<E: Into<Error>>(
         &mut self,
-        forward: impl Fn(&Tensor) -> Result<Tensor, E>,
-        evaluate: impl Fn(&Tensor) -> Result<Tensor, E>,
+        forward: impl Fn(&Tensor, &[usize]) -> Result<Tensor, E>,
+        evaluate: impl Fn(&Tensor, &[usize]) -> Result<Tensor, E>,
         observe: &mut dyn FnMut(Event),
         interrupted: &AtomicBool,
     ) -> Result<Outcome> {
@@ -235,7 +230,7 @@ impl Trainer {
     /// One update from `gradient_accumulation` batches. The mean is over the tokens of all of them.
     fn update<E: Into<Error>>(
         &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
+        forward: &impl Fn(&Tensor, &[usize]) -> Result<Tensor, E>,
     ) -> Result<TrainRecord> {
         let started = Instant::now();
         let step = self.state.step + 1;
@@ -297,17 +292,12 @@ impl Trainer {
     /// Measures held-out loss, keeps the weights if it is the best, and says whether it is.
     fn evaluate<E: Into<Error>>(
         &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
+        forward: &impl Fn(&Tensor, &[usize]) -> Result<Tensor, E>,
     ) -> Result<(EvaluationRecord, bool)> {
         let started = Instant::now();
         let step = self.state.step;
         let (mut nats, mut tokens) = (0., 0);
-        let windows = validation_windows(
-            &self.validation,
-            self.recipe.train.batch_size,
-            self.recipe.data.sequence_length,
-        );
-        for batch in windows {
+        for batch in validation_windows(&self.validation, self.recipe.cut()) {
             let rows = row_nats(&logits(forward, &batch, &self.device)?, &batch.labels)?;
             nats += rows.into_iter().map(f64::from).sum::<f64>();
             tokens += batch.items();
@@ -333,12 +323,12 @@ fn checkpoints(recipe: &Recipe) -> Result<Checkpoints> {
 
 /// The model's logits as `(rows, vocab)`.
 fn logits<E: Into<Error>>(
-    forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
+    forward: &impl Fn(&Tensor, &[usize]) -> Result<Tensor, E>,
     batch: &Batch,
     device: &Device,
 ) -> Result<Tensor> {
     let tokens = Tensor::from_slice(&batch.inputs, (batch.rows(), batch.sequence_length), device)?;
-    Ok(forward(&tokens).map_err(Into::into)?.flatten_to(D::Minus2)?)
+    Ok(forward(&tokens, &batch.starts).map_err(Into::into)?.flatten_to(D::Minus2)?)
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ fn resume(recipe: &Recipe, model: &Bigram) -> Result<Trainer> {
 }
 
 fn run(trainer: &mut Trainer, model: &Bigram) -> Result<Outcome> {
-    let forward = |tokens: &Tensor| model.forward(tokens);
+    let forward = |tokens: &Tensor, _: &[usize]| model.forward(tokens);
     trainer.run(forward, forward, &mut |_| (), &AtomicBool::new(false))
 }
 
@@ -145,7 +145,7 @@ fn killed_and_resumed_equals_uninterrupted() {
         let recipe = self::recipe(dir.path());
         let victim = Bigram::new();
         // Forwards of evaluations count too, so the process dies in updates and in evaluations.
-        let dying = |tokens: &Tensor| match victim.forwards.get() < kill_at {
+        let dying = |tokens: &Tensor, _: &[usize]| match victim.forwards.get() < kill_at {
             true => victim.forward(tokens),
             false => candle_core::bail!("killed"),
         };
@@ -175,7 +175,7 @@ fn an_interrupted_run_is_saved_and_resumed() {
         Event::Saved(path) => saved.push(path.file_name().unwrap().to_owned()),
         Event::Evaluation { .. } => (),
     };
-    let forward = |tokens: &Tensor| model.forward(tokens);
+    let forward = |tokens: &Tensor, _: &[usize]| model.forward(tokens);
     let mut trainer = start(&recipe, &model);
     assert_eq!(
         trainer.run(forward, forward, &mut observe, &interrupted).unwrap(),
@@ -231,7 +231,7 @@ fn a_run_that_does_not_improve_stops_and_stays_stopped() {
 fn a_diverged_run_names_step_and_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let (recipe, model) = (recipe(dir.path()), Bigram::new());
-    let diverging = |tokens: &Tensor| {
+    let diverging = |tokens: &Tensor, _: &[usize]| {
         let logits = model.forward(tokens)?;
         if model.forwards.get() > 13 { logits * f64::NAN } else { Ok(logits) }
     };
