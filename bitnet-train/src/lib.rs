@@ -18,7 +18,9 @@ pub mod metrics;
 pub mod optimizer;
 pub mod parameters;
 pub mod qat;
+pub mod qat_matmul;
 pub mod recipe;
 pub mod trainer;
+pub mod warmup;
 
 pub use error::{Error, Result};
