@@ -5,21 +5,24 @@
 //! ```
 //!
 //! A run is described by a [`recipe::Recipe`]. [`dataset`] reads text and turns it into tokens, [`batch`] cuts them
-//! into windows, the caller's model makes logits of them, [`loss`] compares those with the next tokens, Candle walks
-//! back to the parameters, [`optimizer`] updates them, [`metrics`] writes down what happened and [`checkpoint`] makes
-//! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop.
+//! into windows, [`language_model`] runs them forward and backward, with an [`objective`] made of [`loss`]es,
+//! [`optimizer`] updates the parameters, [`metrics`] writes down what happened and [`checkpoint`] makes
+//! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop, over any [`task`].
 pub mod batch;
 pub mod checkpoint;
 pub mod dataset;
 mod error;
 pub mod experiment;
+pub mod language_model;
 pub mod loss;
 pub mod metrics;
+pub mod objective;
 pub mod optimizer;
 pub mod parameters;
 pub mod qat;
 pub mod qat_matmul;
 pub mod recipe;
+pub mod task;
 pub mod trainer;
 pub mod warmup;
 

@@ -4,6 +4,7 @@
 //! so that in the end the file says the same as an uninterrupted run's, but for the timings.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{BufWriter, Write},
     path::{Path, PathBuf},
@@ -30,6 +31,9 @@ pub struct TrainRecord {
     pub step: usize,
     /// Mean loss of its tokens, nats.
     pub loss: f64,
+    /// The terms of the loss by name, before weighting.
+    #[serde(default)]
+    pub terms: BTreeMap<String, f64>,
     /// Learning rate.
     pub lr: f64,
     /// Weight decay.
@@ -135,6 +139,7 @@ mod tests {
         Record::Train(TrainRecord {
             step,
             loss: 0.1 + 0.2,
+            terms: BTreeMap::from([("cross_entropy".into(), 0.1 + 0.2)]),
             lr: 1e-3,
             weight_decay: 0.1,
             grad_norm: 1. / 3.,

@@ -1,27 +1,27 @@
 //! The training loop: batch → model → loss → backward → clip → update, with evaluations, checkpoints and an exact
 //! resume.
 //!
-//! The loop knows no model: it is given a function from tokens to logits and the variables behind it. Every bit of a
-//! run follows from the recipe, the dataset and the initial weights, so a run that is killed and resumed ends with
+//! The loop knows no model: it is given a [`Task`] and the variables behind it. Every bit of a run follows from the recipe, the dataset and the initial weights, so a run that is killed and resumed ends with
 //! the same weights and metrics (but for timings) as one that was not.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use candle_core::{D, Device, Tensor, Var};
+use candle_core::Var;
 
 use crate::{
     Error, Result,
     batch::{Batch, Batches, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
     dataset::{Dataset, Tokens},
-    loss::{cross_entropy, row_nats},
     metrics::{EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
+    task::{Gradients, Part, Task},
 };
 
 /// What happens during a run, for a progress bar.
@@ -67,7 +67,6 @@ pub struct Trainer {
     batches: Batches,
     validation: Tokens,
     parameters: Vec<(String, Var)>,
-    device: Device,
     optimizer: AdamW,
     checkpoints: Checkpoints,
     metrics: Metrics,
@@ -109,10 +108,9 @@ impl Trainer {
         checkpoints: Checkpoints,
     ) -> Result<Self> {
         let Dataset { vocabulary, train, validation } = dataset;
-        let Some((_, first)) = parameters.first() else {
+        if parameters.is_empty() {
             return Err(Error::Input("the model has no trainable parameter".into()));
-        };
-        let device = first.device().clone();
+        }
         let mut optimizer = AdamW::new(&parameters, recipe.adamw())?;
         let mut state = TrainerState {
             step: 0,
@@ -157,7 +155,6 @@ impl Trainer {
             batches,
             validation,
             parameters,
-            device,
             optimizer,
             checkpoints,
             metrics,
@@ -181,14 +178,9 @@ impl Trainer {
     }
 
     /// Trains until the end, or until `interrupted` is set, which is looked at after every update.
-    ///
-    /// `forward` makes logits `(batch · seq, vocab)` or `(batch, seq, vocab)` of tokens `(batch, seq)` through the
-    /// parameters. `evaluate` makes the same without recording a graph, from variables seen through
-    /// [`Var::as_detached_tensor`].
-    pub fn run<E: Into<Error>>(
+    pub fn run(
         &mut self,
-        forward: impl Fn(&Tensor) -> Result<Tensor, E>,
-        evaluate: impl Fn(&Tensor) -> Result<Tensor, E>,
+        task: &dyn Task,
         observe: &mut dyn FnMut(Event),
         interrupted: &AtomicBool,
     ) -> Result<Outcome> {
@@ -200,7 +192,7 @@ impl Trainer {
             if self.is_out_of_patience() {
                 return Ok(Outcome::EarlyStopped);
             }
-            let record = self.update(&forward)?;
+            let record = self.update(task)?;
             let (step, steps) = (record.step, self.steps);
             let eta = started.elapsed().mul_f64((steps - step) as f64 / (step - first) as f64);
             observe(Event::Update { record: &record, steps, eta });
@@ -208,7 +200,7 @@ impl Trainer {
 
             let is_last = step == steps;
             if is_last || step.is_multiple_of(self.recipe.train.eval_every) {
-                let (record, is_best) = self.evaluate(&evaluate)?;
+                let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
                 self.metrics.write(&Record::Evaluation(record))?;
             }
@@ -233,24 +225,23 @@ impl Trainer {
     }
 
     /// One update from `gradient_accumulation` batches. The mean is over the tokens of all of them.
-    fn update<E: Into<Error>>(
-        &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    ) -> Result<TrainRecord> {
+    fn update(&mut self, task: &dyn Task) -> Result<TrainRecord> {
         let started = Instant::now();
         let step = self.state.step + 1;
+        task.begin(self.state.step)?;
         let batches: Vec<Batch> =
             (0..self.recipe.train.gradient_accumulation).map(|_| self.batches.draw()).collect();
         let items = batches.iter().map(Batch::items).sum();
-        let mut loss = 0.;
-        let mut gradients = Vec::new();
+        let (mut loss, mut terms) = (0., BTreeMap::new());
+        let mut gradients = Gradients::new(&self.parameters);
         for batch in &batches {
-            let logits = logits(forward, batch, &self.device)?;
-            let part = cross_entropy(&logits, &batch.labels, Some(items))?;
-            loss += f64::from(part.to_scalar::<f32>()?);
+            for Part { name, value, weight } in task.pass(batch, items, &mut gradients)? {
+                loss += weight * value;
+                *terms.entry(name.to_owned()).or_default() += value;
+            }
             self.check_finite(step, "loss", loss)?;
-            self.accumulate(&part, &mut gradients)?;
         }
+        let gradients = gradients.finish()?;
         let grad_norm = global_norm(&gradients)?;
         self.check_finite(step, "gradient norm", grad_norm)?;
         let rates = self.schedule.at(self.state.step);
@@ -264,27 +255,13 @@ impl Trainer {
         Ok(TrainRecord {
             step,
             loss,
+            terms,
             lr: rates.lr,
             weight_decay: rates.weight_decay,
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
         })
-    }
-
-    /// Adds the gradients of `loss` to `gradients`, one for each parameter in order.
-    fn accumulate(&self, loss: &Tensor, gradients: &mut Vec<Tensor>) -> Result<()> {
-        let mut store = loss.backward()?;
-        let mut sums = std::mem::take(gradients).into_iter();
-        for (name, var) in &self.parameters {
-            let gradient =
-                store.remove(var).ok_or_else(|| Error::NoGradient { name: name.clone() })?;
-            gradients.push(match sums.next() {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            });
-        }
-        Ok(())
     }
 
     fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {
@@ -295,10 +272,7 @@ impl Trainer {
     }
 
     /// Measures held-out loss, keeps the weights if it is the best, and says whether it is.
-    fn evaluate<E: Into<Error>>(
-        &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    ) -> Result<(EvaluationRecord, bool)> {
+    fn evaluate(&mut self, task: &dyn Task) -> Result<(EvaluationRecord, bool)> {
         let started = Instant::now();
         let step = self.state.step;
         let (mut nats, mut tokens) = (0., 0);
@@ -308,9 +282,9 @@ impl Trainer {
             self.recipe.data.sequence_length,
         );
         for batch in windows {
-            let rows = row_nats(&logits(forward, &batch, &self.device)?, &batch.labels)?;
-            nats += rows.into_iter().map(f64::from).sum::<f64>();
-            tokens += batch.items();
+            let predictions = task.evaluate(&batch)?;
+            nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
+            tokens += predictions.len();
         }
         let nats_per_byte = nats / self.validation.bytes() as f64;
         self.check_finite(step, "held-out loss", nats_per_byte)?;
@@ -329,16 +303,6 @@ impl Trainer {
 
 fn checkpoints(recipe: &Recipe) -> Result<Checkpoints> {
     Checkpoints::open(&recipe.output.dir, Some(recipe.train.save_total_limit))
-}
-
-/// The model's logits as `(rows, vocab)`.
-fn logits<E: Into<Error>>(
-    forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    batch: &Batch,
-    device: &Device,
-) -> Result<Tensor> {
-    let tokens = Tensor::from_slice(&batch.inputs, (batch.rows(), batch.sequence_length), device)?;
-    Ok(forward(&tokens).map_err(Into::into)?.flatten_to(D::Minus2)?)
 }
 
 #[cfg(test)]

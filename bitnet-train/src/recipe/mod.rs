@@ -134,6 +134,9 @@ pub struct Train {
     pub steps: Option<usize>,
     /// Passes over the training data; either this or `steps`.
     pub epochs: Option<f64>,
+    /// Compute blocks again in the backward pass: a third more time, most of the activations' memory saved.
+    #[serde(default)]
+    pub recompute_blocks: bool,
     /// Seed of the initial weights and of the order of the data.
     #[serde(default)]
     pub seed: u64,
@@ -301,7 +304,10 @@ impl Recipe {
             recipe.remove("output");
             for (table, keys) in [
                 ("data", ["train", "validation", "tokenizer", "validation_bytes"].as_slice()),
-                ("train", &["save_every", "save_total_limit", "early_stop_patience"]),
+                (
+                    "train",
+                    &["recompute_blocks", "save_every", "save_total_limit", "early_stop_patience"],
+                ),
             ] {
                 if let Some(table) = recipe.get_mut(table).and_then(Value::as_object_mut) {
                     table.retain(|key, _| !keys.contains(&key.as_str()));
