@@ -1,7 +1,7 @@
 //! λ warm-up: quantization that comes in by degrees, `x + λ·(q(x) − x)`, for weights and activations alike.
 //!
 //! λ is a function of the step alone, so a resumed run goes on with the same bits. Its value is shared by all layers
-//! through [`Lambda`].
+//! through [`Lambda`], which [`Warmup`] sets before every update.
 
 use std::{
     f64::consts::PI,
@@ -12,6 +12,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+
+use crate::{
+    Result,
+    batch::Batch,
+    task::{Gradients, Part, Prediction, Task},
+};
 
 /// How λ rises from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +90,46 @@ impl Lambda {
     /// Changes it for all who share it.
     pub fn set(&self, value: f32) {
         self.0.store(value.to_bits(), Ordering::Relaxed);
+    }
+}
+
+/// A task whose layers follow a [`LambdaSchedule`]. It evaluates with λ = 1: that is the model the run will end with.
+pub struct Warmup<T> {
+    task: T,
+    schedule: LambdaSchedule,
+    lambda: Lambda,
+}
+
+impl<T> Warmup<T> {
+    /// `lambda` is the one that the layers of `task` were given, those that train and those that evaluate.
+    pub fn new(task: T, schedule: LambdaSchedule, lambda: Lambda) -> Self {
+        Self { task, schedule, lambda }
+    }
+}
+
+impl<T: Task> Task for Warmup<T> {
+    fn begin(&self, step: usize) -> Result<()> {
+        self.lambda.set(self.schedule.at(step));
+        self.task.begin(step)
+    }
+
+    /// While λ is below 1 it is among the terms, with weight 0: a batch's share of it is that of the labels.
+    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
+        let mut parts = self.task.pass(batch, items, gradients)?;
+        let lambda = f64::from(self.lambda.get());
+        if lambda < 1. {
+            let value = lambda * batch.items() as f64 / items.max(1) as f64;
+            parts.push(Part { name: "lambda", value, weight: 0. });
+        }
+        Ok(parts)
+    }
+
+    fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
+        let lambda = self.lambda.get();
+        self.lambda.set(1.);
+        let predictions = self.task.evaluate(batch);
+        self.lambda.set(lambda);
+        predictions
     }
 }
 
