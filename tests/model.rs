@@ -9,7 +9,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
     model::Model,
-    nn::{BitLinear, BitLinears, DenseLinears, LinearFactory},
+    nn::{BitLinear, BitLinears, Context, DenseLinears, LinearFactory},
     ops::KvType,
     quant::{self, Rounding},
     sampler::{Sampler, SamplingParams},
@@ -249,7 +249,7 @@ fn packed_weights_pass_gradients_through() {
     let model = fixture.model();
     let x = Var::randn(0f32, 1., (1, 5, fixture.config.hidden_size), &Device::Cpu).unwrap();
     let angles = model.angles(&[0, 1, 2, 3, 4], 1).unwrap();
-    let y = model.blocks()[0].forward(x.as_tensor(), &angles, None).unwrap();
+    let y = model.blocks()[0].forward(x.as_tensor(), &angles, Context::Own(&[])).unwrap();
     let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
     let grad = flat(grads.get(x.as_tensor()).unwrap());
     assert!(grad.iter().all(|g| g.is_finite()) && grad.iter().any(|&g| g != 0.));

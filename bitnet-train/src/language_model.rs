@@ -6,7 +6,7 @@
 //! not kept: only the inputs of the blocks are, and each block is computed again when backward comes to it
 //! (arXiv:1604.06174). Either way gives the same bits.
 
-use bitnet_model::model::Model;
+use bitnet_model::{model::Model, nn::Context};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
 use crate::{
@@ -42,7 +42,8 @@ impl Task for LanguageModel {
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
         self.objective.prepare(batch)?;
         let tokens = tokens(batch, &self.model)?;
-        let angles = self.model.angles(&Vec::from_iter(0..batch.sequence_length), 1)?;
+        let angles = self.model.document_angles(&tokens, &batch.starts)?;
+        let context = || Context::Own(&batch.starts);
         let embedded = self.model.embed(&tokens)?;
         let mut inputs: Vec<(Var, Option<Tensor>)> = Vec::new();
         let mut x = embedded.detach();
@@ -51,11 +52,11 @@ impl Task for LanguageModel {
             let input = Var::from_tensor(&x)?;
             let output = match self.recompute {
                 true => {
-                    x = frozen.forward(&x, &angles, None)?;
+                    x = frozen.forward(&x, &angles, context())?;
                     None
                 }
                 false => {
-                    let output = block.forward(&input, &angles, None)?;
+                    let output = block.forward(&input, &angles, context())?;
                     x = output.detach();
                     Some(output)
                 }
@@ -73,7 +74,7 @@ impl Task for LanguageModel {
         for (layer, (input, output)) in inputs.into_iter().enumerate().rev() {
             let output = match output {
                 Some(output) => output,
-                None => self.model.blocks()[layer].forward(&input, &angles, None)?,
+                None => self.model.blocks()[layer].forward(&input, &angles, context())?,
             };
             let through = output.apply_op1(Seed { dy })?;
             drop(output);
@@ -87,7 +88,7 @@ impl Task for LanguageModel {
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         let tokens = tokens(batch, &self.frozen)?;
-        let logits = self.frozen.logits(&self.frozen.hidden_states(&tokens, None)?)?;
+        let logits = self.frozen.logits(&self.frozen.document_states(&tokens, &batch.starts)?)?;
         predictions(&logits.flatten_to(candle_core::D::Minus2)?, &batch.labels)
     }
 }
@@ -186,8 +187,12 @@ mod tests {
     #[test]
     fn blocks_and_recomputed_blocks_give_the_gradients_of_one_graph() {
         let qat = QatLinears { rounding: Rounding::HalfEven };
-        let batch =
-            Batch { inputs: TOKENS.to_vec(), labels: shift_labels(&TOKENS, 7), sequence_length: 7 };
+        let batch = Batch {
+            inputs: TOKENS.to_vec(),
+            labels: shift_labels(&TOKENS, 7),
+            starts: Vec::new(),
+            sequence_length: 7,
+        };
         for tied in [true, false] {
             let parameters = Parameters::new(5);
             let load = |vb| Model::load(&config(tied), &qat, vb).unwrap();

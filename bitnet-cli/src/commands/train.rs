@@ -266,7 +266,7 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
     let dataset = Dataset::open(recipe)?;
     let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
     let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
-    let batches = Batches::new(dataset.train, batch, sequence, recipe.train.seed)?;
+    let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
     let steps = recipe.steps(batches.per_epoch())?;
     let tokens_per_step = batch * sequence * recipe.train.gradient_accumulation;
     let tokens = tokens_per_step as u64 * steps as u64;
