@@ -54,6 +54,7 @@ fn config(family: Family, quantization: Option<Quantization>) -> Config {
 const LATENT: Quantization = Quantization {
     weights: WeightForm::Latent,
     rounding: Rounding::HalfEven,
+    scheme: quant::Scheme::B158,
     input_norm_eps: None,
 };
 
@@ -61,7 +62,7 @@ const LATENT: Quantization = Quantization {
 fn small(seed: u64) -> (Arc<Parameters>, Model) {
     let parameters = Parameters::new(seed);
     let config = config(Family::BitNet, Some(LATENT));
-    let linears = QatLinears { rounding: Rounding::HalfEven };
+    let linears = QatLinears::new(Rounding::HalfEven);
     let model = Model::load(&config, &linears, parameters.frozen_builder()).unwrap();
     (parameters, model)
 }
@@ -222,9 +223,7 @@ proptest! {
 fn every_variable_trains() {
     let parameters = Parameters::new(9);
     let config = config(Family::BitNet, Some(LATENT));
-    for linears in
-        [&QatLinears { rounding: Rounding::HalfEven } as &dyn LinearFactory, &DenseLinears]
-    {
+    for linears in [&QatLinears::new(Rounding::HalfEven) as &dyn LinearFactory, &DenseLinears] {
         let model = Model::load(&config, linears, parameters.var_builder()).unwrap();
         let tokens = ids(1, 48);
         let hidden = model.hidden_states(&tensor(&[&tokens[..24], &tokens[24..]]), None).unwrap();

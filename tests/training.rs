@@ -71,7 +71,7 @@ fn ten_steps_follow_torch() {
         let fixture = Fixture::open(name);
         let parameters = masters(&fixture);
         let model =
-            Model::load(&fixture.config, &QatLinears { rounding }, parameters.var_builder())
+            Model::load(&fixture.config, &QatLinears::new(rounding), parameters.var_builder())
                 .unwrap();
         let named = parameters.named();
         let mut adamw = AdamW::new(&named, CONFIG).unwrap();

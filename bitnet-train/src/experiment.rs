@@ -26,7 +26,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, GenerationConfig, Quantization, WeightForm},
     model::Model,
     nn::{DenseLinears, LinearFactory},
-    quant::Rounding,
+    quant::{Rounding, Scheme},
 };
 
 /// How a run ended.
@@ -57,7 +57,7 @@ pub fn run(
     let dataset = Dataset::open(recipe)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
-    let qat = QatLinears { rounding: Rounding::HalfEven };
+    let qat = QatLinears::new(Rounding::HalfEven);
     let linears: &dyn LinearFactory = match recipe.model.precision {
         Precision::Bitnet => &qat,
         Precision::Full => &DenseLinears,
@@ -91,6 +91,7 @@ pub fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Config {
         Precision::Bitnet => Some(Quantization {
             weights: WeightForm::Latent,
             rounding: Rounding::HalfEven,
+            scheme: Scheme::default(),
             input_norm_eps: None,
         }),
         Precision::Full => None,

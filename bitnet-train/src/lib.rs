@@ -20,8 +20,10 @@ pub mod objective;
 pub mod optimizer;
 pub mod parameters;
 pub mod qat;
+pub mod qat_matmul;
 pub mod recipe;
 pub mod task;
 pub mod trainer;
+pub mod warmup;
 
 pub use error::{Error, Result};
