@@ -70,8 +70,12 @@ pub fn run(
         true => Trainer::resume(recipe, dataset, named)?,
         false => Trainer::start(recipe, dataset, named)?,
     };
-    let task = LanguageModel::new(model, frozen, Box::new(NextToken))
-        .recompute(recipe.train.recompute_blocks);
+    let task = LanguageModel::new(
+        model,
+        frozen,
+        Box::new(NextToken { precision: recipe.train.backward.into() }),
+    )
+    .recompute(recipe.train.recompute_blocks);
     let outcome = trainer.run(&task, observe, interrupted)?;
     if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;

@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod dataset;
 mod error;
 pub mod experiment;
+pub mod head_loss;
 pub mod language_model;
 pub mod loss;
 pub mod metrics;
