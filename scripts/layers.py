@@ -19,7 +19,7 @@ MAY_USE = {
     "pages": set(),
     "calibration": {"kernels", "pages", "threads"},
     "threads": set(),
-    "quant": {"error", "storage"},
+    "quant": {"error", "storage", "threads"},
     "rows": {"kernels", "storage", "threads"},
     "head_weights": {"kernels", "pages", "rows", "threads"},
     "packed": {"kernels"},

@@ -173,7 +173,7 @@ impl TernaryWeight {
         let format = format.for_cols(in_features);
         let width = in_features.div_ceil(format.cols());
         let mut tiles = vec![format.empty(); out_features.div_ceil(ROWS) * width];
-        tiles.par_chunks_mut(width.max(1)).enumerate().for_each(|(band, tiles)| {
+        threads::for_each_chunk(&mut tiles, width.max(1), |band, tiles| {
             for row in 0..ROWS.min(out_features - band * ROWS) {
                 for (i, tile) in tiles.iter_mut().enumerate() {
                     let bytes = row_bytes(format, band * ROWS + row, i * format.cols());

@@ -76,17 +76,17 @@ impl Attention {
             bail!("qkv_proj: there are three projections")
         };
         let q = angles.rotate(q, heads)?; // (batch, seq, heads, head_dim)
-        let k = angles.rotate(k, kv_heads)?.transpose(1, 2)?; // (batch, kv_heads, seq, head_dim)
-        let v = v.reshape((batch, seq, kv_heads, head_dim))?.transpose(1, 2)?;
-        let y = match context {
+        let k = angles.rotate(k, kv_heads)?; // (batch, seq, kv_heads, head_dim)
+        let mut y = match context {
             Context::Cache(cache) => {
+                let k = k.transpose(1, 2)?; // (batch, kv_heads, seq, head_dim)
+                let v = v.reshape((batch, seq, kv_heads, head_dim))?.transpose(1, 2)?;
                 let starts = cache.query_starts(seq);
                 let (k, v) = cache.append(&k, &v)?; // (batch, kv_heads, context, head_dim)
-                ops::attention(&q, &k, &v, &starts)?
+                ops::attention(&q, &k, &v, &starts)?.reshape((batch, seq, heads * head_dim))?
             }
-            Context::Own(starts) => ops::attention(&q, &k, &v, starts)?,
+            Context::Own(starts) => ops::self_attention(&q, &k, v, starts)?,
         };
-        let mut y = y.reshape((batch, seq, heads * head_dim))?;
         if let Some(norm) = &self.sub_norm {
             y = norm.forward(&y)?;
         }

@@ -19,7 +19,7 @@ pub mod ternary_matmul;
 #[cfg(test)]
 mod tests;
 
-pub use attention::{KvType, attention};
+pub use attention::{KvType, attention, self_attention};
 pub use dense_matmul::dense_matmul;
 pub use gated::gated;
 pub use rms_norm::rms_norm;

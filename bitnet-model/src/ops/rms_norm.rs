@@ -48,9 +48,7 @@ impl CustomOp2 for RmsNorm {
         for_each_chunk(&mut y, hidden, x.len(), |row, y| {
             let x = &x[row * hidden..][..hidden];
             let inverse_rms = self.inverse_rms(x);
-            for ((y, x), weight) in y.iter_mut().zip(x).zip(weight.iter()) {
-                *y = weight * (x * inverse_rms);
-            }
+            vectorized(Normalized { inverse_rms, weight: &weight, x, y });
         });
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
@@ -109,6 +107,25 @@ impl RmsNorm {
             });
         }
         dweight
+    }
+}
+
+/// `y = weight · (x · inverse_rms)` of one row.
+struct Normalized<'a> {
+    inverse_rms: f32,
+    weight: &'a [f32],
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Loop for Normalized<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for ((y, x), weight) in self.y.iter_mut().zip(self.x).zip(self.weight) {
+            *y = weight * (x * self.inverse_rms);
+        }
     }
 }
 

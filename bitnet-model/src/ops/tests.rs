@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::{KvType, attention, dense_matmul, gated, rms_norm, rope};
+use super::{KvType, attention, dense_matmul, gated, rms_norm, rope, self_attention};
 use crate::config::Activation;
 
 fn random(shape: &[usize]) -> Var {
@@ -138,6 +138,24 @@ fn attention_does_not_look_at_padding() {
     let grads = padded.sum_all().unwrap().backward().unwrap();
     let dk = grads.get(k.as_tensor()).unwrap().narrow(2, 0, start).unwrap();
     assert!(flat(&dk).iter().all(|&g| g == 0.));
+}
+
+#[test]
+fn self_attention_is_attention_over_the_own_tokens() {
+    let (batch, seq, heads, kv_heads, dim) = (2, 130, 4, 2, 8);
+    let q = random(&[batch, seq, heads, dim]);
+    let (k, v) = (random(&[batch, seq, kv_heads, dim]), random(&[batch, seq, kv_heads * dim]));
+    for starts in [Vec::new(), [vec![0; 40], vec![40; 90]].concat().repeat(batch)] {
+        let own = || self_attention(&q, &k, &v, &starts);
+        let cached = || {
+            let v = v.reshape((batch, seq, kv_heads, dim))?.transpose(1, 2)?;
+            attention(&q, &k.transpose(1, 2)?, &v, &starts)?.reshape((batch, seq, heads * dim))
+        };
+        assert_eq!(flat(&own().unwrap()), flat(&cached().unwrap()));
+        assert_same(&[&q, &k, &v], own, cached);
+    }
+    assert!(self_attention(&q, &v, &v, &[]).is_err());
+    assert!(self_attention(&q, &k, &v, &[0; 3]).is_err());
 }
 
 /// Documents of more and of fewer keys than a block has, packed into rows: outputs have the bits that they have alone,

@@ -20,9 +20,8 @@
 //! reciprocal `1/β`, not divided by `β`, and `ε` clamps the mean instead of being added to it.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
-use crate::storage::contiguous;
+use crate::{storage::contiguous, threads};
 
 mod hadamard;
 mod quantizer;
@@ -65,10 +64,17 @@ pub fn weight_scale(weights: &[f32]) -> f32 {
 
 fn mean(weights: &[f32], of: impl Fn(f32) -> f64 + Sync) -> f32 {
     // Fixed chunks, added up in order: the same bits whatever the number of threads.
-    let chunks: Vec<f64> = weights
-        .par_chunks(1 << 16)
-        .map(|chunk| chunk.iter().map(|&w| of(w)).sum::<f64>())
-        .collect();
+    const CHUNK: usize = 1 << 16;
+    let mut chunks = vec![0f64; weights.len().div_ceil(CHUNK)];
+    threads::for_each_chunk(&mut chunks, 1, |index, sum| {
+        let chunk = &weights[index * CHUNK..weights.len().min((index + 1) * CHUNK)];
+        // Eight sums side by side: one alone would wait for each addition.
+        let mut sums = [0f64; 8];
+        for eight in chunk.chunks(8) {
+            sums.iter_mut().zip(eight).for_each(|(sum, &w)| *sum += of(w));
+        }
+        sum[0] = sums.iter().sum();
+    });
     (chunks.iter().sum::<f64>() / weights.len().max(1) as f64) as f32
 }
 

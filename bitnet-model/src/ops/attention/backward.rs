@@ -11,63 +11,63 @@ use crate::{
     threads,
 };
 
+/// The gradients of one key/value head.
+#[derive(Clone, Default)]
+struct Head {
+    /// Of its group of query heads, (group, seq, head_dim).
+    dq: Vec<f32>,
+    /// (context, head_dim).
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+/// The gradients of all key/value heads, rows of the batch first.
 pub(super) struct Gradients {
-    pub dq: Vec<f32>,
-    pub dk: Vec<f32>,
-    pub dv: Vec<f32>,
+    heads: Vec<Head>,
+    dims: Dims,
 }
 
 /// Queries of a block: what they need not see of the keys is small beside what they see.
 const QUERIES: usize = 64;
 
-/// One key/value head and the gradients that are its own.
-struct Head<'a> {
-    dk: &'a mut [f32],
-    dv: &'a mut [f32],
-    /// Of its group of query heads, (group, seq, head_dim).
-    dq: Vec<f32>,
-}
-
-/// The inputs, row-major.
+/// The inputs: `q` and `dy` (batch, seq, heads, head_dim), `k` and `v` as `strides` says.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
     pub q: &'a [f32],
     pub k: &'a [f32],
     pub v: &'a [f32],
     pub dy: &'a [f32],
+    pub strides: KvStrides,
+}
+
+/// Elements from one row of the batch, head and position to the next.
+#[derive(Clone, Copy)]
+pub(super) struct KvStrides {
+    pub row: usize,
+    pub head: usize,
+    pub position: usize,
 }
 
 impl Attention {
     /// One task owns one key/value head and its group of query heads, so nothing is shared and every sum has one order.
     pub(super) fn backward(&self, dims: &Dims, inputs: Inputs<'_>) -> Gradients {
-        let Dims { seq, heads, kv_heads, context, head_dim, .. } = *dims;
-        let (group, head_len) = (heads / kv_heads, context * head_dim);
-        let (mut dk, mut dv) = (vec![0f32; inputs.k.len()], vec![0f32; inputs.v.len()]);
-        let mut all: Vec<Head> = (dk.chunks_mut(head_len).zip(dv.chunks_mut(head_len)))
-            .map(|(dk, dv)| Head { dk, dv, dq: Vec::new() })
-            .collect();
-        threads::for_each_chunk(&mut all, 1, |index, head| {
-            self.head(dims, inputs, index, &mut head[0])
+        let mut heads = vec![Head::default(); dims.batch * dims.kv_heads];
+        threads::for_each_chunk(&mut heads, 1, |index, head| {
+            head[0] = self.head(dims, inputs, (index / dims.kv_heads, index % dims.kv_heads));
         });
-        let parts: Vec<Vec<f32>> = all.into_iter().map(|head| head.dq).collect();
-        let mut dq = vec![0f32; inputs.q.len()];
-        threads::for_each_chunk(&mut dq, (heads * head_dim).max(1), |token, dq| {
-            let (row, i) = (token / seq, token % seq);
-            for (head, dq) in dq.chunks_mut(head_dim).enumerate() {
-                let part = &parts[row * kv_heads + head / group];
-                dq.copy_from_slice(&part[((head % group) * seq + i) * head_dim..][..head_dim]);
-            }
-        });
-        Gradients { dq, dk, dv }
+        Gradients { heads, dims: *dims }
     }
 
-    /// The gradients of key/value head `index`, rows of the batch first.
-    fn head(&self, dims: &Dims, inputs: Inputs<'_>, index: usize, out: &mut Head<'_>) {
+    fn head(&self, dims: &Dims, inputs: Inputs<'_>, (row, kv_head): (usize, usize)) -> Head {
         let Dims { seq, heads, kv_heads, context, head_dim, .. } = *dims;
-        let (group, head_len) = (heads / kv_heads, context * head_dim);
-        let (row, kv_head) = (index / kv_heads, index % kv_heads);
-        let (k, v) = (&inputs.k[index * head_len..], &inputs.v[index * head_len..]);
-        out.dq = vec![0f32; group * seq * head_dim];
+        let (group, strides) = (heads / kv_heads, inputs.strides);
+        let first = row * strides.row + kv_head * strides.head;
+        let (k, v) = (&inputs.k[first..], &inputs.v[first..]);
+        let mut out = Head {
+            dq: vec![0f32; group * seq * head_dim],
+            dk: vec![0f32; context * head_dim],
+            dv: vec![0f32; context * head_dim],
+        };
         for (j, dq) in out.dq.chunks_mut(seq * head_dim).enumerate() {
             let at = (row * seq * heads + kv_head * group + j) * head_dim;
             for (block, dq) in dq.chunks_mut(QUERIES * head_dim).enumerate() {
@@ -77,21 +77,74 @@ impl Attention {
                     .collect();
                 let begin = visible.iter().map(|(start, _)| *start).min().unwrap_or(0);
                 let end = visible.iter().map(|(start, count)| start + count).max().unwrap_or(0);
+                if begin >= end {
+                    continue; // only padding
+                }
                 let keys = begin * head_dim..end * head_dim;
                 let at = at + first * heads * head_dim;
-                let queries = Queries { visible: &visible, begin, stride: heads * head_dim };
-                queries.backward(
-                    dims.scale(),
-                    Inputs {
-                        q: &inputs.q[at..],
-                        k: &k[keys.clone()],
-                        v: &v[keys.clone()],
-                        dy: &inputs.dy[at..],
-                    },
-                    (dq, &mut out.dk[keys.clone()], &mut out.dv[keys]),
-                );
+                let queries = Queries {
+                    visible: &visible,
+                    begin,
+                    stride: heads * head_dim,
+                    kv_stride: strides.position,
+                };
+                let inputs = Inputs {
+                    q: &inputs.q[at..],
+                    k: &k[begin * strides.position..],
+                    v: &v[begin * strides.position..],
+                    dy: &inputs.dy[at..],
+                    strides,
+                };
+                let gradients = (dq, &mut out.dk[keys.clone()], &mut out.dv[keys]);
+                queries.backward(dims.scale(), inputs, gradients);
             }
         }
+        out
+    }
+}
+
+impl Gradients {
+    /// Of `q`, (batch, seq, heads, head_dim).
+    pub fn dq(&self) -> Vec<f32> {
+        let Dims { seq, heads, kv_heads, .. } = self.dims;
+        let group = heads / kv_heads;
+        self.by_token(seq, heads, |head| (&self.heads[head / group].dq, head % group))
+    }
+
+    /// Of `k` and `v`, (batch, kv_heads, context, head_dim).
+    pub fn head_major(&self) -> [Vec<f32>; 2] {
+        let all =
+            |part: fn(&Head) -> &Vec<f32>| self.heads.iter().flat_map(part).copied().collect();
+        [all(|head| &head.dk), all(|head| &head.dv)]
+    }
+
+    /// Of `k` and `v`, (batch, context, kv_heads, head_dim).
+    pub fn token_major(&self) -> [Vec<f32>; 2] {
+        let Dims { kv_heads, context, .. } = self.dims;
+        [
+            self.by_token(context, kv_heads, |head| (&self.heads[head].dk, 0)),
+            self.by_token(context, kv_heads, |head| (&self.heads[head].dv, 0)),
+        ]
+    }
+
+    /// (batch, len, heads, head_dim) of parts (len, head_dim): which values hold those of a head, counted through all rows,
+    /// and the number of its part in them.
+    fn by_token<'a>(
+        &'a self,
+        len: usize,
+        heads: usize,
+        part: impl Fn(usize) -> (&'a Vec<f32>, usize) + Sync,
+    ) -> Vec<f32> {
+        let Dims { batch, head_dim, .. } = self.dims;
+        let mut out = vec![0f32; batch * len * heads * head_dim];
+        threads::for_each_chunk(&mut out, (heads * head_dim).max(1), |token, out| {
+            let (row, i) = (token / len, token % len);
+            for (head, out) in out.chunks_mut(head_dim).enumerate() {
+                let (values, part) = part(row * heads + head);
+                out.copy_from_slice(&values[(part * len + i) * head_dim..][..head_dim]);
+            }
+        });
+        out
     }
 }
 
@@ -101,8 +154,9 @@ struct Queries<'a> {
     visible: &'a [(usize, usize)],
     /// The first key that one of them sees.
     begin: usize,
-    /// Values from one query to the next.
+    /// Elements from one query to the next, and from one key to the next.
     stride: usize,
+    kv_stride: usize,
 }
 
 impl Queries<'_> {
@@ -110,15 +164,12 @@ impl Queries<'_> {
     fn backward(
         &self,
         scale: f32,
-        Inputs { q, k, v, dy }: Inputs<'_>,
+        Inputs { q, k, v, dy, .. }: Inputs<'_>,
         (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
     ) {
         let count = self.visible.len();
         let head_dim = dq.len() / count;
         let keys = dk.len() / head_dim;
-        if keys == 0 {
-            return;
-        }
         const F32: Precision = Precision::F32;
         let (mut p, mut ds) = (vec![0f32; count * keys], vec![0f32; count * keys]);
         let shape = (count, keys, head_dim);
@@ -126,8 +177,8 @@ impl Queries<'_> {
             Factor::depth_inner(self.stride, q, plain),
             Factor::depth_inner(self.stride, dy, plain),
         );
-        gemm(shape, queries, Factor::depth_inner(head_dim, k, plain), scale, F32, &mut p);
-        gemm(shape, upstream, Factor::depth_inner(head_dim, v, plain), 1., F32, &mut ds); // dp
+        gemm(shape, queries, Factor::depth_inner(self.kv_stride, k, plain), scale, F32, &mut p);
+        gemm(shape, upstream, Factor::depth_inner(self.kv_stride, v, plain), 1., F32, &mut ds); // dp
         let kernel = kernels::active();
         for ((p, ds), (start, seen)) in
             p.chunks_mut(keys).zip(ds.chunks_mut(keys)).zip(self.visible)
@@ -148,7 +199,7 @@ impl Queries<'_> {
         gemm(
             shape,
             Factor::depth_inner(keys, &ds, plain),
-            Factor::index_inner(head_dim, k, plain),
+            Factor::index_inner(self.kv_stride, k, plain),
             1.,
             F32,
             dq,

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 
+use super::backward::KvStrides;
 use crate::{
     kernels::{DenseWeights, Matrix},
     storage::with_slice,
@@ -125,6 +126,13 @@ enum Elements<'a> {
 }
 
 impl<'a> KeyValues<'a> {
+    /// f32 rows, laid out as these strides say.
+    pub fn from_f32(data: &'a [f32], strides: KvStrides) -> Self {
+        let KvStrides { row, head, position } = strides;
+        let elements = Elements::F32(data);
+        Self { elements, batch_stride: row, head_stride: head, stride: position }
+    }
+
     pub fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let [batch_stride, head_stride, stride, 1] = *layout.stride() else {
             bail!("attention: the innermost dimension must be dense, not {:?}", layout.stride())

@@ -4,15 +4,16 @@
 mod backward;
 mod forward;
 mod key_values;
+mod own;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-pub use self::key_values::KvType;
 use self::{
-    backward::{Gradients, Inputs},
+    backward::{Gradients, Inputs, KvStrides},
     forward::Forward,
     key_values::KeyValues,
 };
+pub use self::{key_values::KvType, own::self_attention};
 use crate::{
     kernels,
     storage::{contiguous, with_slice},
@@ -77,6 +78,23 @@ impl Attention {
         Ok(())
     }
 
+    fn gradients(
+        &self,
+        dims: &Dims,
+        [q, k, v, dy]: [&Tensor; 4],
+        strides: KvStrides,
+    ) -> Result<Gradients> {
+        with_slice::<f32, _>(q, |q| {
+            with_slice::<f32, _>(k, |k| {
+                with_slice::<f32, _>(v, |v| {
+                    with_slice::<f32, _>(dy, |dy| {
+                        Ok(self.backward(dims, Inputs { q, k, v, dy, strides }))
+                    })
+                })
+            })
+        })
+    }
+
     /// First position and number of positions that query `i` of `row` sees.
     fn visible(&self, dims: &Dims, row: usize, i: usize) -> (usize, usize) {
         let start = self.starts.get(row * dims.seq + i).copied().unwrap_or(0);
@@ -119,17 +137,14 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dims = Dims::new(q.shape(), k.shape(), v.shape(), |width| width)?;
         self.check(&dims)?;
-        let gradients = with_slice::<f32, _>(q, |q| {
-            with_slice::<f32, _>(k, |k| {
-                with_slice::<f32, _>(v, |v| {
-                    with_slice::<f32, _>(dy, |dy| Ok(self.backward(&dims, Inputs { q, k, v, dy })))
-                })
-            })
-        })?;
-        let Gradients { dq, dk, dv } = gradients;
+        let (context, d) = (dims.context, dims.head_dim);
+        let strides =
+            KvStrides { row: dims.kv_heads * context * d, head: context * d, position: d };
+        let gradients = self.gradients(&dims, [q, k, v, dy], strides)?;
+        let [dk, dv] = gradients.head_major();
         let device = q.device();
         Ok((
-            Some(Tensor::from_vec(dq, q.shape(), device)?),
+            Some(Tensor::from_vec(gradients.dq(), q.shape(), device)?),
             Some(Tensor::from_vec(dk, k.shape(), device)?),
             Some(Tensor::from_vec(dv, v.shape(), device)?),
         ))
