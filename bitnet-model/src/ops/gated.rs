@@ -20,7 +20,7 @@ struct Gated {
 
 impl Activation {
     /// The activation of one value.
-    #[inline]
+    #[inline(always)]
     fn value(self, x: f32) -> f32 {
         match self {
             Self::Relu2 => relu(x) * relu(x),
@@ -29,7 +29,7 @@ impl Activation {
     }
 
     /// Its derivative: `2·relu(x)`, or `σ(x)·(1 + x·(1 − σ(x)))`.
-    #[inline]
+    #[inline(always)]
     fn derivative(self, x: f32) -> f32 {
         match self {
             Self::Relu2 => 2. * relu(x),
@@ -42,7 +42,7 @@ impl Activation {
 }
 
 /// `max(x, 0)`, but a NaN stays one.
-#[inline]
+#[inline(always)]
 fn relu(x: f32) -> f32 {
     if x < 0. { 0. } else { x }
 }
@@ -79,17 +79,7 @@ impl CustomOp2 for Gated {
                 for i in 0..y.rows() {
                     let gate = &gate.row(first + i)[part.clone()];
                     let up = &up.row(first + i)[part.clone()];
-                    let out = y.row(i).iter_mut().zip(gate.iter().zip(up));
-                    // A loop for each activation: in a common one the compiler evaluates both, and
-                    // the exponential costs.
-                    match self.act {
-                        Activation::Relu2 => {
-                            out.for_each(|(y, (g, up))| *y = Activation::Relu2.value(*g) * up);
-                        }
-                        Activation::Silu => {
-                            out.for_each(|(y, (g, up))| *y = Activation::Silu.value(*g) * up);
-                        }
-                    }
+                    vectorized(Forward { act: self.act, gate, up, y: y.row(i) });
                 }
             },
         );
@@ -122,6 +112,32 @@ impl CustomOp2 for Gated {
             Some(Tensor::from_vec(dgate, shape, gate.device())?),
             Some(Tensor::from_vec(dup, shape, gate.device())?),
         ))
+    }
+}
+
+/// The values of some elements.
+struct Forward<'a> {
+    act: Activation,
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Loop for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let all = self.y.iter_mut().zip(self.gate.iter().zip(self.up));
+        // A loop for each activation: in a common one the compiler evaluates both, and the exponential costs.
+        match self.act {
+            Activation::Relu2 => {
+                all.for_each(|(y, (g, up))| *y = Activation::Relu2.value(*g) * up);
+            }
+            Activation::Silu => {
+                all.for_each(|(y, (g, up))| *y = Activation::Silu.value(*g) * up);
+            }
+        }
     }
 }
 

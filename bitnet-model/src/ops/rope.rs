@@ -4,7 +4,10 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::for_each_chunk;
-use crate::storage::{Rows, contiguous};
+use crate::{
+    kernels::{Loop, vectorized},
+    storage::{Rows, contiguous},
+};
 
 /// Rotates `x` (batch, seq, heads · head_dim) by `cos` and `sin` (batch or 1, seq, head_dim / 2):
 /// (batch, seq, heads, head_dim); all f32. The angles are constants: no gradient flows into them.
@@ -14,6 +17,30 @@ pub fn rope(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor) -> Result<Tens
 
 struct Rope {
     heads: usize,
+}
+
+/// One head: both halves are turned.
+struct Turn<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Loop for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { cos, sin, x, y } = self;
+        let half = cos.len();
+        let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
+        let pairs = x1.iter().zip(x2).zip(cos.iter().zip(sin));
+        for (((x1, x2), (cos, sin)), (y1, y2)) in pairs.zip(y1.iter_mut().zip(y2)) {
+            *y1 = x1 * cos - x2 * sin;
+            *y2 = x2 * cos + x1 * sin;
+        }
+    }
 }
 
 impl CustomOp3 for Rope {
@@ -49,11 +76,7 @@ impl CustomOp3 for Rope {
             let at = (token % (angle_rows * seq)) * half;
             let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
             for (x, y) in x.row(token).chunks(head_dim).zip(y.chunks_mut(head_dim)) {
-                let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
-                for i in 0..half {
-                    y1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-                    y2[i] = x2[i] * cos[i] + x1[i] * sin[i];
-                }
+                vectorized(Turn { cos, sin, x, y });
             }
         });
         Ok((CpuStorage::F32(y), (batch, seq, heads, head_dim).into()))

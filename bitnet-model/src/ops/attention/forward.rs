@@ -17,6 +17,8 @@ use crate::{
 const KEYS: usize = 256;
 /// Queries that meet a block together, those of a group of heads at each position.
 const QUERIES: usize = 32;
+/// Rows of scores that share what they load of the values.
+const SHARED: usize = 4;
 /// Tasks a thread should have, for all to finish together.
 const TASKS: usize = 4;
 
@@ -160,14 +162,10 @@ impl Forward<'_> {
         let x = Matrix::new(&queries, count, head_dim);
         self.kernel.matmul_nt(x, self.k.rows(head, first, keys, head_dim), &mut scores, keys);
         let scale = self.dims.scale();
-        let mut sums = vec![0f32; group * head_dim];
-        let rows = scores.chunks_mut(group * keys).zip(partials.chunks_mut(group));
-        for (i, (scores, partials)) in tile.positions.clone().zip(rows) {
+        for (i, scores) in tile.positions.clone().zip(scores.chunks_mut(group * keys)) {
             let seen = self.seen(first, i);
-            if seen == 0 {
-                continue;
-            }
-            for (scores, partial) in scores.chunks_mut(keys).zip(partials.iter_mut()) {
+            let partials = &mut partials[(i - tile.positions.start) * group..][..group];
+            for (scores, partial) in scores.chunks_mut(keys).zip(partials) {
                 let scores = &mut scores[..seen];
                 self.k.scale(head, first, head_dim, scores);
                 scores.iter_mut().for_each(|score| *score *= scale);
@@ -177,9 +175,24 @@ impl Forward<'_> {
                 partial.sum = self.kernel.sum(scores);
                 self.v.scale(head, first, head_dim, scores);
             }
-            let p = Matrix::strided(scores, group, seen, keys);
-            self.kernel.weighted_sums(p, self.v.rows(head, first, seen, head_dim), &mut sums);
-            for (partial, sums) in partials.iter_mut().zip(sums.chunks(head_dim)) {
+        }
+        // Neighbours share the values that all of them see; of the rest, each takes its own.
+        let together = (SHARED / group).max(1);
+        let mut sums = vec![0f32; together * group * head_dim];
+        let mut value = vec![0f32; head_dim];
+        for start in tile.positions.clone().step_by(together) {
+            let positions = start..tile.positions.end.min(start + together);
+            let row = (start - tile.positions.start) * group;
+            let (common, count) = (self.seen(first, start), positions.len() * group);
+            let p = Matrix::strided(&scores[row * keys..], count, common, keys);
+            let sums = &mut sums[..count * head_dim];
+            self.kernel.weighted_sums(p, self.v.rows(head, first, common, head_dim), sums);
+            let each = sums.chunks_mut(head_dim).zip(&mut partials[row..]).enumerate();
+            for (j, (sums, partial)) in each {
+                for key in common..self.seen(first, start + j / group) {
+                    self.v.rows(head, first + key, 1, head_dim).widen_row(0, &mut value);
+                    self.kernel.axpy(scores[(row + j) * keys + key], &value, sums);
+                }
                 partial.values.copy_from_slice(sums);
             }
         }
