@@ -23,10 +23,10 @@ pub enum Precision {
 
 /// Values of the depth that are in panels at a time: a panel of the left factor then fits the first-level cache.
 const DEPTH: usize = 512;
-/// Indices of the widest panel there is.
-const MAX_WIDTH: usize = 48;
-/// Rows of a task, at least: the right panels it reads are then used often enough.
+/// Rows whose panels are in the second-level cache together: the right panels are then used often enough.
 const ROWS: usize = 48;
+/// Tasks a thread should have, for all to finish together.
+const TASKS: usize = 4;
 
 /// A factor of a product: its values by index (row of the left factor, column of the right one) and depth.
 #[derive(Clone, Copy)]
@@ -99,24 +99,65 @@ impl<T: Copy, F: Fn(T, usize) -> f32, P: Panels> Loop for Pack<'_, T, F, P> {
                     panels.scatter(line, &mut out[i..], width);
                 }
             }
-            Order::IndexInner => {
-                let mut lines = [[0f32; MAX_WIDTH]; 2];
-                let starts = depth.clone().step_by(P::PAIR);
-                for (start, out) in starts.zip(out.chunks_exact_mut(width)) {
-                    for (d, line) in (start..start + P::PAIR).zip(&mut lines) {
-                        let line = &mut line[..indices.len()];
-                        match d < depth.end {
-                            true => {
-                                factor.fill(d * factor.stride + indices.start, |_| d, line);
-                            }
-                            false => line.fill(0.),
+            // A constant width becomes vector moves; the last panel may have fewer indices than its width.
+            Order::IndexInner => match (width, indices.len()) {
+                (4, 4) => lines::<4, T, F, P>(panels, factor, indices.start, depth, out),
+                (6, 6) => lines::<6, T, F, P>(panels, factor, indices.start, depth, out),
+                (12, 12) => lines::<12, T, F, P>(panels, factor, indices.start, depth, out),
+                (16, 16) => lines::<16, T, F, P>(panels, factor, indices.start, depth, out),
+                (32, 32) => lines::<32, T, F, P>(panels, factor, indices.start, depth, out),
+                _ => {
+                    for (i, index) in indices.enumerate() {
+                        let value = |d: usize| match d < depth.end {
+                            true => (factor.value)(factor.data[d * factor.stride + index], d),
+                            false => 0.,
+                        };
+                        let starts = depth.clone().step_by(P::PAIR);
+                        for (d, out) in starts.zip(out[i..].iter_mut().step_by(width)) {
+                            *out = panels.join(value(d), value(d + P::PAIR - 1));
                         }
                     }
-                    panels.gather(&lines, out);
+                }
+            },
+        }
+    }
+}
+
+/// Panels of exactly `N` indices from `first` on.
+#[inline(always)]
+fn lines<const N: usize, T: Copy, F: Fn(T, usize) -> f32, P: Panels>(
+    panels: &P,
+    factor: &Factor<'_, T, F>,
+    first: usize,
+    depth: Range<usize>,
+    out: &mut [P::Value],
+) {
+    let line = |d: usize| -> &[T; N] {
+        factor.data[d * factor.stride + first..].first_chunk().unwrap_or_else(|| outside())
+    };
+    let (outs, _) = out.as_chunks_mut::<N>();
+    for (d, out) in depth.clone().step_by(P::PAIR).zip(outs) {
+        let (low, last) = (line(d), d + P::PAIR - 1);
+        match last < depth.end {
+            true => {
+                let high = line(last);
+                for i in 0..N {
+                    let (low, high) = ((factor.value)(low[i], d), (factor.value)(high[i], last));
+                    out[i] = panels.join(low, high);
+                }
+            }
+            false => {
+                for i in 0..N {
+                    out[i] = panels.join((factor.value)(low[i], d), 0.);
                 }
             }
         }
     }
+}
+
+#[cold]
+fn outside() -> ! {
+    panic!("a factor outside its slice")
 }
 
 /// `out[i][j] = scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -189,8 +230,8 @@ trait Panels: Sync {
     fn widths(&self) -> PanelWidths;
     /// The values of one index over the depth, to every `width`-th place.
     fn scatter(&self, line: &[f32], out: &mut [Self::Value], width: usize);
-    /// The values of all indices at [`PAIR`](Self::PAIR) depths.
-    fn gather(&self, lines: &[[f32; MAX_WIDTH]; 2], out: &mut [Self::Value]);
+    /// The values of an index at [`PAIR`](Self::PAIR) depths, of which the first may be the last.
+    fn join(&self, low: f32, high: f32) -> Self::Value;
     fn multiply(
         &self,
         a: &[Self::Value],
@@ -214,15 +255,13 @@ impl Panels for F32Panels {
     #[inline(always)]
     fn scatter(&self, line: &[f32], out: &mut [f32], width: usize) {
         for (value, out) in line.iter().zip(out.iter_mut().step_by(width)) {
-            *out = if self.1 { to_bf16(*value) } else { *value };
+            *out = self.join(*value, 0.);
         }
     }
 
     #[inline(always)]
-    fn gather(&self, lines: &[[f32; MAX_WIDTH]; 2], out: &mut [f32]) {
-        for (value, out) in lines[0].iter().zip(out) {
-            *out = if self.1 { to_bf16(*value) } else { *value };
-        }
+    fn join(&self, value: f32, _: f32) -> f32 {
+        if self.1 { to_bf16(value) } else { value }
     }
 
     fn multiply(&self, a: &[f32], b: &[f32], product: PanelProduct, out: &mut [f32]) {
@@ -250,10 +289,8 @@ impl Panels for Bf16Panels {
     }
 
     #[inline(always)]
-    fn gather(&self, [low, high]: &[[f32; MAX_WIDTH]; 2], out: &mut [u32]) {
-        for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
-            *out = bf16_pair(*low, *high);
-        }
+    fn join(&self, low: f32, high: f32) -> u32 {
+        bf16_pair(low, high)
     }
 
     fn multiply(&self, a: &[u32], b: &[u32], product: PanelProduct, out: &mut [f32]) {
@@ -298,7 +335,9 @@ fn blocks<T, U, A, B, P: Panels>(
         P::Value::default();
         cols.div_ceil(widths.cols) * panel_len(DEPTH.min(depth), widths.cols)
     ];
-    let task_rows = ROWS.next_multiple_of(widths.rows);
+    let group_rows = ROWS.next_multiple_of(widths.rows);
+    let groups = shape.rows.div_ceil(group_rows);
+    let task_rows = groups.div_ceil(threads::count() * TASKS).max(1) * group_rows;
     for start in (0..depth).step_by(DEPTH) {
         let block = start..depth.min(start + DEPTH);
         let len = panel_len(block.len(), widths.cols);
@@ -318,18 +357,23 @@ fn blocks<T, U, A, B, P: Panels>(
         });
         let right = &*right;
         threads::for_each_chunk(out, task_rows * cols, |task, out| {
-            let (first, rows) = (task * task_rows, out.len() / cols);
             let len = panel_len(block.len(), widths.rows);
-            let mut left = vec![P::Value::default(); rows.div_ceil(widths.rows) * len];
-            for (panel, out) in left.chunks_exact_mut(len).enumerate() {
-                let from = first + panel * widths.rows;
-                let indices = from..(first + rows).min(from + widths.rows);
-                let width = widths.rows;
-                vectorized(Pack { panels, factor: &a, indices, depth: block.clone(), width, out });
+            let mut left = vec![P::Value::default(); group_rows / widths.rows * len];
+            for (group, out) in out.chunks_mut(group_rows * cols).enumerate() {
+                let (first, rows) = (task * task_rows + group * group_rows, out.len() / cols);
+                for (panel, out) in
+                    left.chunks_exact_mut(len).take(rows.div_ceil(widths.rows)).enumerate()
+                {
+                    let from = first + panel * widths.rows;
+                    let indices = from..(first + rows).min(from + widths.rows);
+                    let width = widths.rows;
+                    let depth = block.clone();
+                    vectorized(Pack { panels, factor: &a, indices, depth, width, out });
+                }
+                let depth = block.len().div_ceil(P::PAIR);
+                let product = PanelProduct { rows, depth, add: shape.add || start > 0, ..shape };
+                panels.multiply(&left, right, product, out);
             }
-            let depth = block.len().div_ceil(P::PAIR);
-            let product = PanelProduct { rows, depth, add: shape.add || start > 0, ..shape };
-            panels.multiply(&left, right, product, out);
         });
     }
 }
