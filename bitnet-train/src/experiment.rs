@@ -13,6 +13,7 @@ use bitnet_model::{
         write_atomic,
     },
     config::{Activation, Config, Family, GenerationConfig, Quantization, WeightForm},
+    hub::Hub,
     model::Model,
     nn::{DenseLinears, LinearFactory},
     quant::Rounding,
@@ -54,7 +55,8 @@ pub fn run(
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
-    let dataset = Dataset::open(recipe)?;
+    let mut observe_data = |progress| observe(Event::Data(progress));
+    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
     let qat = QatLinears { rounding: Rounding::HalfEven };

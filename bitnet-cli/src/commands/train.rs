@@ -6,9 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
+use bitnet_model::hub::Hub;
 use bitnet_train::{
     batch::Batches,
-    dataset::Dataset,
+    dataset::{Dataset, Progress, Stage},
     experiment::{self, Summary},
     metrics::{EvaluationRecord, TrainRecord},
     recipe::Recipe,
@@ -22,6 +24,9 @@ use crate::{
     interrupt,
     progress::{self, bytes, count, duration},
 };
+
+/// The bar of updates.
+const TEMPLATE: &str = "{bar:24} {pos}/{len}  {msg}";
 
 /// Without a terminal, time between two lines about updates.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -99,11 +104,11 @@ fn setting(text: &str) -> Result<(String, String), String> {
 pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     let Command::Qat(args) = command;
     let recipe = args.resolve()?;
+    let mut display = Display::new(global);
     if args.dry_run {
-        return dry_run(&recipe, args.json);
+        return dry_run(&recipe, &mut display, args.json);
     }
     let interrupted = interrupt::flag()?;
-    let mut display = Display::new(global);
     let mut observe = |event: Event| display.show(event);
     let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)?;
     display.finish();
@@ -159,16 +164,17 @@ struct Display {
     bar: ProgressBar,
     is_quiet: bool,
     is_terminal: bool,
+    started: Instant,
     last_line: Option<Instant>,
 }
 
 impl Display {
     fn new(global: &Global) -> Self {
-        let template = "{bar:24} {pos}/{len}  {msg}";
         Self {
-            bar: progress::bar(global, 0, template),
+            bar: progress::bar(global, 0, TEMPLATE),
             is_quiet: global.quiet,
             is_terminal: io::stderr().is_terminal(),
+            started: Instant::now(),
             last_line: None,
         }
     }
@@ -178,6 +184,7 @@ impl Display {
             return;
         }
         match event {
+            Event::Data(progress) => self.data(progress),
             Event::Update { record, steps, eta } => self.update(record, steps, eta),
             Event::Evaluation { record, is_best } => {
                 self.line(&evaluation(record, is_best));
@@ -186,11 +193,35 @@ impl Display {
         }
     }
 
+    fn data(&mut self, Progress { stage, done, total }: Progress) {
+        let purpose = match stage {
+            Stage::Vocabulary => "reading for the vocabulary",
+            Stage::Train => "encoding training text",
+            Stage::Validation => "encoding held-out text",
+        };
+        let text = format!("{purpose}  {} of {}", bytes(done), bytes(total));
+        if self.is_terminal {
+            self.bar.set_style(progress::style("{bar:24} {percent}%  {msg}"));
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+            self.bar.set_message(text);
+            return;
+        }
+        // A small corpus is not worth a line.
+        if self.started.elapsed() >= LOG_INTERVAL
+            && self.last_line.is_none_or(|last| last.elapsed() >= LOG_INTERVAL)
+        {
+            self.last_line = Some(Instant::now());
+            self.line(&text);
+        }
+    }
+
     fn update(&mut self, record: &TrainRecord, steps: usize, eta: Duration) {
         let TrainRecord { step, loss, lr, tokens_per_second, .. } = record;
         let rate = count(*tokens_per_second as u64);
         let text = format!("loss {loss:.4}  lr {lr:.2e}  {rate} tokens/s  {} left", duration(eta));
         if self.is_terminal {
+            self.bar.set_style(progress::style(TEMPLATE));
             self.bar.set_length(steps as u64);
             self.bar.set_position(*step as u64);
             self.bar.set_message(text);
@@ -262,8 +293,17 @@ fn report(recipe: &Recipe, summary: &Summary, json: bool) -> anyhow::Result<()> 
 }
 
 /// What a run of `recipe` would be, to stdout.
-fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
-    let dataset = Dataset::open(recipe)?;
+fn dry_run(recipe: &Recipe, display: &mut Display, json: bool) -> anyhow::Result<()> {
+    let mut recipe = recipe.clone();
+    // What a run left is used; else nothing is left behind.
+    let scratch = tempfile::tempdir().context("no temporary folder for the encoded text")?;
+    if !recipe.data.cache_dir(&recipe.output.dir).is_dir() {
+        recipe.data.cache = Some(scratch.path().to_owned());
+    }
+    let recipe = &recipe;
+    let mut observe = |progress| display.show(Event::Data(progress));
+    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe)?;
+    display.finish();
     let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
     let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
     let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
