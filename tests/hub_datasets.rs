@@ -1,6 +1,6 @@
 //! Repositories of data.
 
-use std::fs;
+use std::{fs, ops::ControlFlow};
 
 use bitnet_model::hub::Hub;
 use bitnet_train::{dataset::Dataset, recipe::Recipe};
@@ -67,6 +67,7 @@ fn a_corpus_may_lie_in_a_dataset_repository() {
     let path = it.folder.path().join("recipe.toml");
     fs::write(&path, text).unwrap();
     let recipe = Recipe::from_file(&path).unwrap();
-    let dataset = Dataset::open_with(&recipe, &it.hub(), &mut |_| ()).unwrap();
+    let dataset =
+        Dataset::open_with(&recipe, &it.hub(), &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(dataset.train.documents() + dataset.validation.documents(), 300);
 }

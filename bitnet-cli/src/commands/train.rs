@@ -2,7 +2,9 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    ops::ControlFlow,
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -105,12 +107,14 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     let Command::Qat(args) = command;
     let recipe = args.resolve()?;
     let mut display = Display::new(global);
-    if args.dry_run {
-        return dry_run(&recipe, &mut display, args.json);
-    }
     let interrupted = interrupt::flag()?;
+    if args.dry_run {
+        return dry_run(&recipe, &mut display, &interrupted, args.json)
+            .map_err(exit_if_interrupted);
+    }
     let mut observe = |event: Event| display.show(event);
-    let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)?;
+    let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)
+        .map_err(|error| exit_if_interrupted(error.into()))?;
     display.finish();
     report(&recipe, &summary, args.json)?;
     if summary.outcome == Outcome::Interrupted {
@@ -118,6 +122,15 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         interrupt::exit();
     }
     Ok(())
+}
+
+/// Ends the program if the error is that it was asked to end before it trained.
+fn exit_if_interrupted(error: anyhow::Error) -> anyhow::Error {
+    if matches!(error.downcast_ref(), Some(bitnet_train::Error::Interrupted)) {
+        let _ = writeln!(io::stderr(), "{error}");
+        interrupt::exit();
+    }
+    error
 }
 
 impl QatArgs {
@@ -293,7 +306,12 @@ fn report(recipe: &Recipe, summary: &Summary, json: bool) -> anyhow::Result<()> 
 }
 
 /// What a run of `recipe` would be, to stdout.
-fn dry_run(recipe: &Recipe, display: &mut Display, json: bool) -> anyhow::Result<()> {
+fn dry_run(
+    recipe: &Recipe,
+    display: &mut Display,
+    interrupted: &AtomicBool,
+    json: bool,
+) -> anyhow::Result<()> {
     let mut recipe = recipe.clone();
     // What a run left is used; else nothing is left behind.
     let scratch = tempfile::tempdir().context("no temporary folder for the encoded text")?;
@@ -301,7 +319,13 @@ fn dry_run(recipe: &Recipe, display: &mut Display, json: bool) -> anyhow::Result
         recipe.data.cache = Some(scratch.path().to_owned());
     }
     let recipe = &recipe;
-    let mut observe = |progress| display.show(Event::Data(progress));
+    let mut observe = |progress| {
+        display.show(Event::Data(progress));
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
     let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe)?;
     display.finish();
     let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());

@@ -293,8 +293,8 @@ impl Client {
         let of = file.map(|file| format!("`{file}`: ")).unwrap_or_default();
         let tries = self.retry.tries.max(1);
         // Whoever mistypes `folder/model` should not be told about repositories alone.
-        let no_path =
-            if Path::new(repo_id).exists() { "" } else { "; no such path exists here either" };
+        let may_be_path = matches!(self.kind, RepoType::Model) && !Path::new(repo_id).exists();
+        let no_path = if may_be_path { "; no such path exists here either" } else { "" };
         let reason = match failure {
             Failure::Local(error) => return error,
             Failure::Unreachable(reason) => format!(

@@ -34,14 +34,17 @@ const BATCH_BYTES: usize = 4 << 20;
 /// A folder of vocabularies and tokens.
 pub(super) struct Cache<'a> {
     dir: PathBuf,
-    observe: &'a mut dyn FnMut(Progress),
+    observe: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     /// What was asked for, by file name.
     used: Vec<String>,
 }
 
 impl<'a> Cache<'a> {
     /// Creates the folder if need be.
-    pub fn open(dir: &Path, observe: &'a mut dyn FnMut(Progress)) -> Result<Self> {
+    pub fn open(
+        dir: &Path,
+        observe: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         Ok(Self { dir: dir.to_owned(), observe, used: Vec::new() })
     }
@@ -76,11 +79,11 @@ impl<'a> Cache<'a> {
             }
             if read - told >= BATCH_BYTES as u64 {
                 told = read;
-                (self.observe)(Progress { stage: Stage::Vocabulary, done: read, total });
+                tell(self.observe, Progress { stage: Stage::Vocabulary, done: read, total })?;
             }
             Ok(ControlFlow::Continue(()))
         })?;
-        (self.observe)(Progress { stage: Stage::Vocabulary, done: total, total });
+        tell(self.observe, Progress { stage: Stage::Vocabulary, done: total, total })?;
         let vocabulary = Vocabulary::train(&sample.into_texts(), size)?;
         write_atomic(&path, vocabulary.to_json()?.as_bytes())?;
         Ok(vocabulary)
@@ -119,13 +122,12 @@ impl<'a> Cache<'a> {
                 text.truncate(end.unwrap_or(0));
                 left -= text.len();
                 if !text.is_empty() && encoder.push(text)? {
-                    (self.observe)(Progress { stage, done: read, total });
+                    tell(self.observe, Progress { stage, done: read, total })?;
                 }
                 Ok(if is_last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             })?;
             encoder.flush()?;
-            (self.observe)(Progress { stage, done: total, total });
-            Ok(())
+            tell(self.observe, Progress { stage, done: total, total })
         })?;
         Tokens::mapped(shards)
     }
@@ -139,16 +141,28 @@ impl<'a> Cache<'a> {
             if self.used.contains(&name) {
                 continue;
             }
+            // What a killed process left of text or a vocabulary that are no longer asked for.
+            let left = name.strip_prefix('.').and_then(|rest| rest.strip_suffix(".partial"));
+            if left.is_some_and(|key| self.used.iter().any(|used| used == key)) {
+                continue;
+            }
             let is_key = |key: &str| key.len() == 16 && u64::from_str_radix(key, 16).is_ok();
             let vocabulary =
                 name.strip_prefix("vocabulary-").and_then(|rest| rest.strip_suffix(".json"));
-            if is_key(&name) && path.is_dir() {
+            if is_key(left.unwrap_or(&name)) && path.is_dir() {
                 fs::remove_dir_all(&path).map_err(Error::io(&path))?;
             } else if vocabulary.is_some_and(is_key) {
                 fs::remove_file(&path).map_err(Error::io(&path))?;
             }
         }
         Ok(())
+    }
+}
+
+fn tell(observe: &mut dyn FnMut(Progress) -> ControlFlow<()>, progress: Progress) -> Result<()> {
+    match observe(progress) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Interrupted),
     }
 }
 

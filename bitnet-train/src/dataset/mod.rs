@@ -15,6 +15,8 @@ pub mod stream;
 pub mod tokens;
 pub mod vocabulary;
 
+use std::ops::ControlFlow;
+
 use bitnet_model::hub::Hub;
 
 use self::{cache::Cache, corpus::Corpus, split::Split};
@@ -63,15 +65,19 @@ pub enum Stage {
 impl Dataset {
     /// As [`open_with`](Self::open_with), with the Hub of the environment and nobody watching.
     pub fn open(recipe: &Recipe) -> Result<Self> {
-        Self::open_with(recipe, &Hub::from_env(), &mut |_| ())
+        Self::open_with(recipe, &Hub::from_env(), &mut |_| ControlFlow::Continue(()))
     }
 
     /// What `[data]` says, read and encoded unless the cache has it. The same files give the same dataset. `hub` is
-    /// asked for the files of dataset repositories; `observe` is told of every few megabytes that are read.
+    /// asked for the files of dataset repositories; `observe` is told of every few megabytes that are read, and may break
+    /// off.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] if `observe` broke off; text that cannot be read, with its file and line.
     pub fn open_with(
         recipe: &Recipe,
         hub: &Hub,
-        observe: &mut dyn FnMut(Progress),
+        observe: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Self> {
         let data = &recipe.data;
         let split = data.validation_split.map(|share| Split { share, seed: recipe.train.seed });

@@ -44,6 +44,7 @@ fn stages(recipe: &Recipe) -> Vec<Stage> {
     let mut observe = |Progress { stage, done, total }| {
         assert!(done <= total);
         stages.push(stage);
+        ControlFlow::Continue(())
     };
     Dataset::open_with(recipe, &Hub::from_env(), &mut observe).unwrap();
     stages
@@ -95,6 +96,20 @@ fn text_is_read_again_only_if_something_changed() {
     recipe.data.validation_bytes = None;
     assert_eq!(stages(&recipe), []);
     assert_eq!(count(&dir.path().join("shared")), 3);
+}
+
+#[test]
+fn reading_can_be_broken_off() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(dir.path());
+    let recipe = recipe(dir.path(), BOTH);
+    let mut observe = |Progress { stage, .. }| match stage {
+        Stage::Train => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let stopped = Dataset::open_with(&recipe, &Hub::from_env(), &mut observe);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    assert_eq!(stages(&recipe), [Stage::Train, Stage::Validation]); // the vocabulary was complete
 }
 
 #[test]
