@@ -83,6 +83,10 @@ fn text_is_read_again_only_if_something_changed() {
     assert_eq!(stages(&recipe), all);
     // The folder of the run keeps what the run uses.
     let folder = recipe.output.dir.join("tokens");
+    let partial = folder.join(".0123456789abcdef.partial"); // of a process that was killed
+    fs::create_dir(&partial).unwrap();
+    assert_eq!(stages(&recipe), []);
+    assert!(!partial.exists());
     let count = |folder: &Path| {
         let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
         names.filter(|name| !name.to_string_lossy().starts_with('.')).count()

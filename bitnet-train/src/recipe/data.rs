@@ -1,26 +1,4 @@
 //! `[data]`: what is trained and evaluated on.
-//!
-//! ```toml
-//! [data]
-//! sequence_length = 256          # tokens in a window
-//! attend = "document"            # "window" (default): a token also sees the documents before its own
-//! tokenizer = "tokenizer.json"   # instead of a vocabulary trained on the text
-//! cache = "tokens"               # instead of `tokens` in the output folder; may be shared by runs
-//! validation_split = 0.01        # of the documents are held out; or give [[data.validation]]
-//! validation_bytes = 100000      # of held-out text are used
-//!
-//! [[data.train]]                 # text: a file, or with * and ** several
-//! path = "stories/**/*.txt.gz"
-//! documents = "separator:<|endoftext|>"  # or "file", "line", "blank-line", "gutenberg"
-//! [[data.train]]                 # records: .jsonl, .json, .parquet
-//! path = "web.jsonl"
-//! field = "content"              # the key or column of the text, "text" unless given
-//! [[data.train]]                 # a directory with all below it: .txt, .jsonl, .json, .parquet
-//! path = "mixed"
-//! documents = "file"             # of its text
-//! [[data.train]]                 # files of a dataset repository, downloaded into the Hub's cache
-//! path = "hf://datasets/roneneldan/TinyStories@main/data/train-*.parquet"
-//! ```
 
 use std::path::{Path, PathBuf};
 
@@ -34,6 +12,28 @@ use crate::{
 };
 
 /// `[data]`: text and records.
+///
+/// ```toml
+/// [data]
+/// sequence_length = 256          # tokens in a window
+/// attend = "document"            # "window" (default): a token also sees the documents before its own
+/// tokenizer = "tokenizer.json"   # instead of a vocabulary trained on the text
+/// cache = "tokens"               # instead of `tokens` in the output folder; may be shared by runs
+/// validation_split = 0.01        # of the documents are held out; or give [[data.validation]]
+/// validation_bytes = 100000      # of held-out text are used
+///
+/// [[data.train]]                 # text: a file, or with * and ** several
+/// path = "stories/**/*.txt.gz"
+/// documents = "separator:<|endoftext|>"  # or "file", "line", "blank-line", "gutenberg"
+/// [[data.train]]                 # records: .jsonl, .json, .parquet
+/// path = "web.jsonl"
+/// field = "content"              # the key or column of the text, "text" unless given
+/// [[data.train]]                 # a directory with all below it: .txt, .jsonl, .json, .parquet
+/// path = "mixed"
+/// documents = "file"             # of its text
+/// [[data.train]]                 # files of a dataset repository, downloaded into the Hub's cache
+/// path = "hf://datasets/roneneldan/TinyStories@main/data/train-*.parquet"
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {

@@ -83,7 +83,7 @@ fn a_malformed_record_is_named_by_its_line() {
             "[{\"text\": \"a\"},\n {\"text\": true}]",
             "line 2, column 16: `text` must be a string, not a boolean",
         ),
-        ("x.json", "[{\"text\": \"a\"},\n", "line 2, column 0: EOF while parsing a list"),
+        ("x.json", "[{\"text\": \"a\"},\n", "line 2, column 0: EOF while parsing a value"),
         ("x.json", "[\"a\"] b", "line 1, column 7: trailing characters"),
         ("x.json", "{\"data\": []}", "the record has no `text`, only `data`"),
         ("x.json", "\n nonsense", "line 2, column 3: expected"),
