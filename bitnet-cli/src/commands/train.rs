@@ -49,6 +49,10 @@ pub enum Command {
     after_long_help = "The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe.
 
+Text comes from .txt, .jsonl, .json and .parquet files (.gz too, but for .parquet), named one by one, by directory, by \
+pattern, or in a dataset repository: hf://datasets/OWNER/NAME/PATTERN. It is encoded once, into the folder tokens of the \
+output folder or into data.cache; a corpus may be larger than memory.
+
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
 on with --resume, from its newest checkpoint, to the same bits as an uninterrupted one. Ctrl-C saves a checkpoint and \

@@ -12,8 +12,8 @@ use parquet::{
 use super::Sink;
 use crate::{Error, Result};
 
-/// Records decoded at a time.
-const RECORDS: usize = 1024;
+/// Records decoded at a time: few, for they may be books.
+const RECORDS: usize = 64;
 
 pub(super) fn read(
     path: &Path,

@@ -191,11 +191,15 @@ pub(super) fn open_or_write(
         (Some(parent), Some(name)) => (parent, name.to_string_lossy()),
         _ => return Err(Error::Input(format!("{}: is no folder for tokens", dir.display()))),
     };
+    if dir.is_dir() {
+        return Shards::open(dir, identity); // also where nothing can be written
+    }
     fs::create_dir_all(parent).map_err(Error::io(parent))?;
     let lock_path = parent.join(format!(".{name}.lock"));
     let lock = File::create(&lock_path).map_err(Error::io(&lock_path))?;
     // A file system without locks leaves this process to write by itself.
     let _ = lock.lock();
+    // Another process may have been faster.
     if !dir.is_dir() {
         let partial: PathBuf = parent.join(format!(".{name}.partial"));
         if partial.exists() {
