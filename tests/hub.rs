@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod hub_datasets;
 mod support {
     pub mod hub_fixture;
     pub mod hub_server;

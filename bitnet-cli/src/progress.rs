@@ -11,10 +11,14 @@ pub fn bar(global: &Global, len: usize, template: &str) -> ProgressBar {
         true => ProgressDrawTarget::hidden(),
         false => ProgressDrawTarget::stderr(),
     };
-    let style = ProgressStyle::with_template(template)
+    ProgressBar::with_draw_target(Some(len as u64), target).with_style(style(template))
+}
+
+/// The look of a bar that the indicatif template draws.
+pub fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ");
-    ProgressBar::with_draw_target(Some(len as u64), target).with_style(style)
+        .progress_chars("=> ")
 }
 
 /// Bytes with a decimal prefix and three digits: `1.18 GB`.

@@ -84,6 +84,9 @@ pub enum Error {
         /// The newest checkpoint on disk.
         last_good: Option<PathBuf>,
     },
+    /// The caller asked to stop while text was read or encoded.
+    #[error("interrupted while the text was read; nothing was trained yet")]
+    Interrupted,
     /// An argument of a call is out of range.
     #[error("{0}")]
     Input(String),

@@ -4,7 +4,12 @@
 //! plain model for the full-precision twin) and, for a BitNet, `packed/` (the layout of 2B-4T); both
 //! with tokenizer and generation settings, both load in transformers and here.
 
-use std::{fs, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     Error, Result,
@@ -24,6 +29,7 @@ use bitnet_model::{
         write_atomic,
     },
     config::{Activation, Config, Family, GenerationConfig, Quantization, WeightForm},
+    hub::Hub,
     model::Model,
     nn::{DenseLinears, LinearFactory},
     quant::{Rounding, Scheme},
@@ -46,7 +52,7 @@ pub struct Summary {
 /// in its output folder.
 ///
 /// # Errors
-/// A recipe whose files cannot be read or whose output folder holds another run; a loss that is no
+/// [`Error::Interrupted`] before there was anything to save; a recipe whose files cannot be read or whose output folder holds another run; a loss that is no
 /// number, with the last good checkpoint.
 pub fn run(
     recipe: &Recipe,
@@ -54,7 +60,14 @@ pub fn run(
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
-    let dataset = Dataset::open(recipe)?;
+    let mut observe_data = |progress| {
+        observe(Event::Data(progress));
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
     let qat = QatLinears::new(Rounding::HalfEven).with_backward(recipe.train.backward.into());

@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     batch::{Batch, Batches, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
-    dataset::{Dataset, Tokens},
+    dataset::{Dataset, Progress, Tokens},
     metrics::{EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
@@ -27,6 +27,8 @@ use crate::{
 /// What happens during a run, for a progress bar.
 #[derive(Clone, Debug)]
 pub enum Event<'a> {
+    /// Before the first update: text was read.
+    Data(Progress),
     /// An update was made.
     Update {
         /// What is written to the metrics.

@@ -52,11 +52,25 @@ impl Request {
 
 pub type Files = BTreeMap<String, Vec<u8>>;
 
+/// The commits of a repository, and the branches and tags that name them.
+#[derive(Default)]
+struct Revisions {
+    commits: BTreeMap<String, Files>,
+    references: BTreeMap<String, String>,
+}
+
+impl Revisions {
+    fn commit(&mut self, reference: &str, commit: &str, files: Files) {
+        self.commits.insert(commit.to_string(), files);
+        self.references.insert(reference.to_string(), commit.to_string());
+    }
+}
+
 #[derive(Default)]
 struct State {
     cdn: Option<SocketAddr>,
-    commits: BTreeMap<String, Files>,
-    references: BTreeMap<String, String>,
+    models: Revisions,
+    datasets: Revisions,
     token: Option<String>,
     faults: Vec<(&'static str, String, Fault, usize)>,
     log: Vec<Request>,
@@ -93,11 +107,14 @@ impl HubServer {
         format!("http://{}", self.address)
     }
 
-    /// Adds a commit and points `reference` at it.
+    /// Adds a commit to the repository of a model and points `reference` at it.
     pub fn commit(&self, reference: &str, commit: &str, files: Files) {
-        let mut state = self.state.lock().unwrap();
-        state.commits.insert(commit.to_string(), files);
-        state.references.insert(reference.to_string(), commit.to_string());
+        self.state.lock().unwrap().models.commit(reference, commit, files);
+    }
+
+    /// The same for the repository of data of the same name.
+    pub fn commit_dataset(&self, reference: &str, commit: &str, files: Files) {
+        self.state.lock().unwrap().datasets.commit(reference, commit, files);
     }
 
     /// From now on only requests with this token are answered.
@@ -261,7 +278,7 @@ impl Answer {
 fn answer(state: &State, repo_id: &str, request: &Request) -> Answer {
     let path = request.path.replace("%2F", "/").replace("%2f", "/");
     if request.cdn {
-        let content = state.commits.values().flatten().find(|(file, content)| {
+        let content = state.models.commits.values().flatten().find(|(file, content)| {
             is_large(file) && path == format!("/lfs/{}", etag(file, content))
         });
         return match content {
@@ -274,9 +291,13 @@ fn answer(state: &State, repo_id: &str, request: &Request) -> Answer {
     {
         return Answer::new(401).with("X-Error-Message", "Invalid username or password.");
     }
+    let is_dataset = path.starts_with("/datasets/") || path.starts_with("/api/datasets/");
+    let revisions = if is_dataset { &state.datasets } else { &state.models };
+    let path =
+        path.replacen("datasets/", if path.starts_with("/api/") { "models/" } else { "" }, 1);
     let commit = |revision: &str| {
-        let commit = state.references.get(revision).map_or(revision, String::as_str);
-        state.commits.get_key_value(commit)
+        let commit = revisions.references.get(revision).map_or(revision, String::as_str);
+        revisions.commits.get_key_value(commit)
     };
     let repository_missing = || Answer::new(404).with("X-Error-Code", "RepoNotFound");
     let revision_missing = || Answer::new(404).with("X-Error-Code", "RevisionNotFound");

@@ -2,13 +2,17 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    ops::ControlFlow,
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
+use bitnet_model::hub::Hub;
 use bitnet_train::{
     batch::Batches,
-    dataset::Dataset,
+    dataset::{Dataset, Progress, Stage},
     experiment::{self, Summary},
     metrics::{EvaluationRecord, TrainRecord},
     recipe::Recipe,
@@ -22,6 +26,9 @@ use crate::{
     interrupt,
     progress::{self, bytes, count, duration},
 };
+
+/// The bar of updates.
+const TEMPLATE: &str = "{bar:24} {pos}/{len}  {msg}";
 
 /// Without a terminal, time between two lines about updates.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -41,6 +48,10 @@ pub enum Command {
 #[command(
     after_long_help = "The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe.
+
+Text comes from .txt, .jsonl, .json and .parquet files (.gz too, but for .parquet), named one by one, by directory, by \
+pattern, or in a dataset repository: hf://datasets/OWNER/NAME/PATTERN. It is encoded once, into the folder tokens of the \
+output folder or into data.cache; a corpus may be larger than memory.
 
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
@@ -99,13 +110,15 @@ fn setting(text: &str) -> Result<(String, String), String> {
 pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     let Command::Qat(args) = command;
     let recipe = args.resolve()?;
-    if args.dry_run {
-        return dry_run(&recipe, args.json);
-    }
-    let interrupted = interrupt::flag()?;
     let mut display = Display::new(global);
+    let interrupted = interrupt::flag()?;
+    if args.dry_run {
+        return dry_run(&recipe, &mut display, &interrupted, args.json)
+            .map_err(exit_if_interrupted);
+    }
     let mut observe = |event: Event| display.show(event);
-    let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)?;
+    let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)
+        .map_err(|error| exit_if_interrupted(error.into()))?;
     display.finish();
     report(&recipe, &summary, args.json)?;
     if summary.outcome == Outcome::Interrupted {
@@ -113,6 +126,15 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         interrupt::exit();
     }
     Ok(())
+}
+
+/// Ends the program if the error is that it was asked to end before it trained.
+fn exit_if_interrupted(error: anyhow::Error) -> anyhow::Error {
+    if matches!(error.downcast_ref(), Some(bitnet_train::Error::Interrupted)) {
+        let _ = writeln!(io::stderr(), "{error}");
+        interrupt::exit();
+    }
+    error
 }
 
 impl QatArgs {
@@ -159,16 +181,17 @@ struct Display {
     bar: ProgressBar,
     is_quiet: bool,
     is_terminal: bool,
+    started: Instant,
     last_line: Option<Instant>,
 }
 
 impl Display {
     fn new(global: &Global) -> Self {
-        let template = "{bar:24} {pos}/{len}  {msg}";
         Self {
-            bar: progress::bar(global, 0, template),
+            bar: progress::bar(global, 0, TEMPLATE),
             is_quiet: global.quiet,
             is_terminal: io::stderr().is_terminal(),
+            started: Instant::now(),
             last_line: None,
         }
     }
@@ -178,6 +201,7 @@ impl Display {
             return;
         }
         match event {
+            Event::Data(progress) => self.data(progress),
             Event::Update { record, steps, eta } => self.update(record, steps, eta),
             Event::Evaluation { record, is_best } => {
                 self.line(&evaluation(record, is_best));
@@ -186,11 +210,35 @@ impl Display {
         }
     }
 
+    fn data(&mut self, Progress { stage, done, total }: Progress) {
+        let purpose = match stage {
+            Stage::Vocabulary => "reading for the vocabulary",
+            Stage::Train => "encoding training text",
+            Stage::Validation => "encoding held-out text",
+        };
+        let text = format!("{purpose}  {} of {}", bytes(done), bytes(total));
+        if self.is_terminal {
+            self.bar.set_style(progress::style("{bar:24} {percent}%  {msg}"));
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+            self.bar.set_message(text);
+            return;
+        }
+        // A small corpus is not worth a line.
+        if self.started.elapsed() >= LOG_INTERVAL
+            && self.last_line.is_none_or(|last| last.elapsed() >= LOG_INTERVAL)
+        {
+            self.last_line = Some(Instant::now());
+            self.line(&text);
+        }
+    }
+
     fn update(&mut self, record: &TrainRecord, steps: usize, eta: Duration) {
         let TrainRecord { step, loss, lr, tokens_per_second, .. } = record;
         let rate = count(*tokens_per_second as u64);
         let text = format!("loss {loss:.4}  lr {lr:.2e}  {rate} tokens/s  {} left", duration(eta));
         if self.is_terminal {
+            self.bar.set_style(progress::style(TEMPLATE));
             self.bar.set_length(steps as u64);
             self.bar.set_position(*step as u64);
             self.bar.set_message(text);
@@ -262,8 +310,28 @@ fn report(recipe: &Recipe, summary: &Summary, json: bool) -> anyhow::Result<()> 
 }
 
 /// What a run of `recipe` would be, to stdout.
-fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
-    let dataset = Dataset::open(recipe)?;
+fn dry_run(
+    recipe: &Recipe,
+    display: &mut Display,
+    interrupted: &AtomicBool,
+    json: bool,
+) -> anyhow::Result<()> {
+    let mut recipe = recipe.clone();
+    // What a run left is used; else nothing is left behind.
+    let scratch = tempfile::tempdir().context("no temporary folder for the encoded text")?;
+    if !recipe.data.cache_dir(&recipe.output.dir).is_dir() {
+        recipe.data.cache = Some(scratch.path().to_owned());
+    }
+    let recipe = &recipe;
+    let mut observe = |progress| {
+        display.show(Event::Data(progress));
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe)?;
+    display.finish();
     let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
     let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
     let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;

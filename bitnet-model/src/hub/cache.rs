@@ -20,8 +20,8 @@ pub(super) struct RepoCache {
 }
 
 impl RepoCache {
-    pub fn new(cache_dir: &Path, repo_id: &str, revision: &str) -> Self {
-        let repo = Repo::with_revision(repo_id.to_string(), RepoType::Model, revision.to_string());
+    pub fn new(cache_dir: &Path, kind: RepoType, repo_id: &str, revision: &str) -> Self {
+        let repo = Repo::with_revision(repo_id.to_string(), kind, revision.to_string());
         Self {
             repo_id: repo_id.to_string(),
             folder: cache_dir.join(repo.folder_name()),
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn a_revision_is_a_reference_or_a_commit() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = |revision| RepoCache::new(folder.path(), "org/name", revision);
+        let cache = |revision| RepoCache::new(folder.path(), RepoType::Model, "org/name", revision);
         assert_eq!(cache("main").snapshot(), None);
         fs::create_dir_all(cache("main").snapshot_of(COMMIT)).unwrap();
         assert_eq!(cache("main").snapshot(), None);
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn links_replace_dangling_ones_and_reach_from_folders() {
         let folder = tempfile::tempdir().unwrap();
-        let cache = RepoCache::new(folder.path(), "org/name", "main");
+        let cache = RepoCache::new(folder.path(), RepoType::Model, "org/name", "main");
         for file in ["a.json", "part/b.json"] {
             cache.link(COMMIT, file, &cache.blob("gone"), "gone").ok();
             let blob = cache.blob("etag");

@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, thread, time::Duration};
 
-use hf_hub::api::RepoInfo;
+use hf_hub::{Repo, RepoType, api::RepoInfo};
 use ureq::{
     Agent, Body,
     http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header},
@@ -107,6 +107,7 @@ pub(super) struct Metadata {
 }
 
 pub(super) struct Client {
+    kind: RepoType,
     agent: Agent,
     endpoint: Uri,
     authorization: Option<HeaderValue>,
@@ -149,7 +150,16 @@ impl Client {
             config = config.proxy(None); // a proxy's loopback is another machine
         }
         let agent = config.build().new_agent();
-        Ok(Self { agent, endpoint: uri, authorization, retry })
+        Ok(Self { kind: RepoType::Model, agent, endpoint: uri, authorization, retry })
+    }
+
+    /// The client for repositories of another kind than models.
+    pub fn of(self, kind: RepoType) -> Self {
+        Self { kind, ..self }
+    }
+
+    fn repo(&self, repo_id: &str, revision: &str) -> Repo {
+        Repo::with_revision(repo_id.to_string(), self.kind, revision.to_string())
     }
 
     pub fn backoff(&self) -> Backoff {
@@ -159,8 +169,9 @@ impl Client {
     /// The commit a revision stands at, and the names of its files. An unreachable server is not asked twice: the caller has
     /// a cache.
     pub fn listing(&self, repo_id: &str, revision: &str) -> Result<RepoInfo, Failure> {
-        let url =
-            self.url(&format!("api/models/{repo_id}/revision/{}", percent_encode(revision, "")));
+        // `Repo` escapes nothing in a revision but slashes.
+        let repo = self.repo(repo_id, &percent_encode(revision, ""));
+        let url = self.url(&format!("api/{}", repo.api_url()));
         let mut backoff = self.backoff();
         let json = loop {
             let answer = self.get(&url, 0).and_then(|mut response| {
@@ -184,7 +195,7 @@ impl Client {
     /// Where a file of a commit is.
     pub fn file_url(&self, repo_id: &str, commit: &str, file: &str) -> String {
         let file = percent_encode(file, "/");
-        self.url(&format!("{repo_id}/resolve/{commit}/{file}"))
+        self.url(&format!("{}/resolve/{commit}/{file}", self.repo(repo_id, commit).url()))
     }
 
     /// Etag and size of the file at `url`. The endpoint itself says so, before it redirects to where the content is stored.
@@ -282,8 +293,8 @@ impl Client {
         let of = file.map(|file| format!("`{file}`: ")).unwrap_or_default();
         let tries = self.retry.tries.max(1);
         // Whoever mistypes `folder/model` should not be told about repositories alone.
-        let no_path =
-            if Path::new(repo_id).exists() { "" } else { "; no such path exists here either" };
+        let may_be_path = matches!(self.kind, RepoType::Model) && !Path::new(repo_id).exists();
+        let no_path = if may_be_path { "; no such path exists here either" } else { "" };
         let reason = match failure {
             Failure::Local(error) => return error,
             Failure::Unreachable(reason) => format!(
@@ -299,7 +310,7 @@ impl Client {
             }
             Failure::Refused { status, code, message } => {
                 let said = if message.is_empty() { String::new() } else { format!(" ({message})") };
-                let page = self.url(repo_id);
+                let page = self.url(&self.repo(repo_id, revision).url());
                 match (status.as_u16(), code.as_str(), file) {
                     (401 | 403, _, _) if self.authorization.is_some() => format!(
                         "{of}{endpoint} answered {status}{said}: the token is invalid or may not read this repository; \

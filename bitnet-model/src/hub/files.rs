@@ -180,11 +180,13 @@ pub(super) fn read_index(path: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// A relative path of plain components; `\` and `:` are separators on Windows.
 fn is_shard_name(name: &str) -> bool {
-    name.ends_with(".safetensors")
-        && name.len() <= 255
-        && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
+    name.ends_with(".safetensors") && name.len() <= 255 && is_below(name)
+}
+
+/// A relative path of plain components; `\` and `:` are separators on Windows.
+pub(super) fn is_below(name: &str) -> bool {
+    Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
         && name.split('/').all(|part| !matches!(part, "" | "."))
         && !name.chars().any(|c| c.is_control() || c == '\\' || c == ':')
 }

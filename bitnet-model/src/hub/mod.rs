@@ -6,6 +6,7 @@
 //!                                /snapshots/<commit>/config.json -> ../../blobs/<etag>
 //!                                /blobs/<etag>                   whole files only
 //!                                /blobs/<etag>.incomplete        what an interrupted download has so far
+//! $HF_HUB_CACHE/datasets--org--name/…                           the same for a repository of data
 //! $HF_HUB_CACHE/.locks/models--org--name/<etag>.lock             one downloader a blob, across processes
 //! ```
 //! `hf-hub` gives this layout its names ([`hf_hub::Repo`], [`hf_hub::CacheRepo`]) and the repository listing its type. Its
@@ -19,11 +20,14 @@
 
 mod cache;
 mod client;
+mod dataset;
 mod env;
 mod files;
 mod transfer;
 
 use std::{fmt, path::PathBuf, time::Duration};
+
+use hf_hub::RepoType;
 
 pub use self::files::ModelFiles;
 use self::{
@@ -167,15 +171,8 @@ impl Hub {
     /// The files of the repository `repo_id` (`org/name`) at this Hub's revision. What the cache lacks is downloaded;
     /// without a network, what it has is used, with a warning.
     pub fn download(&self, repo_id: &str) -> Result<ModelFiles> {
-        if !is_repo_id(repo_id) {
-            let reason = "this is no repository id of the form `org/name`";
-            return Err(hub_error(repo_id, reason));
-        }
-        if !is_revision(&self.revision) {
-            let reason = format!("`{}` is no branch, tag or commit", self.revision);
-            return Err(hub_error(repo_id, reason));
-        }
-        let cache = RepoCache::new(&self.cache_dir, repo_id, &self.revision);
+        self.check(repo_id)?;
+        let cache = RepoCache::new(&self.cache_dir, RepoType::Model, repo_id, &self.revision);
         if self.offline {
             return self.cached(&cache, repo_id).map_err(|missing| {
                 let reason = format!(
@@ -196,6 +193,19 @@ impl Hub {
             }
             Err(failure) => Err(client.explain(failure, repo_id, &self.revision, None)),
         }
+    }
+
+    /// Refuses what cannot name a repository and a revision.
+    fn check(&self, repo_id: &str) -> Result<()> {
+        if !is_repo_id(repo_id) {
+            let reason = "this is no repository id of the form `org/name`";
+            return Err(hub_error(repo_id, reason));
+        }
+        if !is_revision(&self.revision) {
+            let reason = format!("`{}` is no branch, tag or commit", self.revision);
+            return Err(hub_error(repo_id, reason));
+        }
+        Ok(())
     }
 
     /// The model as the cache has it, or what is missing.

@@ -1,255 +1,128 @@
-//! Text files → documents: the units between a beginning-of-text and an end-of-text token.
+//! The documents of several sources, read one at a time.
 
-use std::{
-    fmt, fs,
-    path::{Path, PathBuf},
-    str::FromStr,
+use std::{cell::Cell, hash::Hasher, ops::ControlFlow};
+
+use bitnet_model::hub::Hub;
+
+use super::{
+    fingerprint::Fnv,
+    reader,
+    source::{InputFile, Source},
 };
+use crate::Result;
 
-use serde::{Deserialize, Serialize};
-
-use crate::{Error, Result};
-
-/// How a file is cut into documents. Line ends are `\n` or `\r\n`; documents are trimmed and empty ones dropped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Documents {
-    /// `file`: the whole file is one document.
-    File,
-    /// `line`: one document a line.
-    Line,
-    /// `blank-line`: documents are separated by blank lines.
-    BlankLine,
-    /// `separator:TEXT`: documents are separated by lines that read TEXT, such as `<|endoftext|>`.
-    Separator(String),
-    /// `gutenberg`: a plain-text book of Project Gutenberg. The licence around the book is left out, the lines of
-    /// a paragraph are joined, and documents (tales, chapters) are separated by three or more blank lines.
-    Gutenberg,
+/// Sources and the files they name.
+#[derive(Clone, Debug)]
+pub(super) struct Corpus {
+    sources: Vec<(Source, Vec<InputFile>)>,
+    fingerprint: u64,
 }
 
-impl FromStr for Documents {
-    type Err = String;
+/// A document on its way.
+#[derive(Clone, Debug)]
+pub(super) struct Document {
+    /// Its number in the corpus.
+    pub index: usize,
+    /// Never empty.
+    pub text: String,
+    /// Bytes read from the disk by now, of [`Corpus::bytes`].
+    pub read: u64,
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "file" => Ok(Self::File),
-            "line" => Ok(Self::Line),
-            "blank-line" => Ok(Self::BlankLine),
-            "gutenberg" => Ok(Self::Gutenberg),
-            _ => match text.strip_prefix("separator:").map(str::trim) {
-                Some(separator) if !separator.is_empty() => Ok(Self::Separator(separator.into())),
-                _ => Err(format!(
-                    "unknown kind of documents `{text}`; use `file`, `line`, `blank-line`, `gutenberg` or \
-                     `separator:TEXT`"
-                )),
-            },
+impl Corpus {
+    /// Finds the files, which takes a network if they are in a repository and not in the cache.
+    pub fn open(sources: &[Source], hub: &Hub) -> Result<Self> {
+        let mut hash = Fnv::default();
+        let mut opened = Vec::new();
+        for source in sources {
+            let files = source.files(hub)?;
+            source.mark(&files, &mut hash)?;
+            opened.push((source.clone(), files));
         }
+        Ok(Self { sources: opened, fingerprint: hash.finish() })
     }
-}
 
-impl TryFrom<String> for Documents {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
+    /// Tells whether these are the files of another time, by their names, sizes and times of change.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
     }
-}
 
-impl From<Documents> for String {
-    fn from(documents: Documents) -> Self {
-        documents.to_string()
+    /// Bytes of all files on the disk.
+    pub fn bytes(&self) -> u64 {
+        self.sources.iter().flat_map(|(_, files)| files).map(|file| file.size).sum()
     }
-}
 
-impl fmt::Display for Documents {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File => f.write_str("file"),
-            Self::Line => f.write_str("line"),
-            Self::BlankLine => f.write_str("blank-line"),
-            Self::Separator(separator) => write!(f, "separator:{separator}"),
-            Self::Gutenberg => f.write_str("gutenberg"),
-        }
-    }
-}
-
-impl Documents {
-    /// The documents of `text`, in order.
-    pub fn split(&self, text: &str) -> Vec<String> {
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text).replace("\r\n", "\n");
-        let documents: Vec<String> = match self {
-            Self::File => vec![text],
-            Self::Line => text.lines().map(str::to_owned).collect(),
-            Self::BlankLine => split_lines(&text, |line| line.trim().is_empty()),
-            Self::Separator(separator) => split_lines(&text, |line| line.trim() == separator),
-            Self::Gutenberg => gutenberg(&text),
-        };
-        documents
-            .iter()
-            .map(|document| document.trim())
-            .filter(|document| !document.is_empty())
-            .map(str::to_owned)
-            .collect()
-    }
-}
-
-/// Runs of lines between those that `is_separator`.
-fn split_lines(text: &str, is_separator: impl Fn(&str) -> bool) -> Vec<String> {
-    let mut documents = vec![String::new()];
-    for line in text.lines() {
-        if is_separator(line) {
-            documents.push(String::new());
-        } else if let Some(document) = documents.last_mut() {
-            document.push_str(line);
-            document.push('\n');
-        }
-    }
-    documents
-}
-
-fn gutenberg(text: &str) -> Vec<String> {
-    let book = text
-        .lines()
-        .skip_while(|line| !line.starts_with("*** START OF"))
-        .skip(1)
-        .take_while(|line| !line.starts_with("*** END OF"));
-    let mut documents = vec![String::new()];
-    let mut blank_lines = 0;
-    for line in book.map(str::trim) {
-        if line.is_empty() {
-            blank_lines += 1;
-            continue;
-        }
-        if blank_lines >= 3 {
-            documents.push(String::new());
-        }
-        if let Some(document) = documents.last_mut() {
-            if !document.is_empty() {
-                document.push_str(if blank_lines > 0 { "\n\n" } else { " " });
+    /// Hands all documents to `sink`, in order, until it breaks off. A source without a document is an error.
+    pub fn read(&self, sink: &mut dyn FnMut(Document) -> Result<ControlFlow<()>>) -> Result<()> {
+        let (done, mut index) = (Cell::new(0), 0);
+        for (source, files) in &self.sources {
+            let before = index;
+            for file in files {
+                let mut numbered = |text: String| {
+                    if text.trim().is_empty() {
+                        return Ok(ControlFlow::Continue(()));
+                    }
+                    index += 1;
+                    sink(Document { index: index - 1, text, read: done.get() })
+                };
+                if reader::read(file, source, &done, &mut numbered)?.is_break() {
+                    return Ok(());
+                }
             }
-            document.push_str(line);
+            if index == before {
+                let cut = source.documents.as_ref();
+                let cut = cut.map(|kind| format!(" (documents = \"{kind}\")")).unwrap_or_default();
+                return Err(source.refuse(format!("holds no document{cut}")));
+            }
         }
-        blank_lines = 0;
+        Ok(())
     }
-    documents
-}
-
-/// A file of text, or a directory whose `.txt` files are read in the order of their paths.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Source {
-    /// The file or directory.
-    pub path: PathBuf,
-    /// How its text is cut into documents.
-    pub documents: Documents,
-}
-
-impl Source {
-    /// The documents of this source, in order. A source without a document is an error.
-    pub fn read(&self) -> Result<Vec<String>> {
-        let mut documents = Vec::new();
-        for file in text_files(&self.path)? {
-            documents.extend(self.documents.split(&read_utf8(&file)?));
-        }
-        if documents.is_empty() {
-            let reason = format!("holds no document (documents = \"{}\")", self.documents);
-            return Err(Error::Corpus { path: self.path.clone(), reason });
-        }
-        Ok(documents)
-    }
-}
-
-/// The documents of all sources, in order.
-pub fn read(sources: &[Source]) -> Result<Vec<String>> {
-    let mut documents = Vec::new();
-    for source in sources {
-        documents.extend(source.read()?);
-    }
-    Ok(documents)
-}
-
-fn text_files(path: &Path) -> Result<Vec<PathBuf>> {
-    if !path.is_dir() {
-        return Ok(vec![path.to_owned()]);
-    }
-    let mut files = Vec::new();
-    for entry in fs::read_dir(path).map_err(Error::io(path))? {
-        let entry = entry.map_err(Error::io(path))?.path();
-        if entry.extension().is_some_and(|extension| extension == "txt") {
-            files.push(entry);
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
-fn read_utf8(path: &Path) -> Result<String> {
-    String::from_utf8(fs::read(path).map_err(Error::io(path))?).map_err(|error| Error::Corpus {
-        path: path.to_owned(),
-        reason: format!("byte {} is not UTF-8", error.utf8_error().valid_up_to()),
-    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, path::Path};
+
     use super::*;
+    use crate::dataset::Documents;
 
-    #[test]
-    fn documents_are_split_as_their_name_says() {
-        let cases: [(&str, &str, &[&str]); 6] = [
-            ("file", "\u{feff}a\r\n\r\nb\r\n", &["a\n\nb"]),
-            ("line", "a b\n\n c \r\nd", &["a b", "c", "d"]),
-            ("blank-line", "a\nb\n \n\nc\n", &["a\nb", "c"]),
-            (
-                "separator:<|endoftext|>",
-                "\na\n\nb\n<|endoftext|>\nc <|endoftext|>\n",
-                &["a\n\nb", "c <|endoftext|>"],
-            ),
-            (
-                "gutenberg",
-                "licence\r\n*** START OF THIS BOOK ***\r\nTitle\n\n\n\nOnce\nupon\n\na time\n*** END OF IT\nmore",
-                &["Title", "Once upon\n\na time"],
-            ),
-            ("gutenberg", "a text without its markers", &[]),
-        ];
-        for (kind, text, expected) in cases {
-            assert_eq!(kind.parse::<Documents>().unwrap().split(text), expected, "{kind}");
-        }
-    }
-
-    #[test]
-    fn a_kind_is_written_as_it_is_read() {
-        for kind in ["file", "line", "blank-line", "separator:<|endoftext|>", "gutenberg"] {
-            assert_eq!(kind.parse::<Documents>().unwrap().to_string(), kind);
-        }
-        for kind in ["lines", "separator:", "separator: ", ""] {
-            assert!(kind.parse::<Documents>().unwrap_err().contains("blank-line"), "{kind}");
-        }
+    fn read(sources: &[Source]) -> Result<Vec<String>> {
+        let mut texts = Vec::new();
+        Corpus::open(sources, &Hub::from_env())?.read(&mut |document| {
+            assert_eq!(document.index, texts.len());
+            texts.push(document.text);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(texts)
     }
 
     #[test]
     fn a_directory_is_read_in_the_order_of_its_paths() {
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in [("b.txt", "2"), ("a.txt", "1"), ("c.md", "3")] {
-            fs::write(dir.path().join(name), text).unwrap();
+        for (name, text) in [
+            ("b.txt", "2"),
+            ("a.txt", "1"),
+            ("c.md", "3"),
+            ("c.jsonl", r#"{"text": "4"}"#),
+            ("a/a.json", r#"[{"text": "0"}]"#),
+        ] {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
         }
-        let source = Source { path: dir.path().to_owned(), documents: Documents::File };
-        assert_eq!(source.read().unwrap(), ["1", "2"]);
+        let source = Source::text(dir.path(), Documents::File);
+        assert_eq!(read(&[source.clone(), source]).unwrap(), ["0", "1", "2", "4"].repeat(2));
     }
 
     #[test]
     fn errors_name_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.txt");
-        let message = |path: &Path| {
-            Source { path: path.to_owned(), documents: Documents::Line }
-                .read()
-                .unwrap_err()
-                .to_string()
-        };
+        let message =
+            |path: &Path| read(&[Source::text(path, Documents::Line)]).unwrap_err().to_string();
         assert!(message(&path).contains("x.txt"));
-        fs::write(&path, b"abc\xff").unwrap();
-        assert!(message(&path).ends_with("x.txt: byte 3 is not UTF-8"));
+        fs::write(&path, b"ab\nc\xff").unwrap();
+        assert!(message(&path).ends_with("x.txt: byte 4 is not UTF-8"));
         fs::write(&path, "\n \n").unwrap();
         assert!(message(&path).ends_with("x.txt: holds no document (documents = \"line\")"));
     }

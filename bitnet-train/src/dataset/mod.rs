@@ -1,15 +1,32 @@
-//! From files of text to tokens: `corpus` reads documents, `vocabulary` is trained on them, `tokens` encodes them.
+//! From files to tokens: `source` finds the files, `reader` reads their documents one at a time, `vocabulary` is trained
+//! on them, `shards` keep them encoded on the disk, `tokens` are read from there, `stream` packs them in some order.
+//! Memory does not grow with the corpus, but for a few bytes a document.
 
-pub mod corpus;
+mod cache;
+mod corpus;
+mod documents;
+mod fingerprint;
+mod reader;
+mod sample;
+mod shards;
+mod source;
+mod split;
 pub mod stream;
 pub mod tokens;
 pub mod vocabulary;
 
-pub use corpus::{Documents, Source};
-pub use stream::{Stream, Window};
-pub use tokens::Tokens;
-pub use vocabulary::Vocabulary;
+use std::ops::ControlFlow;
 
+use bitnet_model::hub::Hub;
+
+use self::{cache::Cache, corpus::Corpus, split::Split};
+pub use self::{
+    documents::Documents,
+    source::Source,
+    stream::{Stream, Window},
+    tokens::Tokens,
+    vocabulary::Vocabulary,
+};
 use crate::{Error, Result, recipe::Recipe};
 
 /// What a recipe trains and evaluates on.
@@ -23,18 +40,53 @@ pub struct Dataset {
     pub validation: Tokens,
 }
 
+/// How far the reading of a corpus has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What for.
+    pub stage: Stage,
+    /// Bytes read from the disk.
+    pub done: u64,
+    /// Bytes of the files.
+    pub total: u64,
+}
+
+/// Why a corpus is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// To train the vocabulary.
+    Vocabulary,
+    /// To encode the text that is trained on.
+    Train,
+    /// To encode held-out text.
+    Validation,
+}
+
 impl Dataset {
-    /// Reads, trains and encodes what `[data]` says. The same files give the same dataset.
+    /// As [`open_with`](Self::open_with), with the Hub of the environment and nobody watching.
     pub fn open(recipe: &Recipe) -> Result<Self> {
-        let train = corpus::read(&recipe.data.train)?;
-        let mut validation = corpus::read(&recipe.data.validation)?;
-        if let Some(bytes) = recipe.data.validation_bytes {
-            truncate(&mut validation, bytes);
-        }
+        Self::open_with(recipe, &Hub::from_env(), &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// What `[data]` says, read and encoded unless the cache has it. The same files give the same dataset. `hub` is
+    /// asked for the files of dataset repositories; `observe` is told of every few megabytes that are read, and may break
+    /// off.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] if `observe` broke off; text that cannot be read, with its file and line.
+    pub fn open_with(
+        recipe: &Recipe,
+        hub: &Hub,
+        observe: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        let data = &recipe.data;
+        let split = data.validation_split.map(|share| Split { share, seed: recipe.train.seed });
+        let train = Corpus::open(&data.train, hub)?;
+        let mut cache = Cache::open(&data.cache_dir(&recipe.output.dir), observe)?;
         let vocab_size = recipe.model.vocab_size;
-        let vocabulary = match &recipe.data.tokenizer {
+        let vocabulary = match &data.tokenizer {
             Some(path) => Vocabulary::from_file(path)?,
-            None => Vocabulary::train(&train, vocab_size)?,
+            None => cache.vocabulary(&train, vocab_size, split)?,
         };
         if vocabulary.size() > vocab_size {
             let reason = format!(
@@ -43,41 +95,21 @@ impl Dataset {
             );
             return Err(Error::recipe("model.vocab_size", reason));
         }
-        let train = Tokens::encode(&train, &vocabulary)?;
-        let validation = Tokens::encode(&validation, &vocabulary)?;
+        let train = cache.tokens(&train, &vocabulary, None, Stage::Train)?;
+        let (train, validation) = match split {
+            Some(split) => train.split(split, data.validation_bytes)?,
+            None => {
+                let validation = Corpus::open(&data.validation, hub)?;
+                let limit = data.validation_bytes;
+                (train, cache.tokens(&validation, &vocabulary, limit, Stage::Validation)?)
+            }
+        };
+        if data.cache.is_none() {
+            cache.clear_unused()?;
+        }
         Ok(Self { vocabulary, train, validation })
     }
 }
 
-/// Keeps the first documents, up to `bytes` bytes (a few less if that would cut a character).
-fn truncate(documents: &mut Vec<String>, bytes: usize) {
-    let mut left = bytes;
-    documents.retain_mut(|document| {
-        let end = (0..=left.min(document.len()))
-            .rev()
-            .find(|&end| document.is_char_boundary(end))
-            .unwrap_or(0);
-        left = if end < document.len() { 0 } else { left - end };
-        document.truncate(end);
-        !document.is_empty()
-    });
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn held_out_text_is_cut_between_characters() {
-        let cut = |bytes| {
-            let mut documents = ["ab", "cédé", "f"].map(str::to_owned).to_vec();
-            truncate(&mut documents, bytes);
-            documents
-        };
-        assert_eq!(cut(100), ["ab", "cédé", "f"]);
-        assert_eq!(cut(8), ["ab", "cédé"]);
-        assert_eq!(cut(7), ["ab", "céd"]);
-        assert_eq!(cut(4), ["ab", "c"]);
-        assert_eq!(cut(1), ["a"]);
-    }
-}
+mod tests;

@@ -5,7 +5,7 @@
 //! puts the first one before every text, as Llama 3's and BitNet b1.58 2B4T's tokenizers do. The files written are
 //! those of the Hub: `transformers`' `PreTrainedTokenizerFast` reads them.
 
-use std::{fs, path::Path};
+use std::{fs, hash::Hasher, path::Path};
 
 use rayon::prelude::*;
 use serde_json::json;
@@ -17,6 +17,7 @@ use tokenizers::{
     processors::template::TemplateProcessing,
 };
 
+use super::fingerprint::Fnv;
 use crate::{Error, Result};
 
 /// Begins every document.
@@ -125,6 +126,18 @@ impl Vocabulary {
             "tokenizer_class": "PreTrainedTokenizerFast",
         });
         write("tokenizer_config.json", format!("{config:#}"))
+    }
+
+    /// The content of `tokenizer.json`, on one line.
+    pub fn to_json(&self) -> Result<String> {
+        self.tokenizer.to_string(false).map_err(tokenizer_error)
+    }
+
+    /// A hash of the whole tokenizer: texts have the same tokens under the same fingerprint.
+    pub fn fingerprint(&self) -> Result<u64> {
+        let mut hash = Fnv::default();
+        hash.write(self.to_json()?.as_bytes());
+        Ok(hash.finish())
     }
 
     /// Number of ids, special tokens included.

@@ -1,6 +1,6 @@
 //! `[data]`: what is trained and evaluated on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,14 +11,40 @@ use crate::{
     dataset::{Source, vocabulary},
 };
 
-/// `[data]`: text files.
+/// `[data]`: text and records.
+///
+/// ```toml
+/// [data]
+/// sequence_length = 256          # tokens in a window
+/// attend = "document"            # "window" (default): a token also sees the documents before its own
+/// tokenizer = "tokenizer.json"   # instead of a vocabulary trained on the text
+/// cache = "tokens"               # instead of `tokens` in the output folder; may be shared by runs
+/// validation_split = 0.01        # of the documents are held out; or give [[data.validation]]
+/// validation_bytes = 100000      # of held-out text are used
+///
+/// [[data.train]]                 # text: a file, or with * and ** several
+/// path = "stories/**/*.txt.gz"
+/// documents = "separator:<|endoftext|>"  # or "file", "line", "blank-line", "gutenberg"
+/// [[data.train]]                 # records: .jsonl, .json, .parquet
+/// path = "web.jsonl"
+/// field = "content"              # the key or column of the text, "text" unless given
+/// [[data.train]]                 # a directory with all below it: .txt, .jsonl, .json, .parquet
+/// path = "mixed"
+/// documents = "file"             # of its text
+/// [[data.train]]                 # files of a dataset repository, downloaded into the Hub's cache
+/// path = "hf://datasets/roneneldan/TinyStories@main/data/train-*.parquet"
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
     /// `[[data.train]]`: what is trained on, and what the vocabulary is trained on.
     pub train: Vec<Source>,
-    /// `[[data.validation]]`: held-out text.
+    /// `[[data.validation]]`: held-out text; either this or `validation_split`.
+    #[serde(default)]
     pub validation: Vec<Source>,
+    /// The share of the training documents that is held out instead: more than 0, less than 1. `train.seed` decides
+    /// which, and neither the model nor the vocabulary is trained on them.
+    pub validation_split: Option<f64>,
     /// Only about this many bytes of held-out text are used.
     pub validation_bytes: Option<usize>,
     /// Tokens in a window.
@@ -28,9 +54,27 @@ pub struct Data {
     pub attend: Attend,
     /// A `tokenizer.json` to use instead of training a vocabulary.
     pub tokenizer: Option<PathBuf>,
+    /// Folder of encoded text, which runs may share; nothing in it is deleted. Unless given, `tokens` in the output
+    /// folder, which holds what the run uses and no more.
+    pub cache: Option<PathBuf>,
 }
 
 impl Data {
+    /// The folder of encoded text of a run with this output folder.
+    pub fn cache_dir(&self, output: &Path) -> PathBuf {
+        self.cache.clone().unwrap_or_else(|| output.join("tokens"))
+    }
+
+    /// Makes relative paths start at `dir`.
+    pub(super) fn start_at(&mut self, dir: &Path) {
+        for source in self.train.iter_mut().chain(&mut self.validation) {
+            source.start_at(dir);
+        }
+        for path in self.tokenizer.iter_mut().chain(&mut self.cache) {
+            *path = dir.join(&*path);
+        }
+    }
+
     /// Says which key has a value that cannot be used.
     pub(super) fn validate(&self, model: &Model) -> Result<()> {
         at_least_one("data.sequence_length", self.sequence_length)?;
@@ -47,8 +91,20 @@ impl Data {
         if self.train.is_empty() {
             return Err(Error::recipe("data.train", "names no text"));
         }
-        if self.validation.is_empty() {
-            return Err(Error::recipe("data.validation", "names no text"));
+        match (self.validation.is_empty(), self.validation_split) {
+            (true, None) => {
+                let reason = "names no text; give `[[data.validation]]` or `data.validation_split`";
+                return Err(Error::recipe("data.validation", reason));
+            }
+            (false, Some(_)) => {
+                let reason = "give either `data.validation_split` or `[[data.validation]]`";
+                return Err(Error::recipe("data.validation_split", reason));
+            }
+            (true, Some(share)) if !(share > 0. && share < 1.) => {
+                let reason = format!("is {share}; must be more than 0 and less than 1");
+                return Err(Error::recipe("data.validation_split", reason));
+            }
+            _ => {}
         }
         if self.validation_bytes == Some(0) {
             return Err(Error::recipe("data.validation_bytes", "must be at least 1"));

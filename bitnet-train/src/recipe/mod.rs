@@ -30,7 +30,7 @@
 //! dir = "run"
 //! ```
 //!
-//! Paths are relative to the recipe. Unknown keys are errors. Fields may be changed after reading; [`Recipe::validate`]
+//! All keys of `[data]` are in [`data`](Data). Paths are relative to the recipe. Unknown keys are errors. Fields may be changed after reading; [`Recipe::validate`]
 //! then says whether they still make sense.
 
 use std::path::PathBuf;
@@ -324,7 +324,18 @@ impl Recipe {
         if let Some(recipe) = value.as_object_mut() {
             recipe.remove("output");
             for (table, keys) in [
-                ("data", ["train", "validation", "tokenizer", "validation_bytes"].as_slice()),
+                (
+                    "data",
+                    [
+                        "train",
+                        "validation",
+                        "validation_split",
+                        "validation_bytes",
+                        "tokenizer",
+                        "cache",
+                    ]
+                    .as_slice(),
+                ),
                 (
                     "train",
                     &["recompute_blocks", "save_every", "save_total_limit", "early_stop_patience"],
@@ -427,6 +438,12 @@ mod tests {
                 "sequence_length = 256",
                 "sequence_length = 1\nattend = \"document\"",
                 "`data.sequence_length`",
+            ),
+            ("[data]", "[data]\nvalidation_split = 0.1", "`data.validation_split`"),
+            (
+                "validation = [{ path = \"/b.txt\", documents = \"separator:<|endoftext|>\" }]",
+                "validation_split = 1.0",
+                "`data.validation_split`: is 1; must be",
             ),
             ("\"line\"", "\"lines\"", "unknown kind of documents `lines`"),
             ("peak_lr = 1e-3", "peak_lr = inf", "`optimizer.peak_lr`"),
