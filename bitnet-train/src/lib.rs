@@ -10,7 +10,9 @@
 //! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop.
 pub mod batch;
 pub mod checkpoint;
+pub mod codes;
 pub mod dataset;
+pub mod detector;
 mod error;
 pub mod experiment;
 pub mod loss;
@@ -19,6 +21,7 @@ pub mod optimizer;
 pub mod parameters;
 pub mod qat;
 pub mod recipe;
+pub mod tensorboard;
 pub mod trainer;
 
 pub use error::{Error, Result};

@@ -147,7 +147,7 @@ impl Trainer {
         }
         let dir = &recipe.output.dir;
         vocabulary.save(dir)?;
-        let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.step)?;
+        let metrics = Metrics::open(dir, state.step, false)?;
         let schedule = recipe.schedule(steps);
         let recipe = recipe.clone();
         Ok(Self {
@@ -269,6 +269,7 @@ impl Trainer {
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            ..TrainRecord::default()
         })
     }
 
@@ -323,7 +324,17 @@ impl Trainer {
             self.state.evaluations_since_best += 1;
         }
         let (nats_per_token, seconds) = (nats / tokens as f64, started.elapsed().as_secs_f64());
-        Ok((EvaluationRecord { step, nats_per_token, nats_per_byte, tokens, seconds }, is_best))
+        Ok((
+            EvaluationRecord {
+                step,
+                nats_per_token,
+                nats_per_byte,
+                tokens,
+                seconds,
+                diversity: None,
+            },
+            is_best,
+        ))
     }
 }
 
