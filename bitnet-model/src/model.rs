@@ -144,7 +144,12 @@ impl Model {
                 }
             }
         }
-        self.norm.forward(&x)
+        self.norm(&x)
+    }
+
+    /// The final norm of the last block's output (…, hidden_size).
+    pub fn norm(&self, x: &Tensor) -> Result<Tensor> {
+        self.norm.forward(x)
     }
 
     /// The head: hidden states (…, hidden_size) → all logits (…, vocab_size), f32.

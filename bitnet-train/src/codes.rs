@@ -5,8 +5,12 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use bitnet_model::storage::with_slice;
+use bitnet_model::{
+    quant::{Rounding, ternary, weight_scale},
+    storage::with_slice,
+};
 use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::{
     Error, Result,
@@ -90,6 +94,12 @@ impl Census {
         let last = TensorFile::parse(&path, &bytes)?.bytes()?;
         Ok(Self { last: last.into_iter().map(|(name, bytes)| (name, Packed(bytes))).collect() })
     }
+}
+
+/// The codes of a matrix that is quantized by its absolute mean, as b1.58 has it.
+pub fn ternary_codes(latent: &[f32], rounding: Rounding) -> Vec<i8> {
+    let inverse_scale = 1. / weight_scale(latent);
+    latent.par_iter().map(|&weight| ternary(weight, inverse_scale, rounding)).collect()
 }
 
 fn pack(codes: &[i8]) -> Packed {

@@ -46,15 +46,15 @@ pub struct Divergence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trouble {
-    /// The first update or evaluation with the sign, as the number of updates made.
+    /// Updates after which the weights may have been bad already.
     pub since: usize,
     /// Signs in a row.
     pub count: usize,
 }
 
 impl Trouble {
-    fn grown(trouble: Option<Self>, step: usize) -> Self {
-        trouble.map_or(Self { since: step, count: 1 }, |t| Self { count: t.count + 1, ..t })
+    fn grown(trouble: Option<Self>, since: usize) -> Self {
+        trouble.map_or(Self { since, count: 1 }, |t| Self { count: t.count + 1, ..t })
     }
 }
 
@@ -63,7 +63,7 @@ impl Trouble {
 pub struct Finding {
     /// What was seen, with its numbers.
     pub reason: String,
-    /// Updates made when it was first seen: weights from before that are good.
+    /// Updates after which the weights may have been bad already; those of fewer are good.
     pub since: usize,
 }
 
@@ -83,7 +83,8 @@ impl Divergence {
         }
         let level = *self.level.get_or_insert(loss);
         let limit = level + level.abs() * limits.margin;
-        self.trouble = (loss > limit).then(|| Trouble::grown(self.trouble, step));
+        // The loss of update n is that of the weights after n − 1.
+        self.trouble = (loss > limit).then(|| Trouble::grown(self.trouble, step - 1));
         if self.recent.len() == WINDOW {
             self.recent.pop_front();
         }
@@ -100,7 +101,7 @@ impl Divergence {
         })
     }
 
-    /// Since when the loss has been too high, if it is.
+    /// Updates after which the present trouble may have begun, if there is any.
     pub fn trouble(&self) -> Option<usize> {
         self.trouble.map(|trouble| trouble.since)
     }
@@ -131,6 +132,8 @@ pub struct CollapseLimits {
 pub struct Collapse {
     /// Whether an evaluation has found more knowledge than frequencies.
     has_learned: bool,
+    /// Updates before the last evaluation without the signs.
+    last_sound: usize,
     trouble: Option<Trouble>,
 }
 
@@ -149,7 +152,10 @@ impl Collapse {
         self.has_learned |= knows_more;
         let is_narrow = predicted_tokens < (FEW * label_tokens).max(NARROW);
         let signs = is_narrow && !knows_more && !is_young;
-        self.trouble = signs.then(|| Trouble::grown(self.trouble, step));
+        self.trouble = signs.then(|| Trouble::grown(self.trouble, self.last_sound + 1));
+        if !signs {
+            self.last_sound = step;
+        }
         let Trouble { since, count } = self.trouble?;
         (count >= limits.evaluations).then(|| Finding {
             reason: format!(
@@ -161,7 +167,7 @@ impl Collapse {
         })
     }
 
-    /// Since when the predictions have been collapsed, if they are.
+    /// Updates after which the present trouble may have begun, if there is any.
     pub fn trouble(&self) -> Option<usize> {
         self.trouble.map(|trouble| trouble.since)
     }

@@ -84,6 +84,21 @@ pub enum Error {
         /// The newest checkpoint on disk.
         last_good: Option<PathBuf>,
     },
+    /// The loss is finite, but the run has gone wrong.
+    #[error(
+        "step {step}: {reason}; {advice}{}",
+        last_good.as_ref().map(|path| format!("; last good checkpoint: {}", path.display())).unwrap_or_default()
+    )]
+    WentWrong {
+        /// Updates made.
+        step: usize,
+        /// What was seen, with its numbers.
+        reason: String,
+        /// What to change, and how to go on nevertheless.
+        advice: &'static str,
+        /// The newest checkpoint from before the trouble.
+        last_good: Option<PathBuf>,
+    },
     /// An argument of a call is out of range.
     #[error("{0}")]
     Input(String),

@@ -6,6 +6,18 @@
 
 use std::{fs, path::Path, sync::atomic::AtomicBool};
 
+use crate::{
+    Error, Result,
+    checkpoint::Best,
+    codes::ternary_codes,
+    dataset::{Dataset, Vocabulary},
+    language_model::LanguageModel,
+    objective::NextToken,
+    parameters::Parameters,
+    qat::QatLinears,
+    recipe::{Precision, Recipe},
+    trainer::{Event, Outcome, Trainer},
+};
 use bitnet_model::{
     checkpoint::{
         Checkpoint,
@@ -16,17 +28,6 @@ use bitnet_model::{
     model::Model,
     nn::{DenseLinears, LinearFactory},
     quant::Rounding,
-};
-use candle_core::Tensor;
-
-use crate::{
-    Error, Result,
-    checkpoint::Best,
-    dataset::{Dataset, Vocabulary},
-    parameters::Parameters,
-    qat::QatLinears,
-    recipe::{Precision, Recipe},
-    trainer::{Event, Outcome, Trainer},
 };
 
 /// How a run ended.
@@ -70,15 +71,12 @@ pub fn run(
         true => Trainer::resume(recipe, dataset, named)?,
         false => Trainer::start(recipe, dataset, named)?,
     };
-    let logits = |model: &Model, tokens: &Tensor| -> Result<Tensor> {
-        Ok(model.logits(&model.hidden_states(tokens, None)?)?)
-    };
-    let outcome = trainer.run(
-        |tokens| logits(&model, tokens),
-        |tokens| logits(&frozen, tokens),
-        observe,
-        interrupted,
-    )?;
+    let mut task = LanguageModel::new(model, frozen, Box::new(NextToken))
+        .recompute(recipe.train.recompute_blocks);
+    if recipe.model.precision == Precision::Bitnet {
+        task = task.quantizer(|latent| ternary_codes(latent, Rounding::HalfEven));
+    }
+    let outcome = trainer.run(&task, observe, interrupted)?;
     if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;
     }

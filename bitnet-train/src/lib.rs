@@ -5,9 +5,9 @@
 //! ```
 //!
 //! A run is described by a [`recipe::Recipe`]. [`dataset`] reads text and turns it into tokens, [`batch`] cuts them
-//! into windows, the caller's model makes logits of them, [`loss`] compares those with the next tokens, Candle walks
-//! back to the parameters, [`optimizer`] updates them, [`metrics`] writes down what happened and [`checkpoint`] makes
-//! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop.
+//! into windows, [`language_model`] runs them forward and backward, with an [`objective`] made of [`loss`]es,
+//! [`optimizer`] updates the parameters, [`metrics`] writes down what happened and [`checkpoint`] makes
+//! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop, over any [`task`].
 pub mod batch;
 pub mod checkpoint;
 pub mod codes;
@@ -15,12 +15,15 @@ pub mod dataset;
 pub mod detector;
 mod error;
 pub mod experiment;
+pub mod language_model;
 pub mod loss;
 pub mod metrics;
+pub mod objective;
 pub mod optimizer;
 pub mod parameters;
 pub mod qat;
 pub mod recipe;
+pub mod task;
 pub mod tensorboard;
 pub mod trainer;
 

@@ -10,11 +10,11 @@
 
 use std::sync::{Arc, OnceLock};
 
-use bitnet_model::kernels;
+use bitnet_model::{kernels, sampler::argmax, storage::with_slice};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::{Error, Result};
+use crate::{Error, Result, task::Prediction};
 
 /// The label of a position that does not count.
 pub const IGNORED: i64 = -100;
@@ -36,11 +36,20 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) 
     Ok(logits.to_dtype(DType::F32)?.contiguous()?.apply_op1(op)?)
 }
 
-/// Cross-entropy of every row in nats, 0 where the label is [`IGNORED`]; for evaluation.
-pub fn row_nats(logits: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
+/// What `logits` (rows, vocab) make of each label that is not [`IGNORED`], in order; for evaluation.
+pub fn predictions(logits: &Tensor, labels: &[i64]) -> Result<Vec<Prediction>> {
     let targets = targets(logits, labels)?;
-    let nats = RowNats { targets: targets.into() };
-    Ok(logits.detach().to_dtype(DType::F32)?.contiguous()?.apply_op1(nats)?.to_vec1()?)
+    let vocab = logits.dim(1)?;
+    Ok(with_slice::<f32, _>(&logits.to_dtype(DType::F32)?, |logits| {
+        let rows = logits.par_chunks(vocab).zip(&targets);
+        let predict = |scratch: &mut Vec<f32>, (row, target): (&[f32], &Option<usize>)| {
+            let target = (*target)?;
+            let nats = log_sum_exp(scratch, row) - row[target];
+            Some(Prediction { nats, token: argmax(row) as u32 })
+        };
+        let predictions: Vec<Option<Prediction>> = rows.map_init(Vec::new, predict).collect();
+        Ok(predictions.into_iter().flatten().collect())
+    })?)
 }
 
 /// The labels of `(batch, seq)` token ids under a causal model: each row moved left by one, [`IGNORED`] at its end.
@@ -157,31 +166,6 @@ impl CustomOp1 for SoftmaxMinusOnehot {
     }
 }
 
-struct RowNats {
-    targets: Targets,
-}
-
-impl CustomOp1 for RowNats {
-    fn name(&self) -> &'static str {
-        "cross-entropy-rows"
-    }
-
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (logits, vocab) = rows(self.name(), logits, layout)?;
-        let nats: Vec<f32> = (logits.par_chunks(vocab).zip(self.targets.par_iter()))
-            .map_init(Vec::new, |scratch, (row, target)| {
-                target.map_or(0., |target| log_sum_exp(scratch, row) - row[target])
-            })
-            .collect();
-        let shape = Shape::from(nats.len());
-        Ok((CpuStorage::F32(nats), shape))
-    }
-}
-
 /// The contiguous f32 values of a matrix and the length of its rows.
 fn rows<'a>(
     op: &str,
@@ -212,6 +196,10 @@ mod tests {
 
     use super::*;
 
+    fn nats(logits: &Tensor, labels: &[i64]) -> Vec<f32> {
+        predictions(logits, labels).unwrap().into_iter().map(|prediction| prediction.nats).collect()
+    }
+
     fn values(rows: usize, vocab: usize) -> impl Strategy<Value = Vec<f32>> {
         prop::collection::vec(-30f32..30., rows * vocab)
     }
@@ -241,7 +229,7 @@ mod tests {
             for (grad, expected) in grad(&loss).iter().zip(grad(&expected)) {
                 prop_assert!((grad - expected).abs() < 1e-5, "{grad} {expected}");
             }
-            let nats = row_nats(&logits, &labels).unwrap();
+            let nats = nats(&logits, &labels);
             let mean = nats.iter().sum::<f32>() / rows as f32;
             prop_assert!((mean - loss.to_scalar::<f32>().unwrap()).abs() < 2e-5);
         }
@@ -252,11 +240,11 @@ mod tests {
         let device = Device::Cpu;
         let logits = Var::randn(0f32, 1., (3, 40), &device).unwrap();
         let labels = [5, IGNORED, 7];
-        let nats = row_nats(&logits, &labels).unwrap();
-        assert_eq!(nats[1], 0.);
+        let nats = nats(&logits, &labels);
+        assert_eq!(nats.len(), 2);
         for (num_items, divisor) in [(None, 2.), (Some(8), 8.)] {
             let loss = cross_entropy(&logits, &labels, num_items).unwrap();
-            let expected = (nats[0] + nats[2]) / divisor;
+            let expected = (nats[0] + nats[1]) / divisor;
             assert!((loss.to_scalar::<f32>().unwrap() - expected).abs() < 1e-6);
             let grads = loss.backward().unwrap();
             let grad = grads.get(&logits).unwrap().to_vec2::<f32>().unwrap();
@@ -270,14 +258,15 @@ mod tests {
     fn extreme_logits_stay_finite_and_nan_shows() {
         let logits =
             Tensor::new(&[[1e30f32, -1e30, 0.], [-1e30, -1e30, -1e30]], &Device::Cpu).unwrap();
-        let nats = row_nats(&logits, &[0, 1]).unwrap();
-        assert_eq!(nats[0], 0.);
-        assert!(nats[1].is_finite());
+        let found = predictions(&logits, &[0, 2]).unwrap();
+        assert_eq!(found[0], Prediction { nats: 0., token: 0 });
+        let shifted = nats(&logits, &[0, 1]);
+        assert!(shifted[1].is_finite());
         for width in [3, 40] {
             let mut row = vec![0f32; width];
             row[1] = f32::NAN;
             let logits = Tensor::from_vec(row, (1, width), &Device::Cpu).unwrap();
-            assert!(row_nats(&logits, &[0]).unwrap()[0].is_nan());
+            assert!(nats(&logits, &[0])[0].is_nan());
         }
     }
 
@@ -288,7 +277,7 @@ mod tests {
             assert!(cross_entropy(&logits, labels, None).is_err(), "{labels:?}");
         }
         let empty = Tensor::zeros((1, 0), DType::F32, &Device::Cpu).unwrap();
-        assert!(row_nats(&empty, &[IGNORED]).is_err());
+        assert!(predictions(&empty, &[IGNORED]).is_err());
     }
 
     #[test]

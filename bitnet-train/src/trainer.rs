@@ -1,28 +1,40 @@
 //! The training loop: batch → model → loss → backward → clip → update, with evaluations, checkpoints and an exact
 //! resume.
 //!
-//! The loop knows no model: it is given a function from tokens to logits and the variables behind it. Every bit of a
-//! run follows from the recipe, the dataset and the initial weights, so a run that is killed and resumed ends with
+//! The loop knows no model: it is given a [`Task`] and the variables behind it. Every bit of a run follows from the recipe, the dataset and the initial weights, so a run that is killed and resumed ends with
 //! the same weights and metrics (but for timings) as one that was not.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use candle_core::{D, Device, Tensor, Var};
+use bitnet_model::checkpoint::write_atomic;
+use candle_core::Var;
 
 use crate::{
     Error, Result,
     batch::{Batch, Batches, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
+    codes::Census,
     dataset::{Dataset, Tokens},
-    loss::{cross_entropy, row_nats},
-    metrics::{EvaluationRecord, Metrics, Record, TrainRecord},
+    detector::{Finding, effective_number},
+    metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
+    task::{Gradients, Part, Task},
 };
+
+/// The recipe of a run, complete, in its output folder.
+pub const RECIPE: &str = "recipe.toml";
+
+/// The term of the loss that says how well a model foresees.
+const CROSS_ENTROPY: &str = "cross_entropy";
+
+const DIVERGED: &str = "lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`; to go on nevertheless, set `train.stop_on_divergence=false` and resume";
+const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 to 1e-3 is sound); to go on nevertheless, set `train.stop_on_collapse=false` and resume";
 
 /// What happens during a run, for a progress bar.
 #[derive(Clone, Debug)]
@@ -67,10 +79,10 @@ pub struct Trainer {
     batches: Batches,
     validation: Tokens,
     parameters: Vec<(String, Var)>,
-    device: Device,
     optimizer: AdamW,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    census: Census,
     state: TrainerState,
 }
 
@@ -109,10 +121,9 @@ impl Trainer {
         checkpoints: Checkpoints,
     ) -> Result<Self> {
         let Dataset { vocabulary, train, validation } = dataset;
-        let Some((_, first)) = parameters.first() else {
+        if parameters.is_empty() {
             return Err(Error::Input("the model has no trainable parameter".into()));
-        };
-        let device = first.device().clone();
+        }
         let mut optimizer = AdamW::new(&parameters, recipe.adamw())?;
         let mut state = TrainerState {
             step: 0,
@@ -120,6 +131,8 @@ impl Trainer {
             tokens: 0,
             best: None,
             evaluations_since_best: 0,
+            divergence: Default::default(),
+            collapse: Default::default(),
             recipe: recipe.identity()?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
@@ -130,6 +143,7 @@ impl Trainer {
             recipe.train.seed,
         )?;
         let steps = recipe.steps(batches.per_epoch())?;
+        let mut census = Census::default();
         if let Some(path) = checkpoints.latest()? {
             let saved = checkpoint::read_state(&path)?;
             let refuse = |reason| Err(Error::Checkpoint { path: path.clone(), reason });
@@ -142,12 +156,14 @@ impl Trainer {
                 );
             }
             checkpoint::load(&path, &parameters, &mut optimizer)?;
+            census = Census::load(&path)?;
             batches.seek(saved.position);
             state = saved;
         }
         let dir = &recipe.output.dir;
         vocabulary.save(dir)?;
-        let metrics = Metrics::open(dir, state.step, false)?;
+        write_atomic(&dir.join(RECIPE), recipe.to_toml()?.as_bytes())?;
+        let metrics = Metrics::open(dir, state.step, recipe.output.tensorboard)?;
         let schedule = recipe.schedule(steps);
         let recipe = recipe.clone();
         Ok(Self {
@@ -157,10 +173,10 @@ impl Trainer {
             batches,
             validation,
             parameters,
-            device,
             optimizer,
             checkpoints,
             metrics,
+            census,
             state,
         })
     }
@@ -181,14 +197,9 @@ impl Trainer {
     }
 
     /// Trains until the end, or until `interrupted` is set, which is looked at after every update.
-    ///
-    /// `forward` makes logits `(batch · seq, vocab)` or `(batch, seq, vocab)` of tokens `(batch, seq)` through the
-    /// parameters. `evaluate` makes the same without recording a graph, from variables seen through
-    /// [`Var::as_detached_tensor`].
-    pub fn run<E: Into<Error>>(
+    pub fn run(
         &mut self,
-        forward: impl Fn(&Tensor) -> Result<Tensor, E>,
-        evaluate: impl Fn(&Tensor) -> Result<Tensor, E>,
+        task: &dyn Task,
         observe: &mut dyn FnMut(Event),
         interrupted: &AtomicBool,
     ) -> Result<Outcome> {
@@ -200,23 +211,36 @@ impl Trainer {
             if self.is_out_of_patience() {
                 return Ok(Outcome::EarlyStopped);
             }
-            let record = self.update(&forward)?;
+            let record = self.update(task)?;
             let (step, steps) = (record.step, self.steps);
             let eta = started.elapsed().mul_f64((steps - step) as f64 / (step - first) as f64);
             observe(Event::Update { record: &record, steps, eta });
+            let finding = self.watch(&record);
             self.metrics.write(&Record::Train(record))?;
+            self.stop_for(finding, self.recipe.train.stop_on_divergence, DIVERGED)?;
 
             let is_last = step == steps;
+            let codes_every = self.recipe.train.codes_every.unwrap_or(self.recipe.train.eval_every);
+            if step == 1 || is_last || step.is_multiple_of(codes_every) {
+                self.count_codes(task)?;
+            }
             if is_last || step.is_multiple_of(self.recipe.train.eval_every) {
-                let (record, is_best) = self.evaluate(&evaluate)?;
+                let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
+                let finding = self.watch_predictions(&record);
                 self.metrics.write(&Record::Evaluation(record))?;
+                self.stop_for(finding, self.recipe.train.stop_on_collapse, COLLAPSED)?;
             }
             let interrupted = interrupted.load(Ordering::Relaxed);
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
             if is_last || is_due || interrupted || self.is_out_of_patience() {
                 self.metrics.sync()?;
-                let path = self.checkpoints.save(&self.state, &self.parameters, &self.optimizer)?;
+                let path = self.checkpoints.save(
+                    &self.state,
+                    &self.parameters,
+                    &self.optimizer,
+                    &self.census,
+                )?;
                 observe(Event::Saved(&path));
             }
             if interrupted && !is_last {
@@ -232,25 +256,56 @@ impl Trainer {
             .is_some_and(|most| self.state.evaluations_since_best >= most)
     }
 
+    /// Looks for divergence in the cross-entropy, or in the loss as a whole where it is no term: the weights of
+    /// other terms may change.
+    fn watch(&mut self, record: &TrainRecord) -> Option<Finding> {
+        let loss = *record.terms.get(CROSS_ENTROPY).unwrap_or(&record.loss);
+        let is_settling = record.lambda.is_some_and(|lambda| lambda < 1.);
+        let limits = self.recipe.train.limits.divergence();
+        self.state.divergence.observe(record.step, loss, is_settling, limits)
+    }
+
+    fn watch_predictions(&mut self, record: &EvaluationRecord) -> Option<Finding> {
+        let limits = self.recipe.train.limits.collapse();
+        self.state.collapse.observe(record.step, record.nats_per_token, record.diversity?, limits)
+    }
+
+    fn stop_for(&self, finding: Option<Finding>, stops: bool, advice: &'static str) -> Result<()> {
+        let Some(Finding { reason, since }) = finding.filter(|_| stops) else { return Ok(()) };
+        let last_good = self.checkpoints.newest_below(since)?;
+        Err(Error::WentWrong { step: self.state.step, reason, advice, last_good })
+    }
+
+    fn count_codes(&mut self, task: &dyn Task) -> Result<()> {
+        let codes = |name: &str, latent: &[f32]| task.codes(name, latent);
+        let record = self.census.take(self.state.step, &self.parameters, codes)?;
+        if record.layers.is_empty() {
+            return Ok(());
+        }
+        self.metrics.write(&Record::Codes(record))
+    }
+
     /// One update from `gradient_accumulation` batches. The mean is over the tokens of all of them.
-    fn update<E: Into<Error>>(
-        &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    ) -> Result<TrainRecord> {
+    fn update(&mut self, task: &dyn Task) -> Result<TrainRecord> {
         let started = Instant::now();
         let step = self.state.step + 1;
+        task.begin(self.state.step)?;
         let batches: Vec<Batch> =
             (0..self.recipe.train.gradient_accumulation).map(|_| self.batches.draw()).collect();
         let items = batches.iter().map(Batch::items).sum();
-        let mut loss = 0.;
-        let mut gradients = Vec::new();
+        let (mut loss, mut terms, mut weights) = (0., BTreeMap::new(), BTreeMap::new());
+        let mut gradients = Gradients::new(&self.parameters);
         for batch in &batches {
-            let logits = logits(forward, batch, &self.device)?;
-            let part = cross_entropy(&logits, &batch.labels, Some(items))?;
-            loss += f64::from(part.to_scalar::<f32>()?);
+            for Part { name, value, weight } in task.pass(batch, items, &mut gradients)? {
+                loss += weight * value;
+                *terms.entry(name.to_owned()).or_default() += value;
+                if weight != 1. {
+                    weights.insert(name.to_owned(), weight);
+                }
+            }
             self.check_finite(step, "loss", loss)?;
-            self.accumulate(&part, &mut gradients)?;
         }
+        let gradients = gradients.finish()?;
         let grad_norm = global_norm(&gradients)?;
         self.check_finite(step, "gradient norm", grad_norm)?;
         let rates = self.schedule.at(self.state.step);
@@ -264,54 +319,47 @@ impl Trainer {
         Ok(TrainRecord {
             step,
             loss,
+            terms,
+            weights,
             lr: rates.lr,
             weight_decay: rates.weight_decay,
+            lambda: task.lambda(),
             grad_norm,
+            clip_factor: Some(grad_factor),
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
-            ..TrainRecord::default()
+            memory: metrics::memory(),
         })
-    }
-
-    /// Adds the gradients of `loss` to `gradients`, one for each parameter in order.
-    fn accumulate(&self, loss: &Tensor, gradients: &mut Vec<Tensor>) -> Result<()> {
-        let mut store = loss.backward()?;
-        let mut sums = std::mem::take(gradients).into_iter();
-        for (name, var) in &self.parameters {
-            let gradient =
-                store.remove(var).ok_or_else(|| Error::NoGradient { name: name.clone() })?;
-            gradients.push(match sums.next() {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            });
-        }
-        Ok(())
     }
 
     fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {
         if value.is_finite() {
             return Ok(());
         }
-        Err(Error::Diverged { step, what, value, last_good: self.checkpoints.latest()? })
+        // What update n finds is of the weights after n − 1.
+        let since = self.state.trouble().map_or(step - 1, |since| since.min(step - 1));
+        let last_good = self.checkpoints.newest_below(since)?;
+        Err(Error::Diverged { step, what, value, last_good })
     }
 
     /// Measures held-out loss, keeps the weights if it is the best, and says whether it is.
-    fn evaluate<E: Into<Error>>(
-        &mut self,
-        forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    ) -> Result<(EvaluationRecord, bool)> {
+    fn evaluate(&mut self, task: &dyn Task) -> Result<(EvaluationRecord, bool)> {
         let started = Instant::now();
         let step = self.state.step;
         let (mut nats, mut tokens) = (0., 0);
+        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
         let windows = validation_windows(
             &self.validation,
             self.recipe.train.batch_size,
             self.recipe.data.sequence_length,
         );
         for batch in windows {
-            let rows = row_nats(&logits(forward, &batch, &self.device)?, &batch.labels)?;
-            nats += rows.into_iter().map(f64::from).sum::<f64>();
-            tokens += batch.items();
+            let predictions = task.evaluate(&batch)?;
+            nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
+            tokens += predictions.len();
+            predictions.iter().for_each(|prediction| count(&mut predicted, prediction.token));
+            let counted = batch.labels.iter().filter_map(|&label| u32::try_from(label).ok());
+            counted.for_each(|label| count(&mut labels, label));
         }
         let nats_per_byte = nats / self.validation.bytes() as f64;
         self.check_finite(step, "held-out loss", nats_per_byte)?;
@@ -324,32 +372,27 @@ impl Trainer {
             self.state.evaluations_since_best += 1;
         }
         let (nats_per_token, seconds) = (nats / tokens as f64, started.elapsed().as_secs_f64());
-        Ok((
-            EvaluationRecord {
-                step,
-                nats_per_token,
-                nats_per_byte,
-                tokens,
-                seconds,
-                diversity: None,
-            },
-            is_best,
-        ))
+        let diversity = Some(Diversity {
+            predicted_tokens: effective_number(&predicted),
+            label_tokens: effective_number(&labels),
+        });
+        let record =
+            EvaluationRecord { step, nats_per_token, nats_per_byte, tokens, diversity, seconds };
+        Ok((record, is_best))
     }
+}
+
+/// Counts one more `token`.
+fn count(counts: &mut Vec<u64>, token: u32) {
+    let token = token as usize;
+    if counts.len() <= token {
+        counts.resize(token + 1, 0);
+    }
+    counts[token] += 1;
 }
 
 fn checkpoints(recipe: &Recipe) -> Result<Checkpoints> {
     Checkpoints::open(&recipe.output.dir, Some(recipe.train.save_total_limit))
-}
-
-/// The model's logits as `(rows, vocab)`.
-fn logits<E: Into<Error>>(
-    forward: &impl Fn(&Tensor) -> Result<Tensor, E>,
-    batch: &Batch,
-    device: &Device,
-) -> Result<Tensor> {
-    let tokens = Tensor::from_slice(&batch.inputs, (batch.rows(), batch.sequence_length), device)?;
-    Ok(forward(&tokens).map_err(Into::into)?.flatten_to(D::Minus2)?)
 }
 
 #[cfg(test)]

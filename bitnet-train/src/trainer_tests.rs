@@ -2,15 +2,30 @@
 
 use std::{cell::Cell, fs, path::Path};
 
-use candle_core::DType;
+use bitnet_model::quant::Rounding;
+use candle_core::{D, DType, Device, Tensor};
 
 use super::*;
-use crate::metrics;
+use crate::{
+    codes::ternary_codes,
+    loss::{cross_entropy, predictions},
+    metrics,
+    recipe::Limits,
+    task::Prediction,
+};
 
 /// `logits = (embedding[token] · gain) @ head`: three parameters, of which one is a vector.
 struct Bigram {
     parameters: Vec<(String, Var)>,
     forwards: Cell<usize>,
+    /// Forward passes of evaluations count too, so that trouble comes in updates and in evaluations.
+    trouble: Option<(usize, Trouble)>,
+}
+
+enum Trouble {
+    Killed,
+    NaN,
+    Collapse,
 }
 
 const VOCAB: usize = 300;
@@ -30,15 +45,32 @@ impl Bigram {
             ("lm_head.weight".into(), fill(&[WIDTH, VOCAB], 0.5)),
             ("norm.weight".into(), Var::ones(WIDTH, DType::F32, &device).unwrap()),
         ];
-        Self { parameters, forwards: Cell::new(0) }
+        Self { parameters, forwards: Cell::new(0), trouble: None }
     }
 
-    fn forward(&self, tokens: &Tensor) -> candle_core::Result<Tensor> {
+    fn in_trouble(self, forwards: usize, trouble: Trouble) -> Self {
+        Self { trouble: Some((forwards, trouble)), ..self }
+    }
+
+    /// Logits (rows, vocab).
+    fn forward(&self, batch: &Batch) -> candle_core::Result<Tensor> {
+        let tokens = Tensor::new(&batch.inputs[..], &Device::Cpu)?;
+        let logits = self.logits(&tokens)?.flatten_to(D::Minus2)?;
         self.forwards.set(self.forwards.get() + 1);
+        match &self.trouble {
+            Some((last, Trouble::Killed)) if self.forwards.get() > *last => {
+                candle_core::bail!("killed")
+            }
+            Some((last, Trouble::NaN)) if self.forwards.get() > *last => logits * f64::NAN,
+            _ => Ok(logits),
+        }
+    }
+
+    fn logits(&self, tokens: &Tensor) -> candle_core::Result<Tensor> {
         let [(_, embedding), (_, head), (_, gain)] = self.parameters.as_slice() else {
             unreachable!()
         };
-        embedding.index_select(&tokens.flatten_all()?, 0)?.broadcast_mul(gain)?.matmul(head)
+        embedding.index_select(tokens, 0)?.broadcast_mul(gain)?.matmul(head)
     }
 
     fn weights(&self) -> Vec<Vec<f32>> {
@@ -46,6 +78,29 @@ impl Bigram {
             .iter()
             .map(|(_, var)| var.flatten_all().unwrap().to_vec1().unwrap())
             .collect()
+    }
+}
+
+impl Task for Bigram {
+    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
+        let loss = cross_entropy(&self.forward(batch)?, &batch.labels, Some(items))?;
+        gradients.collect(&mut loss.backward()?)?;
+        let value = f64::from(loss.to_scalar::<f32>()?);
+        Ok(vec![Part { name: "cross_entropy", value, weight: 1. }])
+    }
+
+    fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
+        let predictions = predictions(&self.forward(batch)?, &batch.labels)?;
+        Ok(match &self.trouble {
+            Some((last, Trouble::Collapse)) if self.forwards.get() > *last => {
+                vec![Prediction { nats: 9., token: 7 }; predictions.len()]
+            }
+            _ => predictions,
+        })
+    }
+
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        (name == "lm_head.weight").then(|| ternary_codes(latent, Rounding::HalfEven))
     }
 }
 
@@ -70,11 +125,13 @@ fn recipe(dir: &Path) -> Recipe {
         steps = 23
         eval_every = 4
         save_every = 5
+        codes_every = 3
         [optimizer]
         peak_lr = 0.05
         warmup_steps = 3
         [output]
         dir = "run"
+        tensorboard = true
         "#
     );
     let corpus: String = (0..60)
@@ -94,8 +151,7 @@ fn resume(recipe: &Recipe, model: &Bigram) -> Result<Trainer> {
 }
 
 fn run(trainer: &mut Trainer, model: &Bigram) -> Result<Outcome> {
-    let forward = |tokens: &Tensor| model.forward(tokens);
-    trainer.run(forward, forward, &mut |_| (), &AtomicBool::new(false))
+    trainer.run(model, &mut |_| (), &AtomicBool::new(false))
 }
 
 /// The metrics without their timings.
@@ -115,7 +171,8 @@ fn it_learns() {
         .iter()
         .filter_map(|r| if let Record::Train(r) = r { Some(r.loss) } else { None })
         .collect();
-    assert_eq!((losses.len(), records.len()), (23, 23 + 6)); // evaluations after 4, 8, …, 20 and 23
+    // Evaluations after 4, 8, …, 20 and 23, censuses after 1, 3, 6, …, 21 and 23.
+    assert_eq!((losses.len(), records.len()), (23, 23 + 6 + 9));
     assert!(losses[22] < 0.6 * losses[0], "{losses:?}");
     let best = trainer.state().best.unwrap();
     assert_eq!((best.step, trainer.state().tokens), (23, 23 * 64));
@@ -137,14 +194,9 @@ fn killed_and_resumed_equals_uninterrupted() {
     for kill_at in [1, 6, 13, 26] {
         let dir = tempfile::tempdir().unwrap();
         let recipe = self::recipe(dir.path());
-        let victim = Bigram::new();
-        // Forwards of evaluations count too, so the process dies in updates and in evaluations.
-        let dying = |tokens: &Tensor| match victim.forwards.get() < kill_at {
-            true => victim.forward(tokens),
-            false => candle_core::bail!("killed"),
-        };
+        let victim = Bigram::new().in_trouble(kill_at, Trouble::Killed);
         let mut trainer = start(&recipe, &victim);
-        trainer.run(dying, dying, &mut |_| (), &AtomicBool::new(false)).unwrap_err();
+        run(&mut trainer, &victim).unwrap_err();
         drop(trainer);
         let resumed = Bigram::new();
         let mut trainer = resume(&recipe, &resumed).unwrap();
@@ -169,12 +221,8 @@ fn an_interrupted_run_is_saved_and_resumed() {
         Event::Saved(path) => saved.push(path.file_name().unwrap().to_owned()),
         Event::Evaluation { .. } => (),
     };
-    let forward = |tokens: &Tensor| model.forward(tokens);
     let mut trainer = start(&recipe, &model);
-    assert_eq!(
-        trainer.run(forward, forward, &mut observe, &interrupted).unwrap(),
-        Outcome::Interrupted
-    );
+    assert_eq!(trainer.run(&model, &mut observe, &interrupted).unwrap(), Outcome::Interrupted);
     assert_eq!(saved, ["step-5", "step-7"]);
     let resumed = Bigram::new();
     let mut trainer = resume(&recipe, &resumed).unwrap();
@@ -224,19 +272,52 @@ fn a_run_that_does_not_improve_stops_and_stays_stopped() {
 #[test]
 fn a_diverged_run_names_step_and_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
-    let (recipe, model) = (recipe(dir.path()), Bigram::new());
-    let diverging = |tokens: &Tensor| {
-        let logits = model.forward(tokens)?;
-        if model.forwards.get() > 13 { logits * f64::NAN } else { Ok(logits) }
-    };
-    let mut trainer = start(&recipe, &model);
-    let error =
-        trainer.run(diverging, diverging, &mut |_| (), &AtomicBool::new(false)).unwrap_err();
-    let message = error.to_string();
+    let (recipe, model) = (recipe(dir.path()), Bigram::new().in_trouble(13, Trouble::NaN));
+    let message = run(&mut start(&recipe, &model), &model).unwrap_err().to_string();
     // 13 forward passes are 11 updates and the evaluations after the fourth and the eighth.
     assert!(message.starts_with("step 12: loss is NaN"), "{message}");
     assert!(message.ends_with("step-10"), "{message}");
     assert!(model.weights().iter().flatten().all(|weight| weight.is_finite()));
+}
+
+#[test]
+fn a_loss_that_stays_high_stops_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, model) = (recipe(dir.path()), Bigram::new());
+    recipe.train.limits.divergence_updates = 6;
+    recipe.train.save_every = 1;
+    (recipe.optimizer.peak_lr, recipe.optimizer.warmup_steps) = (6., 23);
+    let message = run(&mut start(&recipe, &model), &model).unwrap_err().to_string();
+    assert!(message.contains("for 6 updates") && message.contains("peak_lr"), "{message}");
+    // The last good checkpoint is far beyond the two that are kept.
+    let good = message.rsplit_once("step-").unwrap().1;
+    assert!(recipe.output.dir.join(format!("step-{good}")).is_dir(), "{message}");
+    let state = resume(&recipe, &model).unwrap().state().clone();
+    assert!(good.parse::<usize>().unwrap() + 4 < state.step, "{message}");
+    assert_eq!(
+        run(&mut resume(&recipe, &model).unwrap(), &model).unwrap_err().to_string(),
+        message
+    );
+    recipe.train.stop_on_divergence = false;
+    assert_eq!(run(&mut resume(&recipe, &model).unwrap(), &model).unwrap(), Outcome::Finished);
+}
+
+#[test]
+fn collapsed_predictions_stop_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, model) = (recipe(dir.path()), Bigram::new());
+    recipe.train.limits =
+        Limits { collapse_evaluations: 2, collapse_after: 0, ..Limits::default() };
+    // 14 forward passes are 12 updates and 2 evaluations; the third evaluation is the first bad one.
+    let model = model.in_trouble(14, Trouble::Collapse);
+    let message = run(&mut start(&recipe, &model), &model).unwrap_err().to_string();
+    assert!(
+        message.starts_with("step 16: the predictions have collapsed to 1.0 tokens"),
+        "{message}"
+    );
+    assert!(message.ends_with("step-5"), "{message}"); // sound after 8, and step-10 may be bad
+    recipe.train.stop_on_collapse = false;
+    assert_eq!(run(&mut resume(&recipe, &model).unwrap(), &model).unwrap(), Outcome::Finished);
 }
 
 #[test]

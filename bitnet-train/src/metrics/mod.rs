@@ -94,12 +94,15 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn train(step: usize) -> Record {
         Record::Train(TrainRecord {
             step,
             loss: 0.1 + 0.2,
+            terms: BTreeMap::from([("cross_entropy".into(), 0.1 + 0.2)]),
             lr: 1e-3,
             weight_decay: 0.1,
             grad_norm: 1. / 3.,

@@ -28,11 +28,7 @@ impl Recipe {
             })?;
         }
         let dir = path.parent().unwrap_or(Path::new(""));
-        let sources = recipe.data.train.iter_mut().chain(&mut recipe.data.validation);
-        let paths = sources.map(|source| &mut source.path).chain(&mut recipe.data.tokenizer);
-        for path in paths.chain([&mut recipe.output.dir]) {
-            *path = dir.join(&*path);
-        }
+        recipe.start_at(dir);
         recipe.validate()?;
         Ok(recipe)
     }

@@ -1,0 +1,88 @@
+//! What the trainer trains: something that turns a batch into gradients, and into predictions of held-out text.
+
+use candle_core::{Tensor, Var, backprop::GradStore};
+
+use crate::{Error, Result, batch::Batch};
+
+/// A network with its objective, as the trainer sees it.
+pub trait Task {
+    /// Called before the passes of update `step`, counted from 0: schedules that live in the network follow it.
+    fn begin(&self, _step: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// One forward and one backward pass: adds the gradients of the loss to `gradients` and returns the terms of the
+    /// loss. Sums over tokens are divided by `items`, the labels that count in all batches of the update.
+    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>>;
+
+    /// The codes −1, 0 and 1 that parameter `name` is quantized to where it is used, if it is; `latent` holds its values.
+    fn codes(&self, _name: &str, _latent: &[f32]) -> Option<Vec<i8>> {
+        None
+    }
+
+    /// How much of the quantization is in force, from 0 (none) to 1, if it is warmed up.
+    fn lambda(&self) -> Option<f64> {
+        None
+    }
+
+    /// What the model makes of every label of `batch`, row by row; ignored ones are left out.
+    fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>>;
+}
+
+/// A term of the loss as it is logged.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Part {
+    /// Its name in the metrics.
+    pub name: &'static str,
+    /// This batch's share of it, before weighting.
+    pub value: f64,
+    /// What it is multiplied by in the loss.
+    pub weight: f64,
+}
+
+/// What a model made of one label.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prediction {
+    /// −log of the label's probability.
+    pub nats: f32,
+    /// The most probable token.
+    pub token: u32,
+}
+
+/// The gradients of one update, summed over its passes.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    parameters: &'a [(String, Var)],
+    sums: Vec<Option<Tensor>>,
+}
+
+impl<'a> Gradients<'a> {
+    /// No gradient yet for any of `parameters`.
+    pub fn new(parameters: &'a [(String, Var)]) -> Self {
+        Self { parameters, sums: vec![None; parameters.len()] }
+    }
+
+    /// Adds the parameters' gradients that are in `store`, and takes them out of it.
+    pub fn collect(&mut self, store: &mut GradStore) -> Result<()> {
+        for ((_, var), sum) in self.parameters.iter().zip(&mut self.sums) {
+            if let Some(gradient) = store.remove(var) {
+                *sum = Some(match sum.take() {
+                    Some(sum) => (sum + gradient)?,
+                    None => gradient,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// One gradient for each parameter, in order.
+    ///
+    /// # Errors
+    /// A parameter that no gradient reached.
+    pub fn finish(self) -> Result<Vec<Tensor>> {
+        let pairs = self.parameters.iter().zip(self.sums);
+        pairs
+            .map(|((name, _), sum)| sum.ok_or_else(|| Error::NoGradient { name: name.clone() }))
+            .collect()
+    }
+}
