@@ -233,7 +233,8 @@ impl Trainer {
             }
             let interrupted = interrupted.load(Ordering::Relaxed);
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
-            if is_last || is_due || interrupted || self.is_out_of_patience() {
+            let is_due = is_last || is_due || interrupted || self.is_out_of_patience();
+            if is_due && self.recipe.train.save_total_limit > 0 {
                 self.metrics.sync()?;
                 let path = self.checkpoints.save(
                     &self.state,

@@ -80,7 +80,8 @@ impl Metrics {
     }
 }
 
-/// The records of a metrics file.
+/// The records of a metrics file. A last line that is cut short, by a process that died in it or is still writing
+/// it, is left out.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let parse = |(number, line)| {
@@ -89,7 +90,8 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
             reason: format!("line {}: {error}", number + 1),
         })
     };
-    text.lines().enumerate().map(parse).collect()
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().enumerate().map(parse).collect()
 }
 
 #[cfg(test)]
