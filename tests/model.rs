@@ -9,7 +9,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
     model::Model,
-    nn::{BitLinear, BitLinears, DenseLinears, LinearFactory},
+    nn::{BitLinear, BitLinears, Context, DenseLinears, LinearFactory},
     ops::KvType,
     quant::{self, Rounding},
     sampler::{Sampler, SamplingParams},
@@ -54,6 +54,7 @@ fn config(family: Family, quantization: Option<Quantization>) -> Config {
 const LATENT: Quantization = Quantization {
     weights: WeightForm::Latent,
     rounding: Rounding::HalfEven,
+    scheme: quant::Scheme::B158,
     input_norm_eps: None,
 };
 
@@ -61,7 +62,7 @@ const LATENT: Quantization = Quantization {
 fn small(seed: u64) -> (Arc<Parameters>, Model) {
     let parameters = Parameters::new(seed);
     let config = config(Family::BitNet, Some(LATENT));
-    let linears = QatLinears { rounding: Rounding::HalfEven };
+    let linears = QatLinears::new(Rounding::HalfEven);
     let model = Model::load(&config, &linears, parameters.frozen_builder()).unwrap();
     (parameters, model)
 }
@@ -222,9 +223,7 @@ proptest! {
 fn every_variable_trains() {
     let parameters = Parameters::new(9);
     let config = config(Family::BitNet, Some(LATENT));
-    for linears in
-        [&QatLinears { rounding: Rounding::HalfEven } as &dyn LinearFactory, &DenseLinears]
-    {
+    for linears in [&QatLinears::new(Rounding::HalfEven) as &dyn LinearFactory, &DenseLinears] {
         let model = Model::load(&config, linears, parameters.var_builder()).unwrap();
         let tokens = ids(1, 48);
         let hidden = model.hidden_states(&tensor(&[&tokens[..24], &tokens[24..]]), None).unwrap();
@@ -250,7 +249,7 @@ fn packed_weights_pass_gradients_through() {
     let model = fixture.model();
     let x = Var::randn(0f32, 1., (1, 5, fixture.config.hidden_size), &Device::Cpu).unwrap();
     let angles = model.angles(&[0, 1, 2, 3, 4], 1).unwrap();
-    let y = model.blocks()[0].forward(x.as_tensor(), &angles, None).unwrap();
+    let y = model.blocks()[0].forward(x.as_tensor(), &angles, Context::Own(&[])).unwrap();
     let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
     let grad = flat(grads.get(x.as_tensor()).unwrap());
     assert!(grad.iter().all(|g| g.is_finite()) && grad.iter().any(|&g| g != 0.));

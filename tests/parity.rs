@@ -13,7 +13,7 @@ use std::{
 };
 
 use bitnet_model::{
-    nn::{BitLinears, LinearFactory, LinearSpec, Projection},
+    nn::{BitLinears, Context, LinearFactory, LinearSpec, Projection},
     ops::KvType,
     quant,
 };
@@ -157,7 +157,7 @@ fn hidden_states_logits_and_loss() {
         let angles = model.angles(&positions, 1).unwrap();
         let hidden = fixture.config.hidden_size;
         for (layer, block) in model.blocks().iter().enumerate() {
-            x = block.forward(&x, &angles, None).unwrap();
+            x = block.forward(&x, &angles, Context::Own(&[])).unwrap();
             let name = format!("single.layer.{layer}");
             assert_rows(&what(&name), &flat(&x), &fixture.floats(&name), hidden, &flippable);
         }

@@ -11,7 +11,7 @@ use bitnet_train::{
     parameters::Parameters,
     qat::QatLinears,
 };
-use candle_core::{D, DType, Tensor, Var};
+use candle_core::{D, DType, Device, Tensor, Var};
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: Decay::All };
 const RATES: Rates = Rates { lr: 1e-3, weight_decay: 0.1 };
@@ -71,7 +71,7 @@ fn ten_steps_follow_torch() {
         let fixture = Fixture::open(name);
         let parameters = masters(&fixture);
         let model =
-            Model::load(&fixture.config, &QatLinears { rounding }, parameters.var_builder())
+            Model::load(&fixture.config, &QatLinears::new(rounding), parameters.var_builder())
                 .unwrap();
         let named = parameters.named();
         let mut adamw = AdamW::new(&named, CONFIG).unwrap();
@@ -116,5 +116,44 @@ fn ten_steps_follow_torch() {
                 "{name}: norm of step {step} is off by {norm_off:e}"
             );
         }
+    }
+}
+
+/// Documents packed into one row: states with the bits of the documents alone, and the gradients of their sum.
+#[test]
+fn packed_documents_train_as_they_do_alone() {
+    let fixture = Fixture::open("grad_bitnet_qat");
+    let parameters = masters(&fixture);
+    let linears = QatLinears { rounding: Rounding::HalfEven };
+    let model = Model::load(&fixture.config, &linears, parameters.var_builder()).unwrap();
+    let ids: Vec<u32> = (0..21).map(|i| i * 7 % 50 + 1).collect();
+    let tensor = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
+    let gradients = |states: &Tensor| states.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    let documents = [0..4, 4..15, 15..21];
+    let starts = [vec![0; 4], vec![4; 11], vec![15; 6]].concat();
+    let packed = model.document_states(&tensor(&ids), &starts).unwrap();
+    let alone = documents.map(|document| {
+        let states = model.hidden_states(&tensor(&ids[document.clone()]), None).unwrap();
+        let part = packed.narrow(1, document.start, document.len()).unwrap();
+        assert_eq!(values(&states), values(&part));
+        states
+    });
+    let (packed, alone) = (gradients(&packed), alone.map(|states| gradients(&states)));
+    for (name, var) in parameters.named() {
+        let Some(gradient) = packed.get(&var) else { continue }; // the head took no part
+        let sum = alone.iter().map(|gradients| gradients.get(&var).unwrap().clone());
+        let sum = sum.reduce(|sum, gradient| (sum + gradient).unwrap()).unwrap();
+        let largest = values(&sum).iter().fold(0f32, |most, g| most.max(g.abs()));
+        // The same addends in another order.
+        let difference = largest_difference(gradient, &sum);
+        assert!(
+            largest > 0. && difference < 1e-5 * largest,
+            "{name}: {difference:e} of {largest:e}"
+        );
+    }
+    for (starts, reason) in [(vec![0; 20], "20 starts"), (vec![1; 21], "behind one of its tokens")]
+    {
+        let message = model.document_states(&tensor(&ids), &starts).unwrap_err().to_string();
+        assert!(message.contains(reason), "{message}");
     }
 }

@@ -162,10 +162,13 @@ impl KvCache {
     }
 }
 
-impl<'a> LayerCache<'a> {
-    /// First slot of each row that is not padding.
-    pub(crate) fn starts(&self) -> &'a [usize] {
-        self.starts
+impl LayerCache<'_> {
+    /// The first slot that each of `seq` new tokens of every row sees, (batch, seq) row-major; empty if no row is padded.
+    pub(crate) fn query_starts(&self, seq: usize) -> Vec<usize> {
+        if self.starts.iter().all(|&start| start == 0) {
+            return Vec::new();
+        }
+        self.starts.iter().flat_map(|&start| std::iter::repeat_n(start, seq)).collect()
     }
 
     /// Stores `k` and `v` (batch, kv_heads, seq, head_dim) behind what is there and returns all of it as stored,

@@ -8,7 +8,8 @@ use crate::{
     config::Config,
     kv_cache::KvCache,
     nn::{
-        Angles, Block, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding, Vocabulary,
+        Angles, Block, Context, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding,
+        Vocabulary,
     },
     ops::KvType,
 };
@@ -120,29 +121,63 @@ impl Model {
     /// With a cache the tokens continue what it holds, which they then extend; without, they are whole
     /// sequences and gradients flow.
     pub fn hidden_states(&self, tokens: &Tensor, cache: Option<&mut KvCache>) -> Result<Tensor> {
+        let Some(cache) = cache else { return self.document_states(tokens, &[]) };
+        let (batch, seq) = tokens.dims2()?;
+        if cache.batch() != batch {
+            bail!("{batch} rows of tokens, but the cache holds {}", cache.batch());
+        }
+        cache.reserve(seq)?;
+        let angles = self.angles(&cache.positions(seq), batch)?;
+        let states = self.states(tokens, &angles, Some(&mut *cache), &[])?;
+        cache.advance(seq);
+        Ok(states)
+    }
+
+    /// The final norm's output for `tokens` (batch, seq) u32, rows of whole documents packed one behind another:
+    /// (batch, seq, hidden_size) f32, through which gradients flow.
+    ///
+    /// `starts[i]` is the position in its row at which the document of token `i` of the flattened (batch, seq) begins:
+    /// the token sees nothing before it and its rotary position counts from it, so a document's states have the bits
+    /// they have alone. Without starts every row is one document.
+    ///
+    /// # Errors
+    /// Starts that are not one a token, or behind their token.
+    pub fn document_states(&self, tokens: &Tensor, starts: &[usize]) -> Result<Tensor> {
+        self.states(tokens, &self.document_angles(tokens, starts)?, None, starts)
+    }
+
+    /// The rotary angles of `tokens` (batch, seq) in documents that begin at `starts`, as
+    /// [`document_states`](Self::document_states) takes them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn document_angles(&self, tokens: &Tensor, starts: &[usize]) -> Result<Angles> {
+        let (batch, seq) = tokens.dims2()?;
+        match starts {
+            [] => self.angles(&Vec::from_iter(0..seq), 1),
+            _ => self.angles(&document_positions(starts, batch, seq)?, batch),
+        }
+    }
+
+    /// All blocks and the final norm; without a cache every token's context begins at its start.
+    fn states(
+        &self,
+        tokens: &Tensor,
+        angles: &Angles,
+        mut cache: Option<&mut KvCache>,
+        starts: &[usize],
+    ) -> Result<Tensor> {
         let (batch, seq) = tokens.dims2()?;
         if batch == 0 || seq == 0 {
             bail!("there are no tokens to run: the input is {batch} × {seq}");
         }
         let mut x = self.embed(tokens)?;
-        match cache {
-            Some(cache) => {
-                if cache.batch() != batch {
-                    bail!("{batch} rows of tokens, but the cache holds {}", cache.batch());
-                }
-                cache.reserve(seq)?;
-                let angles = self.angles(&cache.positions(seq), batch)?;
-                for (index, block) in self.blocks.iter().enumerate() {
-                    x = block.forward(&x, &angles, Some(cache.layer(index)))?;
-                }
-                cache.advance(seq);
-            }
-            None => {
-                let angles = self.angles(&Vec::from_iter(0..seq), 1)?;
-                for block in &self.blocks {
-                    x = block.forward(&x, &angles, None)?;
-                }
-            }
+        for (index, block) in self.blocks.iter().enumerate() {
+            let context = match &mut cache {
+                Some(cache) => Context::Cache(cache.layer(index)),
+                None => Context::Own(starts),
+            };
+            x = block.forward(&x, angles, context)?;
         }
         self.norm(&x)
     }
@@ -168,5 +203,18 @@ impl Model {
         let hidden = self.hidden_states(tokens, Some(cache))?;
         let last = hidden.dim(1)? - 1;
         self.logits(&hidden.i((.., last))?.contiguous()?)
+    }
+}
+
+/// The position of every token in its document, (batch, seq) row-major.
+fn document_positions(starts: &[usize], batch: usize, seq: usize) -> Result<Vec<usize>> {
+    if starts.len() != batch * seq {
+        bail!("{} starts of documents for {batch} × {seq} tokens", starts.len());
+    }
+    let positions =
+        starts.iter().enumerate().map(|(token, &start)| (token % seq).checked_sub(start));
+    match positions.collect::<Option<_>>() {
+        Some(positions) => Ok(positions),
+        None => bail!("a document starts behind one of its tokens"),
     }
 }

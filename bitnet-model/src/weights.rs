@@ -15,7 +15,7 @@ use crate::{
     },
     packed::{self, PackedError, PackedSource},
     pages::{Arena, Pages},
-    quant::{self, Rounding},
+    quant::{ActivationCodes, Rounding, WeightQuantizer},
     threads,
 };
 
@@ -57,25 +57,24 @@ impl PartialEq for TernaryWeight {
 }
 
 impl TernaryWeight {
-    /// Ternarizes float weights (out_features, in_features) by absolute mean
-    /// ([`quant`]).
+    /// Quantizes float weights (out_features, in_features); a [`Rounding`](crate::quant::Rounding) stands for ternary by
+    /// absolute mean.
     ///
     /// # Panics
     /// If `weights` does not have `out_features · in_features` elements.
     pub fn from_latent(
         weights: &[f32],
         (out_features, in_features): (usize, usize),
-        rounding: Rounding,
+        quantizer: impl Into<WeightQuantizer>,
         format: TileFormat,
     ) -> Self {
         assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
-        let scale = quant::weight_scale(weights);
-        let inverse = 1. / scale;
-        Self::from_rows((out_features, in_features), scale, format, |format, row, col| {
+        let rule = quantizer.into().codes(weights);
+        Self::from_rows((out_features, in_features), rule.scale, format, |format, row, col| {
             let weights = &weights[row * in_features..][..in_features][col..];
             let mut codes = [1; MAX_TILE_COLS];
             for (code, &weight) in codes.iter_mut().zip(weights) {
-                *code = (quant::ternary(weight, inverse, rounding) + 1) as u8;
+                *code = (rule.code(weight) + 1) as u8;
             }
             format.pack_row(&codes[..format.cols()])
         })
@@ -345,7 +344,7 @@ fn codes_of_a_task(codes: usize, tokens: usize) -> usize {
 /// Tokens that pass over a band of tiles together.
 const TOKEN_BLOCK: usize = 64;
 
-/// Rows of activations as int8 codes, each with its sum and its factor `a`.
+/// Rows of activations as codes in an i8, each with its sum and its factor `a`.
 pub(crate) struct QuantizedRows {
     /// (tokens, columns padded to whole tiles); the padding is 0.
     codes: Vec<i8>,
@@ -362,7 +361,7 @@ impl QuantizedRows {
         kernel: &Kernel,
         x: &[f32],
         in_features: usize,
-        rounding: Rounding,
+        quantizer: ActivationCodes,
         format: TileFormat,
     ) -> Self {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
@@ -373,12 +372,11 @@ impl QuantizedRows {
             0..8 => tokens.max(1), // a few microseconds
             _ => 4,
         };
-        let half_up = rounding == Rounding::HalfUp;
         let pair = ((&mut codes[..], (block * padded).max(1)), (&mut rows[..], block));
         threads::for_each_chunk_pair(pair.0, pair.1, |index, codes, rows| {
             let x = x[index * block * in_features..].chunks(in_features.max(1));
             for ((codes, row), x) in codes.chunks_mut(padded.max(1)).zip(rows).zip(x) {
-                *row = kernel.quantize_row(x, half_up, codes);
+                *row = quantize_row(kernel, x, quantizer, codes);
             }
         });
         let (factors, sums) = rows.into_iter().unzip();
@@ -394,16 +392,38 @@ impl QuantizedRows {
     }
 }
 
-/// `x` (tokens, in_features) as the product sees it, `code / a`: what
-/// [`quant::fake_quantize_activation`] defines, with the kernel chosen for this machine.
-pub fn quantized_activations(x: &[f32], in_features: usize, rounding: Rounding) -> Vec<f32> {
-    let kernel = kernels::active();
+/// One row's codes, padded with 0, and its `a` and their sum; a row that is not finite has codes 0 and `a` NaN.
+fn quantize_row(
+    kernel: &Kernel,
+    x: &[f32],
+    quantizer: ActivationCodes,
+    codes: &mut [i8],
+) -> (f32, i32) {
+    if let ActivationCodes::Int8(rounding) = quantizer {
+        return kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
+    }
+    codes.fill(0);
+    let factor = quantizer.factor(x);
+    if factor.is_finite() {
+        codes.iter_mut().zip(x).for_each(|(code, &x)| *code = quantizer.code(x, factor));
+    }
+    (factor, codes.iter().map(|&code| i32::from(code)).sum())
+}
+
+/// `x` (tokens, in_features) as the product sees it, `code / a`: the [grid](crate::quant::Quantizer::grid) of
+/// `quantizer`, with the kernel chosen for this machine.
+pub fn quantized_activations(
+    x: &[f32],
+    in_features: usize,
+    quantizer: impl Into<ActivationCodes>,
+) -> Vec<f32> {
+    let (kernel, quantizer) = (kernels::active(), quantizer.into());
     let mut y = vec![0f32; x.len()];
     let rows = x.par_chunks(in_features.max(1)).zip(y.par_chunks_mut(in_features.max(1)));
     rows.for_each_init(
         || vec![0i8; in_features],
         |codes, (x, y)| {
-            let (factor, _) = kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
+            let (factor, _) = quantize_row(kernel, x, quantizer, codes);
             y.iter_mut().zip(codes.iter()).for_each(|(y, &code)| *y = f32::from(code) / factor);
         },
     );
@@ -412,10 +432,14 @@ pub fn quantized_activations(x: &[f32], in_features: usize, rounding: Rounding) 
 
 /// Quantizes `x` (tokens, in_features) and multiplies it by matrices of `in_features` columns each, stacked on one
 /// another and of one format, with the kernel chosen for this machine: (tokens, Σ out_features).
-pub fn ternary_product(x: &[f32], weights: &[TernaryWeight], rounding: Rounding) -> Vec<f32> {
+pub fn ternary_product(
+    x: &[f32],
+    weights: &[TernaryWeight],
+    quantizer: impl Into<ActivationCodes>,
+) -> Vec<f32> {
     let kernel = kernels::active();
     let (in_features, format) =
         weights.first().map_or_else(Default::default, |weight| (weight.in_features, weight.format));
-    let x = QuantizedRows::new(kernel, x, in_features, rounding, format);
+    let x = QuantizedRows::new(kernel, x, in_features, quantizer.into(), format);
     matmul(kernel, &x, weights)
 }

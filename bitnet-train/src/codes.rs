@@ -5,10 +5,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use bitnet_model::{
-    quant::{Rounding, ternary, weight_scale},
-    storage::with_slice,
-};
+use bitnet_model::{quant::WeightQuantizer, storage::with_slice};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
@@ -96,10 +93,10 @@ impl Census {
     }
 }
 
-/// The codes of a matrix that is quantized by its absolute mean, as b1.58 has it.
-pub fn ternary_codes(latent: &[f32], rounding: Rounding) -> Vec<i8> {
-    let inverse_scale = 1. / weight_scale(latent);
-    latent.par_iter().map(|&weight| ternary(weight, inverse_scale, rounding)).collect()
+/// The codes of a whole matrix.
+pub fn codes(latent: &[f32], quantizer: WeightQuantizer) -> Vec<i8> {
+    let codes = quantizer.codes(latent);
+    latent.par_iter().map(|&weight| codes.code(weight)).collect()
 }
 
 fn pack(codes: &[i8]) -> Packed {
@@ -131,10 +128,10 @@ mod tests {
             let values: Vec<f32> = codes.iter().map(|&code| code.into()).collect();
             Var::from_vec(values, codes.len(), &Device::Cpu).unwrap()
         };
-        layers.iter().map(|(name, codes)| (format!("{name}.weight"), var(codes))).collect()
+        layers.iter().map(|(name, as_they_are)| (format!("{name}.weight"), var(codes))).collect()
     }
 
-    fn codes(name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+    fn as_they_are(name: &str, latent: &[f32]) -> Option<Vec<i8>> {
         (!name.contains("norm")).then(|| latent.iter().map(|&x| x as i8).collect())
     }
 
@@ -149,10 +146,10 @@ mod tests {
         #[test]
         fn counts_equal_naive_ones((old, new) in two_of_a_length()) {
             let mut census = Census::default();
-            let first = census.take(1, &parameters(&[("layer", &old), ("norm", &[0])]), codes).unwrap();
+            let first = census.take(1, &parameters(&[("layer", &old), ("norm", &[0])]), as_they_are).unwrap();
             prop_assert_eq!(first.layers.len(), 1);
             prop_assert_eq!(first.layers["layer"].flipped, None);
-            let second = census.take(2, &parameters(&[("layer", &new)]), codes).unwrap();
+            let second = census.take(2, &parameters(&[("layer", &new)]), as_they_are).unwrap();
             let layer = second.layers["layer"];
             let part = |count: usize| count as f64 / new.len() as f64;
             let of = |code: i8| part(new.iter().filter(|&&c| c == code).count());
@@ -170,7 +167,7 @@ mod tests {
         assert!(!dir.path().join(FILE).exists());
         let mut census = Census::default();
         let parameters = parameters(&[("a", &[1, 0, -1, 1, 1]), ("b", &[0; 8])]);
-        census.take(1, &parameters, codes).unwrap();
+        census.take(1, &parameters, as_they_are).unwrap();
         census.save(dir.path()).unwrap();
         assert_eq!(Census::load(dir.path()).unwrap(), census);
         fs::write(dir.path().join(FILE), "short").unwrap();

@@ -9,7 +9,6 @@ use std::{fs, path::Path, sync::atomic::AtomicBool};
 use crate::{
     Error, Result,
     checkpoint::Best,
-    codes::ternary_codes,
     dataset::{Dataset, Vocabulary},
     language_model::LanguageModel,
     objective::NextToken,
@@ -27,7 +26,7 @@ use bitnet_model::{
     config::{Activation, Config, Family, GenerationConfig, Quantization, WeightForm},
     model::Model,
     nn::{DenseLinears, LinearFactory},
-    quant::Rounding,
+    quant::{Rounding, Scheme},
 };
 
 /// How a run ended.
@@ -58,7 +57,7 @@ pub fn run(
     let dataset = Dataset::open(recipe)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
-    let qat = QatLinears { rounding: Rounding::HalfEven };
+    let qat = QatLinears::new(Rounding::HalfEven);
     let linears: &dyn LinearFactory = match recipe.model.precision {
         Precision::Bitnet => &qat,
         Precision::Full => &DenseLinears,
@@ -71,11 +70,13 @@ pub fn run(
         true => Trainer::resume(recipe, dataset, named)?,
         false => Trainer::start(recipe, dataset, named)?,
     };
-    let mut task = LanguageModel::new(model, frozen, Box::new(NextToken))
-        .recompute(recipe.train.recompute_blocks);
-    if recipe.model.precision == Precision::Bitnet {
-        task = task.quantizer(|latent| ternary_codes(latent, Rounding::HalfEven));
-    }
+    let quantizer = match recipe.model.precision {
+        Precision::Bitnet => Some(Rounding::HalfEven.into()),
+        Precision::Full => None,
+    };
+    let task = LanguageModel::new(model, frozen, Box::new(NextToken))
+        .recompute(recipe.train.recompute_blocks)
+        .quantizer(quantizer);
     let outcome = trainer.run(&task, observe, interrupted)?;
     if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;
@@ -95,6 +96,7 @@ pub fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Config {
         Precision::Bitnet => Some(Quantization {
             weights: WeightForm::Latent,
             rounding: Rounding::HalfEven,
+            scheme: Scheme::default(),
             input_norm_eps: None,
         }),
         Precision::Full => None,

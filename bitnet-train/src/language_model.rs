@@ -6,12 +6,13 @@
 //! not kept: only the inputs of the blocks are, and each block is computed again when backward comes to it
 //! (arXiv:1604.06174). Either way gives the same bits.
 
-use bitnet_model::model::Model;
+use bitnet_model::{model::Model, nn::Context, quant::WeightQuantizer};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
 use crate::{
     Error, Result,
     batch::Batch,
+    codes::codes,
     loss::predictions,
     objective::{Objective, Output, Term},
     task::{Gradients, Part, Prediction, Task},
@@ -23,11 +24,8 @@ pub struct LanguageModel {
     frozen: Model,
     objective: Box<dyn Objective>,
     recompute: bool,
-    quantizer: Option<Quantizer>,
+    quantizer: Option<WeightQuantizer>,
 }
-
-/// Gives the codes −1, 0 and 1 of a projection's latent weights.
-type Quantizer = Box<dyn Fn(&[f32]) -> Vec<i8>>;
 
 /// The last part of the names of quantized matrices.
 const PROJECTIONS: [&str; 7] =
@@ -46,8 +44,8 @@ impl LanguageModel {
     }
 
     /// How the projections' weights are quantized, for the census of the codes; not at all without this.
-    pub fn quantizer(self, codes: impl Fn(&[f32]) -> Vec<i8> + 'static) -> Self {
-        Self { quantizer: Some(Box::new(codes)), ..self }
+    pub fn quantizer(self, quantizer: Option<WeightQuantizer>) -> Self {
+        Self { quantizer, ..self }
     }
 }
 
@@ -55,7 +53,8 @@ impl Task for LanguageModel {
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
         self.objective.prepare(batch)?;
         let tokens = tokens(batch, &self.model)?;
-        let angles = self.model.angles(&Vec::from_iter(0..batch.sequence_length), 1)?;
+        let angles = self.model.document_angles(&tokens, &batch.starts)?;
+        let context = || Context::Own(&batch.starts);
         let embedded = self.model.embed(&tokens)?;
         let mut inputs: Vec<(Var, Option<Tensor>)> = Vec::new();
         let mut x = embedded.detach();
@@ -64,11 +63,11 @@ impl Task for LanguageModel {
             let input = Var::from_tensor(&x)?;
             let output = match self.recompute {
                 true => {
-                    x = frozen.forward(&x, &angles, None)?;
+                    x = frozen.forward(&x, &angles, context())?;
                     None
                 }
                 false => {
-                    let output = block.forward(&input, &angles, None)?;
+                    let output = block.forward(&input, &angles, context())?;
                     x = output.detach();
                     Some(output)
                 }
@@ -86,7 +85,7 @@ impl Task for LanguageModel {
         for (layer, (input, output)) in inputs.into_iter().enumerate().rev() {
             let output = match output {
                 Some(output) => output,
-                None => self.model.blocks()[layer].forward(&input, &angles, None)?,
+                None => self.model.blocks()[layer].forward(&input, &angles, context())?,
             };
             let through = output.apply_op1(Seed { dy })?;
             drop(output);
@@ -101,12 +100,12 @@ impl Task for LanguageModel {
     fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
         let module = name.strip_suffix(".weight")?;
         let is_projection = PROJECTIONS.contains(&module.rsplit('.').next()?);
-        self.quantizer.as_ref().filter(|_| is_projection).map(|codes| codes(latent))
+        self.quantizer.filter(|_| is_projection).map(|quantizer| codes(latent, quantizer))
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         let tokens = tokens(batch, &self.frozen)?;
-        let logits = self.frozen.logits(&self.frozen.hidden_states(&tokens, None)?)?;
+        let logits = self.frozen.logits(&self.frozen.document_states(&tokens, &batch.starts)?)?;
         predictions(&logits.flatten_to(candle_core::D::Minus2)?, &batch.labels)
     }
 }
@@ -205,8 +204,12 @@ mod tests {
     #[test]
     fn blocks_and_recomputed_blocks_give_the_gradients_of_one_graph() {
         let qat = QatLinears { rounding: Rounding::HalfEven };
-        let batch =
-            Batch { inputs: TOKENS.to_vec(), labels: shift_labels(&TOKENS, 7), sequence_length: 7 };
+        let batch = Batch {
+            inputs: TOKENS.to_vec(),
+            labels: shift_labels(&TOKENS, 7),
+            starts: Vec::new(),
+            sequence_length: 7,
+        };
         for tied in [true, false] {
             let parameters = Parameters::new(5);
             let load = |vb| Model::load(&config(tied), &qat, vb).unwrap();

@@ -22,9 +22,11 @@ pub mod objective;
 pub mod optimizer;
 pub mod parameters;
 pub mod qat;
+pub mod qat_matmul;
 pub mod recipe;
 pub mod task;
 pub mod tensorboard;
 pub mod trainer;
+pub mod warmup;
 
 pub use error::{Error, Result};

@@ -46,6 +46,9 @@ pub trait Objective {
     }
 }
 
+/// The name of the one term that every loss of a language model has.
+pub const CROSS_ENTROPY: &str = "cross_entropy";
+
 /// Cross-entropy of the next token.
 #[derive(Clone, Copy, Debug)]
 pub struct NextToken;
@@ -54,6 +57,6 @@ impl Objective for NextToken {
     fn of_output(&self, output: Output<'_>) -> Result<Vec<Term>> {
         let logits = output.model.logits(output.hidden)?.flatten_to(D::Minus2)?;
         let value = cross_entropy(&logits, &output.batch.labels, Some(output.items))?;
-        Ok(vec![Term { name: "cross_entropy", value, weight: 1. }])
+        Ok(vec![Term { name: CROSS_ENTROPY, value, weight: 1. }])
     }
 }

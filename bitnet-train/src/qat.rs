@@ -1,31 +1,73 @@
 //! Quantization-aware training as a linear factory: latent f32 weights, quantized in every forward
-//! pass by the very code that packs them for inference, trained straight through:
-//! `dW = dyᵀ·x_q`, `dx = dy·W_q`.
+//! pass by the very code that packs them for inference, trained straight through.
 
 use std::sync::Arc;
 
 use bitnet_model::{
-    kernels::TileFormat,
     nn::{LinearFactory, LinearSpec, Projection},
-    ops::dense_matmul::{backward_weight, backward_x},
-    quant::Rounding,
-    storage::{contiguous, with_slice},
-    weights::{TernaryWeight, quantized_activations, ternary_product},
+    ops::dense_matmul,
+    quant::{ActivationQuantizer, Quantizer, Rounding, Scheme, WeightQuantizer},
 };
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Module, Result, Shape, Tensor, bail};
+use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
+
+use crate::{qat_matmul::qat_matmul, warmup::Lambda};
 
 /// A BitLinear whose weight is a trainable master.
 #[derive(Clone, Debug)]
 pub struct QatLinear {
     latent: Tensor,
-    rounding: Rounding,
+    quantizers: Quantizers,
+    lambda: Lambda,
+}
+
+/// What a projection quantizes; what is `None` stays as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantizers {
+    /// Its weight.
+    pub weight: Option<WeightQuantizer>,
+    /// Its input.
+    pub input: Option<ActivationQuantizer>,
+}
+
+impl From<Rounding> for Quantizers {
+    /// Those of b1.58.
+    fn from(rounding: Rounding) -> Self {
+        Self { weight: Some(rounding.into()), input: Some(rounding.into()) }
+    }
 }
 
 impl QatLinear {
-    /// `latent` (out_features, in_features) f32.
-    pub fn new(latent: Tensor, rounding: Rounding) -> Self {
-        Self { latent, rounding }
+    /// `latent` (out_features, in_features) f32; a [`Rounding`] stands for the quantizers of b1.58.
+    pub fn new(latent: Tensor, quantizers: impl Into<Quantizers>) -> Self {
+        Self { latent, quantizers: quantizers.into(), lambda: Lambda::default() }
+    }
+
+    /// The same projection with a λ that others may share.
+    pub fn with_lambda(self, lambda: Lambda) -> Self {
+        Self { lambda, ..self }
+    }
+
+    /// `x` (tokens, in_features) → (tokens, out_features).
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let (Quantizers { weight, input }, lambda) = (self.quantizers, self.lambda.get());
+        let x = match input {
+            Some(input) => &input.rotate(x)?,
+            None => x,
+        };
+        if let (Some(weight), Some(input)) = (weight, input)
+            && lambda == 1.
+        {
+            return qat_matmul(x, &self.latent, weight, input.codes);
+        }
+        let x = match input {
+            Some(input) => &input.codes.blend(x, lambda)?,
+            None => x,
+        };
+        match weight {
+            Some(weight) => dense_matmul(x, &weight.blend(&self.latent, lambda)?),
+            None => dense_matmul(x, &self.latent),
+        }
     }
 }
 
@@ -35,19 +77,35 @@ impl Module for QatLinear {
         let mut shape = x.dims().to_vec();
         match shape.last_mut() {
             Some(last) if *last == in_features => *last = out_features,
-            _ => bail!("qat-matmul: x {:?} does not fit {:?}", x.shape(), self.latent.shape()),
+            _ => bail!("qat-linear: x {:?} does not fit {:?}", x.shape(), self.latent.shape()),
         }
-        x.reshape(((), in_features))?
-            .apply_op2(&self.latent, QatMatmul { rounding: self.rounding })?
-            .reshape(shape)
+        self.product(&x.reshape(((), in_features))?)?.reshape(shape)
     }
 }
 
 /// The factory of quantization-aware training.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct QatLinears {
-    /// Of activations and weights.
-    pub rounding: Rounding,
+    rounding: Rounding,
+    scheme: Scheme,
+    lambda: Lambda,
+}
+
+impl QatLinears {
+    /// Projections of b1.58, that round weights and activations like this.
+    pub fn new(rounding: Rounding) -> Self {
+        Self { rounding, scheme: Scheme::default(), lambda: Lambda::default() }
+    }
+
+    /// With other quantizers.
+    pub fn with_scheme(self, scheme: Scheme) -> Self {
+        Self { scheme, ..self }
+    }
+
+    /// With a λ that the projections share.
+    pub fn with_lambda(self, lambda: Lambda) -> Self {
+        Self { lambda, ..self }
+    }
 }
 
 impl LinearFactory for QatLinears {
@@ -58,63 +116,10 @@ impl LinearFactory for QatLinears {
         let shape = (spec.out_features, spec.in_features);
         let init = Init::Randn { mean: 0., stdev: 0.02 };
         let latent = vb.get_with_hints_dtype(shape, "weight", init, DType::F32)?;
-        Ok(Arc::new(QatLinear::new(latent, self.rounding)))
-    }
-}
-
-/// `y = int8(x)·ternary(latent)ᵀ`, integers and one rescale, exactly as packed inference computes it.
-struct QatMatmul {
-    rounding: Rounding,
-}
-
-impl CustomOp2 for QatMatmul {
-    fn name(&self) -> &'static str {
-        "qat-matmul"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        latent: &CpuStorage,
-        latent_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, _) = x_layout.shape().dims2()?;
-        let (out_features, in_features) = latent_layout.shape().dims2()?;
-        let x = contiguous::<f32>(x, x_layout)?;
-        let latent = contiguous::<f32>(latent, latent_layout)?;
-        let weight = TernaryWeight::from_latent(
-            &latent,
-            (out_features, in_features),
-            self.rounding,
-            TileFormat::TwoBit,
-        );
-        let y = ternary_product(&x, &[weight], self.rounding);
-        Ok((CpuStorage::F32(y), (tokens, out_features).into()))
-    }
-
-    /// Both gradients use the quantized operands; rounding and clamping pass them unchanged.
-    fn bwd(
-        &self,
-        x: &Tensor,
-        latent: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (out_features, in_features) = latent.dims2()?;
-        let weight = with_slice::<f32, _>(latent, |latent| {
-            let weight = TernaryWeight::from_latent(
-                latent,
-                (out_features, in_features),
-                self.rounding,
-                TileFormat::TwoBit,
-            );
-            Tensor::from_vec(weight.dequantize(), (out_features, in_features), x.device())
-        })?;
-        let x = with_slice::<f32, _>(x, |values| {
-            let quantized = quantized_activations(values, in_features, self.rounding);
-            Tensor::from_vec(quantized, x.shape(), x.device())
-        })?;
-        Ok((Some(backward_x(dy, &weight)?), Some(backward_weight(dy, &x)?)))
+        let quantizers = Quantizers {
+            weight: self.scheme.weight(self.rounding),
+            input: self.scheme.input(spec.name).quantizer(self.rounding),
+        };
+        Ok(Arc::new(QatLinear::new(latent, quantizers).with_lambda(self.lambda.clone())))
     }
 }

@@ -136,12 +136,7 @@ impl Trainer {
             recipe: recipe.identity()?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
-        let mut batches = Batches::new(
-            train,
-            recipe.train.batch_size,
-            recipe.data.sequence_length,
-            recipe.train.seed,
-        )?;
+        let mut batches = Batches::new(train, recipe.cut(), recipe.train.seed)?;
         let steps = recipe.steps(batches.per_epoch())?;
         let mut census = Census::default();
         if let Some(path) = checkpoints.latest()? {
@@ -349,12 +344,7 @@ impl Trainer {
         let step = self.state.step;
         let (mut nats, mut tokens) = (0., 0);
         let (mut predicted, mut labels) = (Vec::new(), Vec::new());
-        let windows = validation_windows(
-            &self.validation,
-            self.recipe.train.batch_size,
-            self.recipe.data.sequence_length,
-        );
-        for batch in windows {
+        for batch in validation_windows(&self.validation, self.recipe.cut()) {
             let predictions = task.evaluate(&batch)?;
             nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
             tokens += predictions.len();

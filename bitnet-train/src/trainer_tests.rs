@@ -7,7 +7,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::*;
 use crate::{
-    codes::ternary_codes,
+    codes::codes,
     loss::{cross_entropy, predictions},
     metrics,
     recipe::Limits,
@@ -100,7 +100,7 @@ impl Task for Bigram {
     }
 
     fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
-        (name == "lm_head.weight").then(|| ternary_codes(latent, Rounding::HalfEven))
+        (name == "lm_head.weight").then(|| codes(latent, Rounding::HalfEven.into()))
     }
 }
 

@@ -219,15 +219,17 @@ fn ternary(
 ) -> Result<TernaryWeight> {
     match quantization.weights {
         WeightForm::Latent => {
+            let Some(quantizer) = quantization.scheme.weight(quantization.rounding) else {
+                return Err(checkpoint.wrong(name, "stays unquantized: it has no codes".into()));
+            };
             let latent = checkpoint.read(name)?.to_dtype(DType::F32)?;
             let mut bad = None;
             let weight = with_slice::<f32, _>(&latent, |w| {
                 bad = w.iter().position(|w| !w.is_finite()).map(|at| (at, w[at]));
-                let rounding = quantization.rounding;
                 Ok(TernaryWeight::from_latent(
                     w,
                     (out_features, in_features),
-                    rounding,
+                    quantizer,
                     TileFormat::TwoBit,
                 ))
             })?;

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm};
-use crate::quant::Rounding;
+use super::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm, scheme};
+use crate::quant::{Rounding, Scheme};
 
 pub(super) fn config(config: &Config) -> Value {
     let packed =
@@ -58,11 +58,16 @@ pub(super) fn config(config: &Config) -> Value {
             json["weight_bits"] = json!(1);
             json["input_bits"] = json!(8);
         }
-        (_, Some(Quantization { weights: WeightForm::Latent, rounding: Rounding::HalfUp, .. })) => {
-        }
+        (_, Some(quantization)) if is_plain(quantization) => {}
         (_, Some(quantization)) => json["quantization_config"] = quantization_config(quantization),
     }
     json
+}
+
+/// Masters of onebitllms, published under a plain configuration.
+fn is_plain(quantization: Quantization) -> bool {
+    let Quantization { weights, rounding, scheme, .. } = quantization;
+    (weights, rounding, scheme) == (WeightForm::Latent, Rounding::HalfUp, Scheme::default())
 }
 
 fn quantization_config(quantization: Quantization) -> Value {
@@ -81,5 +86,6 @@ fn quantization_config(quantization: Quantization) -> Value {
         json["use_rms_norm"] = json!(true);
         json["rms_norm_eps"] = json!(eps);
     }
+    scheme::write(quantization.scheme, &mut json);
     json
 }

@@ -15,6 +15,7 @@ mod fields;
 mod generation;
 mod json;
 mod parse;
+mod scheme;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,7 @@ pub use self::generation::GenerationConfig;
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    quant::Rounding,
+    quant::{Rounding, Scheme},
 };
 
 /// The nonlinearity of the gate.
@@ -73,6 +74,8 @@ pub struct Quantization {
     pub weights: WeightForm,
     /// Of activations, and of latent weights.
     pub rounding: Rounding,
+    /// Which quantizers; anything but b1.58's is told by keys of this project's own, which transformers ignores.
+    pub scheme: Scheme,
     /// `use_rms_norm`: every quantized linear layer first applies an RMSNorm of its own, with this
     /// epsilon.
     pub input_norm_eps: Option<f64>,
@@ -153,8 +156,12 @@ impl Config {
             Family::Llama => Rounding::HalfUp,
             Family::BitNet | Family::OneBitLlm => Rounding::HalfEven,
         };
-        self.quantization =
-            Some(Quantization { weights: WeightForm::Latent, rounding, input_norm_eps: None });
+        self.quantization = Some(Quantization {
+            weights: WeightForm::Latent,
+            rounding,
+            scheme: Scheme::default(),
+            input_norm_eps: None,
+        });
         Ok(self)
     }
 

@@ -3,8 +3,11 @@
 use std::path::Path;
 
 use super::fields::{Fields, parse_object};
-use super::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm};
-use crate::{error::Result, quant::Rounding};
+use super::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm, scheme};
+use crate::{
+    error::Result,
+    quant::{Rounding, Scheme, WeightKind},
+};
 
 /// Bound on the width of any activation: `127 · 2²⁰ < 2³¹`, so the integer dot product of every row
 /// fits an `i32`.
@@ -168,6 +171,7 @@ fn quantization(fields: &Fields, family: Family) -> Result<Option<Quantization>>
         let latent = Quantization {
             weights: WeightForm::Latent,
             rounding: Rounding::HalfEven,
+            scheme: Scheme::default(),
             input_norm_eps: None,
         };
         return Ok((family == Family::OneBitLlm).then_some(latent));
@@ -204,7 +208,13 @@ fn quantization(fields: &Fields, family: Family) -> Result<Option<Quantization>>
     }
     let eps = positive(&q, "rms_norm_eps")?.unwrap_or(1e-6);
     let input_norm_eps = q.boolean("use_rms_norm")?.unwrap_or(false).then_some(eps);
-    Ok(Some(Quantization { weights, rounding: Rounding::HalfEven, input_norm_eps }))
+    let scheme = scheme::parse(&q)?;
+    if scheme.weights == WeightKind::Full && weights != WeightForm::Latent {
+        let reason = "\"none\" contradicts packed weights, which are codes";
+        return Err(q.error("weight_quantizer", reason));
+    }
+    let rounding = Rounding::HalfEven;
+    Ok(Some(Quantization { weights, rounding, scheme, input_norm_eps }))
 }
 
 /// The base of the rotary embedding, from where transformers 5 writes it or where its predecessors

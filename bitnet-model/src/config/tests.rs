@@ -78,7 +78,12 @@ fn one_bit_llm() -> Value {
 }
 
 fn quantization(weights: WeightForm) -> Option<Quantization> {
-    Some(Quantization { weights, rounding: Rounding::HalfEven, input_norm_eps: None })
+    Some(Quantization {
+        weights,
+        rounding: Rounding::HalfEven,
+        scheme: Scheme::default(),
+        input_norm_eps: None,
+    })
 }
 
 #[test]

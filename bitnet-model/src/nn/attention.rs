@@ -18,6 +18,16 @@ pub struct Attention {
     spec: AttentionSpec,
 }
 
+/// What the tokens of one forward pass attend to.
+#[derive(Debug)]
+pub enum Context<'a> {
+    /// What the cache holds and themselves: their keys and values go through it.
+    Cache(LayerCache<'a>),
+    /// One another: token `i` of the flattened (batch, seq) sees the positions of its row from `starts[i]` to its own,
+    /// all of them from 0 if there are no starts.
+    Own(&'a [usize]),
+}
+
 /// The sizes of an [`Attention`].
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSpec {
@@ -58,14 +68,8 @@ impl Attention {
         })
     }
 
-    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size). Keys and values go through `cache`
-    /// when there is one; without, the sequence is its own context.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        angles: &Angles,
-        cache: Option<LayerCache<'_>>,
-    ) -> Result<Tensor> {
+    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
+    pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let (batch, seq, _) = x.dims3()?;
         let [q, k, v] = &self.qkv_proj.forward(x)?[..] else {
@@ -74,13 +78,13 @@ impl Attention {
         let q = angles.rotate(q, heads)?; // (batch, seq, heads, head_dim)
         let k = angles.rotate(k, kv_heads)?.transpose(1, 2)?; // (batch, kv_heads, seq, head_dim)
         let v = v.reshape((batch, seq, kv_heads, head_dim))?.transpose(1, 2)?;
-        let y = match cache {
-            Some(cache) => {
-                let starts = cache.starts();
+        let y = match context {
+            Context::Cache(cache) => {
+                let starts = cache.query_starts(seq);
                 let (k, v) = cache.append(&k, &v)?; // (batch, kv_heads, context, head_dim)
-                ops::attention(&q, &k, &v, starts)?
+                ops::attention(&q, &k, &v, &starts)?
             }
-            None => ops::attention(&q, &k, &v, &[])?,
+            Context::Own(starts) => ops::attention(&q, &k, &v, starts)?,
         };
         let mut y = y.reshape((batch, seq, heads * head_dim))?;
         if let Some(norm) = &self.sub_norm {

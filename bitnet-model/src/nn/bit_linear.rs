@@ -1,4 +1,5 @@
-//! `BitLinear`: a projection with ternary weights and int8 activations (arXiv:2402.17764).
+//! `BitLinear`: a projection with ternary weights and int8 activations (arXiv:2402.17764), or what else of few bits the
+//! same integers can express.
 
 use std::sync::{
     Arc,
@@ -12,10 +13,10 @@ use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
-    ops::ternary_matmul,
+    ops::{dense_matmul, ternary_matmul},
     packed::{PackedError, PackedSource},
     pages::Arena,
-    quant::Rounding,
+    quant::{ActivationQuantizer, Quantizer},
     storage::with_slice,
     weights::TernaryWeight,
 };
@@ -25,14 +26,18 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct BitLinear {
     weights: Arc<[TernaryWeight]>,
-    rounding: Rounding,
+    input: ActivationQuantizer,
     input_norm: Option<RmsNorm>,
 }
 
 impl BitLinear {
-    /// A projection that rounds activations by `rounding`.
-    pub fn new(weight: TernaryWeight, rounding: Rounding, input_norm: Option<RmsNorm>) -> Self {
-        Self { weights: Arc::new([weight]), rounding, input_norm }
+    /// A projection that takes its input as `input` says; a [`Rounding`](crate::quant::Rounding) stands for int8.
+    pub fn new(
+        weight: TernaryWeight,
+        input: impl Into<ActivationQuantizer>,
+        input_norm: Option<RmsNorm>,
+    ) -> Self {
+        Self { weights: Arc::new([weight]), input: input.into(), input_norm }
     }
 
     /// The packed weights.
@@ -43,10 +48,11 @@ impl BitLinear {
 
 impl Module for BitLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.input_norm {
-            Some(norm) => ternary_matmul(&norm.forward(x)?, &self.weights, self.rounding),
-            None => ternary_matmul(x, &self.weights, self.rounding),
-        }
+        let x = match &self.input_norm {
+            Some(norm) => &norm.forward(x)?,
+            None => x,
+        };
+        ternary_matmul(&self.input.rotate(x)?, &self.weights, self.input.codes)
     }
 }
 
@@ -96,6 +102,35 @@ impl BitLinears {
         self.quantization
     }
 
+    /// How the projection `name` takes its input, if that and the weights are integers.
+    fn integer_input(&self, name: &str) -> Option<ActivationQuantizer> {
+        let Quantization { rounding, scheme, .. } = self.quantization;
+        scheme.weight(rounding).and(scheme.input(name).quantizer(rounding))
+    }
+
+    /// The projection `spec` if weights or inputs are not quantized.
+    fn load_partly_quantized(&self, spec: LinearSpec, vb: VarBuilder) -> Result<PartlyQuantized> {
+        let Quantization { rounding, scheme, .. } = self.quantization;
+        let shape = (spec.out_features, spec.in_features);
+        let weight = match scheme.weight(rounding) {
+            Some(_) => Tensor::from_vec(
+                self.read_weight(spec, vb.clone())?.dequantize(),
+                shape,
+                vb.device(),
+            )?,
+            None => vb.get_with_hints_dtype(shape, "weight", Default::default(), DType::F32)?,
+        };
+        self.bytes.fetch_add(weight.elem_count() * size_of::<f32>(), Ordering::Relaxed);
+        let input_norm = self.load_input_norm(spec, &vb)?;
+        let input = scheme.input(spec.name).quantizer(rounding);
+        Ok(PartlyQuantized { weight, input, input_norm })
+    }
+
+    fn load_input_norm(&self, spec: LinearSpec, vb: &VarBuilder) -> Result<Option<RmsNorm>> {
+        let norm = |eps| RmsNorm::load(spec.in_features, eps, vb.pp("rms_norm"));
+        self.quantization.input_norm_eps.map(norm).transpose()
+    }
+
     /// [`read_weight`](Self::read_weight), counted.
     fn load_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
         let weight = self.read_weight(spec, vb)?;
@@ -106,7 +141,7 @@ impl BitLinears {
     /// Loads packed codes `weight` (out_features / 4, in_features) u8 with `weight_scale`, or ternarizes a float
     /// `weight` (out_features, in_features).
     fn read_weight(&self, spec: LinearSpec, vb: VarBuilder) -> Result<TernaryWeight> {
-        let Quantization { weights, rounding, .. } = self.quantization;
+        let Quantization { weights, rounding, scheme, .. } = self.quantization;
         let shape @ (out_features, in_features) = (spec.out_features, spec.in_features);
         let name = format!("{}.weight", vb.prefix());
         let refuse = |reason: String| candle_core::Error::Msg(format!("tensor `{name}`: {reason}"));
@@ -118,7 +153,10 @@ impl BitLinears {
                     let (row, col) = (at / in_features, at % in_features);
                     return Err(refuse(format!("row {row}, column {col} is {}", latent[at])));
                 }
-                Ok(TernaryWeight::from_latent(latent, shape, rounding, self.format))
+                let Some(quantizer) = scheme.weight(rounding) else {
+                    return Err(refuse("stays unquantized: it has no codes".into()));
+                };
+                Ok(TernaryWeight::from_latent(latent, shape, quantizer, self.format))
             })?;
             return weight.into_pages(&self.arena).map_err(candle_core::Error::wrap);
         };
@@ -152,28 +190,47 @@ impl BitLinears {
 
 impl LinearFactory for BitLinears {
     fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
-        let Quantization { rounding, input_norm_eps, .. } = self.quantization;
-        let input_norm = match input_norm_eps {
-            Some(eps) => Some(RmsNorm::load(spec.in_features, eps, vb.pp("rms_norm"))?),
-            None => None,
+        let Some(input) = self.integer_input(spec.name) else {
+            return Ok(Arc::new(self.load_partly_quantized(spec, vb)?));
         };
-        Ok(Arc::new(BitLinear::new(self.load_weight(spec, vb)?, rounding, input_norm)))
+        let input_norm = self.load_input_norm(spec, &vb)?;
+        Ok(Arc::new(BitLinear::new(self.load_weight(spec, vb)?, input, input_norm)))
     }
 
-    /// One [`BitLinear`]: the input is quantized once and the matrices are one parallel region. Norms of their own keep
-    /// projections apart.
+    /// One [`BitLinear`]: the input is quantized once and the matrices are one parallel region. Norms of their own, or
+    /// inputs that stay as they are, keep projections apart.
     fn linears(&self, specs: &[LinearSpec], vb: &VarBuilder) -> Result<Arc<dyn Projections>> {
-        let Quantization { rounding, input_norm_eps, .. } = self.quantization;
-        if input_norm_eps.is_some() {
+        let input = specs.first().and_then(|spec| self.integer_input(spec.name));
+        let (Some(input), None) = (input, self.quantization.input_norm_eps) else {
             let each = specs.iter().map(|&spec| self.linear(spec, vb.pp(spec.name)));
             return Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?));
-        }
+        };
         let weights = specs.iter().map(|&spec| self.load_weight(spec, vb.pp(spec.name)));
         let weights = weights.collect::<Result<Vec<_>>>()?.into();
-        Ok(Arc::new(BitLinear { weights, rounding, input_norm: None }))
+        Ok(Arc::new(BitLinear { weights, input, input_norm: None }))
     }
 
     fn weight_bytes(&self) -> Option<usize> {
         Some(self.bytes.load(Ordering::Relaxed))
+    }
+}
+
+/// A projection of which only the weights or only the activations are quantized: the formula itself, in f32.
+struct PartlyQuantized {
+    weight: Tensor,
+    input: Option<ActivationQuantizer>,
+    input_norm: Option<RmsNorm>,
+}
+
+impl Module for PartlyQuantized {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = match &self.input_norm {
+            Some(norm) => &norm.forward(x)?,
+            None => x,
+        };
+        match self.input {
+            Some(input) => dense_matmul(&input.codes.blend(&input.rotate(x)?, 1.)?, &self.weight),
+            None => dense_matmul(x, &self.weight),
+        }
     }
 }

@@ -4,10 +4,10 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::{
-    Angles, Attention, FeedForward, LinearFactory, RmsNorm, attention::AttentionSpec,
+    Angles, Attention, Context, FeedForward, LinearFactory, RmsNorm, attention::AttentionSpec,
     feed_forward::FeedForwardSpec,
 };
-use crate::{config::Config, kv_cache::LayerCache};
+use crate::config::Config;
 
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Clone)]
@@ -53,14 +53,9 @@ impl Block {
     }
 
     /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        angles: &Angles,
-        cache: Option<LayerCache<'_>>,
-    ) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
         let h = self.input_layernorm.forward(x)?;
-        let x = (x + self.self_attn.forward(&h, angles, cache)?)?;
+        let x = (x + self.self_attn.forward(&h, angles, context)?)?;
         let h = self.post_attention_layernorm.forward(&x)?;
         &x + self.mlp.forward(&h)?
     }

@@ -13,7 +13,7 @@ mod rope;
 mod screened_head;
 mod vocabulary;
 
-pub use attention::Attention;
+pub use attention::{Attention, Context};
 pub use bit_linear::{BitLinear, BitLinears};
 pub use block::Block;
 pub use embedding::{DenseEmbedding, Embedding, StoredEmbedding};

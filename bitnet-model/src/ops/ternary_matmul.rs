@@ -10,19 +10,20 @@ use rayon::prelude::*;
 
 use crate::{
     kernels::{self, tile::ROWS},
-    quant::Rounding,
+    quant::ActivationCodes,
     storage::{contiguous, with_slice},
     weights::{TernaryWeight, ternary_product},
 };
 
-/// `x` (…, in_features) f32, quantized to int8 per row, times the transposes of `weights`, matrices of the same inputs
+/// `x` (…, in_features) f32, quantized to integers per row, times the transposes of `weights`, matrices of the same inputs
 /// stacked on one another: (…, Σ out_features) f32. The gradient passes straight through the quantization of `x`; the
 /// weights are frozen.
 pub fn ternary_matmul(
     x: &Tensor,
     weights: &Arc<[TernaryWeight]>,
-    rounding: Rounding,
+    quantizer: impl Into<ActivationCodes>,
 ) -> Result<Tensor> {
+    let quantizer = quantizer.into();
     let mut shape = x.dims().to_vec();
     let in_features = shape.last().copied().unwrap_or(0);
     if let Some(weight) = weights.iter().find(|weight| weight.in_features() != in_features) {
@@ -33,14 +34,14 @@ pub fn ternary_matmul(
         *last = weights.iter().map(TernaryWeight::out_features).sum();
     }
     x.reshape(((), in_features))?
-        .apply_op1(TernaryMatmul { weights: weights.clone(), rounding })?
+        .apply_op1(TernaryMatmul { weights: weights.clone(), quantizer })?
         .reshape(shape)
 }
 
 /// The op behind [`ternary_matmul`].
 struct TernaryMatmul {
     weights: Arc<[TernaryWeight]>,
-    rounding: Rounding,
+    quantizer: ActivationCodes,
 }
 
 impl TernaryMatmul {
@@ -57,7 +58,7 @@ impl CustomOp1 for TernaryMatmul {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (tokens, _) = layout.shape().dims2()?;
         let x = contiguous::<f32>(x, layout)?;
-        let y = ternary_product(&x, &self.weights, self.rounding);
+        let y = ternary_product(&x, &self.weights, self.quantizer);
         Ok((CpuStorage::F32(y), (tokens, self.out_features()).into()))
     }
 

@@ -129,7 +129,7 @@ fn attention_does_not_look_at_padding() {
     let (seq, start) = (5, 2);
     let q = random(&[1, seq, 2, 4]);
     let (k, v) = (random(&[1, 1, seq, 4]), random(&[1, 1, seq, 4]));
-    let padded = attention(&q, &k, &v, &[start]).unwrap();
+    let padded = attention(&q, &k, &v, &[start; 5]).unwrap();
     let cut = |x: &Var, dim| x.narrow(dim, start, seq - start).unwrap();
     let alone = attention(&cut(&q, 1), &cut(&k, 2), &cut(&v, 2), &[]).unwrap();
     assert_eq!(flat(&padded.narrow(1, start, seq - start).unwrap()), flat(&alone));
@@ -138,6 +138,45 @@ fn attention_does_not_look_at_padding() {
     let grads = padded.sum_all().unwrap().backward().unwrap();
     let dk = grads.get(k.as_tensor()).unwrap().narrow(2, 0, start).unwrap();
     assert!(flat(&dk).iter().all(|&g| g == 0.));
+}
+
+/// Documents of more and of fewer keys than a block has, packed into rows: outputs and gradients have the bits that
+/// they have alone, whether blocks or queries are shared out among the threads.
+#[test]
+fn attention_to_a_document_does_not_look_at_its_neighbours() {
+    let (batch, heads, kv_heads, dim) = (2, 4, 2, 8);
+    let lengths = [3, 300, 1, 29, 270];
+    let seq: usize = lengths.iter().sum();
+    let q = random(&[batch, seq, heads, dim]);
+    let (k, v) = (random(&[batch, kv_heads, seq, dim]), random(&[batch, kv_heads, seq, dim]));
+    let dy = Tensor::randn(0f32, 1., (batch, seq, heads, dim), &Device::Cpu).unwrap();
+    let ends = lengths.iter().scan(0, |end, length| {
+        *end += length;
+        Some(*end)
+    });
+    let documents: Vec<_> = lengths.iter().zip(ends).map(|(len, end)| (end - len, *len)).collect();
+    let row = documents.iter().flat_map(|&(start, len)| std::iter::repeat_n(start, len));
+    let starts = Vec::from_iter(row).repeat(batch);
+    let y = attention(&q, &k, &v, &starts).unwrap();
+    let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+    for (start, len) in documents {
+        let cut = |x: &Tensor, dim| x.narrow(dim, start, len).unwrap().contiguous().unwrap();
+        let alone =
+            [(&q, 1), (&k, 2), (&v, 2)].map(|(x, dim)| Var::from_tensor(&cut(x, dim)).unwrap());
+        let [q1, k1, v1] = &alone;
+        let y1 = attention(q1, k1, v1, &[]).unwrap();
+        assert_eq!(flat(&y1), flat(&cut(&y, 1)));
+        let grads1 = (y1 * cut(&dy, 1)).unwrap().sum_all().unwrap().backward().unwrap();
+        for ((x1, x), dim) in alone.iter().zip([&q, &k, &v]).zip([1, 2, 2]) {
+            assert_eq!(flat(grads1.get(x1).unwrap()), flat(&cut(grads.get(x).unwrap(), dim)));
+        }
+        // The document's last query by itself, over a context that holds the documents before.
+        let last = start + len - 1;
+        let seen = |x: &Tensor| x.narrow(2, 0, last + 1).unwrap();
+        let one = attention(&q.narrow(1, last, 1).unwrap(), &seen(&k), &seen(&v), &[start; 2]);
+        assert_eq!(flat(&one.unwrap()), flat(&y.narrow(1, last, 1).unwrap()));
+    }
+    assert!(attention(&q, &k, &v, &starts[1..]).is_err());
 }
 
 #[test]
@@ -183,7 +222,8 @@ fn attention_over_many_keys_does_not_depend_on_the_cut() {
             let other = Tensor::cat(&[x, &padding], dim).unwrap();
             Tensor::cat(&[&Tensor::cat(&[&padding, x], dim).unwrap(), &other], 0).unwrap()
         };
-        let padded = attention(&pad(&q, 1), &pad(&k, 2), &pad(&v, 2), &[37, 0]).unwrap();
+        let starts = [[37; 637], [0; 637]].concat();
+        let padded = attention(&pad(&q, 1), &pad(&k, 2), &pad(&v, 2), &starts).unwrap();
         assert_eq!(
             flat(&padded.narrow(0, 0, 1).unwrap().narrow(1, 37, seq).unwrap()),
             flat(&whole)

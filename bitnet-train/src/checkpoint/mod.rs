@@ -92,17 +92,7 @@ impl Checkpoints {
     /// checkpoints are kept.
     pub fn open(dir: &Path, limit: Option<usize>) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
-            let entry = entry.map_err(Error::io(dir))?;
-            let half_written = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| step_of(name.strip_prefix('.')?))
-                .is_some();
-            if half_written {
-                fs::remove_dir_all(entry.path()).map_err(Error::io(entry.path()))?;
-            }
-        }
+        clear_half_written(dir)?;
         Ok(Self { dir: dir.to_owned(), limit })
     }
 
@@ -183,6 +173,39 @@ impl Checkpoints {
             paths.into_iter().map(|(_, path)| path).filter(|path| good.as_ref() != Some(path));
         surplus.into_iter().try_for_each(|path| fs::remove_dir_all(&path).map_err(Error::io(path)))
     }
+}
+
+/// Removes partial checkpoints from a run's folder, and the temporary files of atomic writes from it and the folders in it.
+fn clear_half_written(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let hidden = name.strip_prefix('.').unwrap_or_default();
+        match path.is_dir() {
+            true if step_of(hidden).is_some() => {
+                fs::remove_dir_all(&path).map_err(Error::io(&path))?;
+            }
+            true if !path.is_symlink() => clear_temporary(&path)?,
+            _ => (),
+        }
+    }
+    clear_temporary(dir)
+}
+
+/// Removes what [`bitnet_model::checkpoint::write_atomic`] leaves in a folder when it is killed: `.XXXXXX.tmp`.
+fn clear_temporary(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let random = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp"));
+        let is_random = |random: &str| {
+            random.len() == 6 && random.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        };
+        if random.is_some_and(is_random) && path.is_file() {
+            fs::remove_file(&path).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
 }
 
 /// `N` of `step-N`.
@@ -302,6 +325,10 @@ mod tests {
     fn the_oldest_go_and_the_incomplete_do_not_count() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join(".step-5")).unwrap();
+        fs::create_dir(dir.path().join("latent")).unwrap();
+        for file in [".a8Gx0b.tmp", "latent/.0000zz.tmp", "latent/config.json"] {
+            fs::write(dir.path().join(file), "{").unwrap();
+        }
         let checkpoints = Checkpoints::open(dir.path(), Some(2)).unwrap();
         let parameters = parameters(1.);
         for step in [8, 9, 10, 11] {
@@ -310,7 +337,8 @@ mod tests {
                 .unwrap();
         }
         checkpoints.save_best(&parameters).unwrap();
-        assert_eq!(names(dir.path()), ["best.safetensors", "step-10", "step-11"]);
+        assert_eq!(names(dir.path()), ["best.safetensors", "latent", "step-10", "step-11"]);
+        assert_eq!(names(&dir.path().join("latent")), ["config.json"]);
         fs::remove_file(dir.path().join("step-11").join(STATE)).unwrap();
         assert!(checkpoints.latest().unwrap().unwrap().ends_with("step-10"));
         // The damaged one is replaced when the resumed run comes to it again.

@@ -1,10 +1,12 @@
 //! From files of text to tokens: `corpus` reads documents, `vocabulary` is trained on them, `tokens` encodes them.
 
 pub mod corpus;
+pub mod stream;
 pub mod tokens;
 pub mod vocabulary;
 
 pub use corpus::{Documents, Source};
+pub use stream::{Stream, Window};
 pub use tokens::Tokens;
 pub use vocabulary::Vocabulary;
 

@@ -38,11 +38,6 @@ impl Tokens {
         Ok(Self { ids, ends, bytes })
     }
 
-    /// All tokens in the order of the corpus.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
-    }
-
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.ids.len()
@@ -58,14 +53,25 @@ impl Tokens {
         self.ends.len()
     }
 
-    /// The tokens of one document.
+    /// Number of tokens of one document, BOS and EOS included.
     ///
     /// # Panics
-    ///
     /// If there are not more than `index` documents.
-    pub fn document(&self, index: usize) -> &[u32] {
+    pub fn document_len(&self, index: usize) -> usize {
+        self.range(index).len()
+    }
+
+    /// Appends the tokens `range` of one document to `ids`.
+    ///
+    /// # Panics
+    /// If there are not more than `index` documents, or fewer tokens in it.
+    pub fn read(&self, index: usize, range: Range<usize>, ids: &mut Vec<u32>) {
+        ids.extend(&self.ids[self.range(index)][range]);
+    }
+
+    fn range(&self, index: usize) -> Range<usize> {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        &self.ids[Range { start, end: self.ends[index] }]
+        start..self.ends[index]
     }
 
     /// UTF-8 bytes of the documents: the denominator of nats per byte.
@@ -92,11 +98,12 @@ mod tests {
         let tokens = Tokens::encode(&documents, &vocabulary).unwrap();
         assert_eq!((tokens.documents(), tokens.bytes()), (2, 4));
         for (index, text) in documents.iter().enumerate() {
-            let document = tokens.document(index);
+            let mut document = Vec::new();
+            tokens.read(index, 0..tokens.document_len(index), &mut document);
             assert_eq!((document.first(), document.last()), (Some(&0), Some(&1)));
             assert_eq!(vocabulary.decode(&document[1..document.len() - 1]).unwrap(), *text);
         }
-        assert_eq!(tokens.len(), tokens.document(0).len() + tokens.document(1).len());
+        assert_eq!(tokens.len(), tokens.document_len(0) + tokens.document_len(1));
     }
 
     #[test]

@@ -40,15 +40,17 @@ use serde_json::Value;
 
 use crate::{
     Error, Result,
-    dataset::Source,
+    batch::Cut,
     optimizer::{AdamWConfig, Decay, Schedule, ScheduleKind},
 };
 
+mod data;
 mod limits;
 mod read;
 mod validate;
 mod write;
 
+pub use data::Data;
 pub use limits::Limits;
 
 /// A training run.
@@ -107,22 +109,6 @@ pub struct Model {
     /// What the projections compute with.
     #[serde(default = "default_precision")]
     pub precision: Precision,
-}
-
-/// `[data]`: text files.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Data {
-    /// `[[data.train]]`: what is trained on, and what the vocabulary is trained on.
-    pub train: Vec<Source>,
-    /// `[[data.validation]]`: held-out text.
-    pub validation: Vec<Source>,
-    /// Only about this many bytes of held-out text are used.
-    pub validation_bytes: Option<usize>,
-    /// Tokens in a window.
-    pub sequence_length: usize,
-    /// A `tokenizer.json` to use instead of training a vocabulary.
-    pub tokenizer: Option<PathBuf>,
 }
 
 /// `[train]`: the loop.
@@ -306,6 +292,15 @@ impl Recipe {
         Schedule { kind: schedule, peak_lr, second_peak_lr, warmup_steps, steps, weight_decay }
     }
 
+    /// How the data is cut into batches.
+    pub fn cut(&self) -> Cut {
+        Cut {
+            batch_size: self.train.batch_size,
+            sequence_length: self.data.sequence_length,
+            attend: self.data.attend,
+        }
+    }
+
     /// The optimizer's constants.
     pub fn adamw(&self) -> AdamWConfig {
         let Optimizer { beta1, beta2, eps, decay, .. } = self.optimizer;
@@ -428,6 +423,12 @@ mod tests {
             ("intermediate_size = 768", "intermediate_size = 770", "`model.intermediate_size`"),
             ("vocab_size = 2048", "vocab_size = 100", "`model.vocab_size`"),
             ("sequence_length = 256", "sequence_length = 513", "`data.sequence_length`"),
+            ("sequence_length = 256", "sequence_length = 256\nattend = \"all\"", "`document`"),
+            (
+                "sequence_length = 256",
+                "sequence_length = 1\nattend = \"document\"",
+                "`data.sequence_length`",
+            ),
             ("\"line\"", "\"lines\"", "unknown kind of documents `lines`"),
             ("peak_lr = 1e-3", "peak_lr = inf", "`optimizer.peak_lr`"),
             ("peak_lr = 1e-3", "peak_lr = 1e-3\nbeta2 = 1", "`optimizer.beta2`"),

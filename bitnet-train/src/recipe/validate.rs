@@ -1,7 +1,7 @@
 //! Which values of a recipe make sense. Messages name the key.
 
-use super::{Data, Model, Optimizer, Recipe, Train};
-use crate::{Error, Result, dataset::vocabulary};
+use super::{Model, Optimizer, Recipe, Train};
+use crate::{Error, Result};
 
 impl Recipe {
     /// Says which key has a value that cannot be used.
@@ -73,32 +73,6 @@ impl Model {
         }
         positive("model.rope_theta", self.rope_theta)?;
         positive("model.rms_norm_eps", self.rms_norm_eps)
-    }
-}
-
-impl Data {
-    fn validate(&self, model: &Model) -> Result<()> {
-        at_least_one("data.sequence_length", self.sequence_length)?;
-        if self.sequence_length > model.max_position_embeddings {
-            let (sequence, most) = (self.sequence_length, model.max_position_embeddings);
-            let reason = format!("{sequence} is more than `model.max_position_embeddings`, {most}");
-            return Err(Error::recipe("data.sequence_length", reason));
-        }
-        if self.train.is_empty() {
-            return Err(Error::recipe("data.train", "names no text"));
-        }
-        if self.validation.is_empty() {
-            return Err(Error::recipe("data.validation", "names no text"));
-        }
-        if self.validation_bytes == Some(0) {
-            return Err(Error::recipe("data.validation_bytes", "must be at least 1"));
-        }
-        if self.tokenizer.is_none() && model.vocab_size < vocabulary::MIN_SIZE {
-            let reason =
-                format!("{} is less than {}, the least", model.vocab_size, vocabulary::MIN_SIZE);
-            return Err(Error::recipe("model.vocab_size", reason));
-        }
-        Ok(())
     }
 }
 

@@ -80,7 +80,7 @@ impl Plan {
         let dataset = Dataset::open(recipe)?;
         let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
         let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
-        let batches = Batches::new(dataset.train, batch, sequence, recipe.train.seed)?;
+        let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
         let parameters = experiment::config(recipe, &dataset.vocabulary).parameters();
         Ok(Self {
             steps: recipe.steps(batches.per_epoch())?,

@@ -2,8 +2,8 @@
 //! (arXiv:2205.14135). Memory does not grow with the context, and a block of keys and values in cache meets all queries
 //! of a tile.
 //!
-//! Blocks are counted from a row's own first key and merged in that order, so a query's bits do not depend on how the
-//! prompt was cut, on padding, or on which thread took which block.
+//! Blocks are counted from a query's own first key and merged in that order, so a query's bits do not depend on how the
+//! prompt was cut, on padding, on documents packed before its own, or on which thread took which block.
 
 use std::ops::Range;
 
@@ -23,6 +23,7 @@ const TASKS: usize = 4;
 /// One run over all queries.
 pub(super) struct Forward<'a> {
     pub dims: Dims,
+    /// First visible position of every query, (batch, seq) row-major; empty: 0.
     pub starts: &'a [usize],
     pub q: &'a [f32],
     pub k: KeyValues<'a>,
@@ -103,34 +104,66 @@ impl Forward<'_> {
         }
     }
 
-    /// What the queries of a tile learn from a block of keys; nothing if they see none of them.
+    /// First position that query `i` of `row` may see.
+    fn start(&self, row: usize, i: usize) -> usize {
+        self.starts.get(row * self.dims.seq + i).copied().unwrap_or(0)
+    }
+
+    /// The parts of a tile whose queries start at the same key: one, unless documents are packed into the row.
+    fn runs(&self, tile: &Tile) -> Vec<Tile> {
+        let Tile { row, kv_head, ref positions } = *tile;
+        let mut runs: Vec<Tile> = Vec::new();
+        for i in positions.clone() {
+            match runs.last_mut() {
+                Some(run) if self.start(row, run.positions.start) == self.start(row, i) => {
+                    run.positions.end = i + 1;
+                }
+                _ => runs.push(Tile { row, kv_head, positions: i..i + 1 }),
+            }
+        }
+        runs
+    }
+
+    /// Keys of a block, which begins at `first`, that query `i` sees: those before context − seq + i + 1.
+    fn seen(&self, first: usize, i: usize) -> usize {
+        (self.dims.context - self.dims.seq + i + 1).saturating_sub(first).min(KEYS)
+    }
+
+    /// What the queries of a tile learn from a block of keys, counted from each one's start; nothing if they see none
+    /// of them.
     fn attend(&self, tile: &Tile, block: usize) -> Vec<Partial> {
-        let Dims { seq, heads, kv_heads, context, head_dim, .. } = self.dims;
+        let runs = self.runs(tile);
+        let first = |run: &Tile| self.start(run.row, run.positions.start) + block * KEYS;
+        if runs.iter().all(|run| self.seen(first(run), run.positions.end - 1) == 0) {
+            return Vec::new();
+        }
+        runs.iter().flat_map(|run| self.attend_run(run, first(run))).collect()
+    }
+
+    /// What queries learn from the block of keys that begins at `first`.
+    fn attend_run(&self, tile: &Tile, first: usize) -> Vec<Partial> {
+        let Dims { seq, heads, kv_heads, head_dim, .. } = self.dims;
         let group = heads / kv_heads;
         let head = (tile.row, tile.kv_head);
-        let start = self.starts.get(tile.row).copied().unwrap_or(0);
-        let first = start + block * KEYS;
-        // Position i sees the keys before context − seq + i + 1.
-        let seen = |i: usize| (context - seq + i + 1).saturating_sub(first).min(KEYS);
-        let keys = seen(tile.positions.end - 1);
+        let count = tile.positions.len() * group;
+        let mut partials = vec![Partial::new(head_dim); count];
+        let keys = self.seen(first, tile.positions.end - 1);
         if keys == 0 {
-            return Vec::new();
+            return partials;
         }
         let mut queries = Vec::with_capacity(tile.positions.len() * group * head_dim);
         for i in tile.positions.clone() {
             let at = ((tile.row * seq + i) * heads + tile.kv_head * group) * head_dim;
             queries.extend_from_slice(&self.q[at..][..group * head_dim]);
         }
-        let count = tile.positions.len() * group;
         let mut scores = vec![0f32; count * keys];
         let x = Matrix::new(&queries, count, head_dim);
         self.kernel.matmul_nt(x, self.k.rows(head, first, keys, head_dim), &mut scores, keys);
         let scale = self.dims.scale();
-        let mut partials = vec![Partial::new(head_dim); count];
         let mut sums = vec![0f32; group * head_dim];
         let rows = scores.chunks_mut(group * keys).zip(partials.chunks_mut(group));
         for (i, (scores, partials)) in tile.positions.clone().zip(rows) {
-            let seen = seen(i);
+            let seen = self.seen(first, i);
             if seen == 0 {
                 continue;
             }

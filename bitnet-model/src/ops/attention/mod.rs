@@ -18,13 +18,15 @@ use crate::{
 /// [`KvType`] stores them: (batch, seq, heads, head_dim) f32. Differentiable when all are f32.
 ///
 /// The queries are the last `seq` positions of the context. Query head `h` uses key/value head
-/// `h / (heads / kv_heads)`. Positions before `starts[row]` are padding and not seen; an empty
-/// `starts` means none. A query that is itself padding gets zeros.
+/// `h / (heads / kv_heads)`. Query `i` of `row` sees the positions from `starts[row · seq + i]` to its own: what is
+/// before is padding, or another document; an empty `starts` means that all see from 0. A query that starts behind
+/// itself is padding and gets zeros. The bits of a query depend on the positions that it sees alone.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, starts: &[usize]) -> Result<Tensor> {
     q.apply_op3(k, v, Attention { starts: starts.to_vec() })
 }
 
 struct Attention {
+    /// First visible position of every query, (batch, seq) row-major; empty: 0.
     starts: Vec<usize>,
 }
 
@@ -62,13 +64,18 @@ impl Dims {
 }
 
 impl Attention {
-    fn start(&self, row: usize) -> usize {
-        self.starts.get(row).copied().unwrap_or(0)
+    /// Refuses starts that are not one a query.
+    fn check(&self, dims: &Dims) -> Result<()> {
+        let (found, queries) = (self.starts.len(), dims.batch * dims.seq);
+        if found != 0 && found != queries {
+            bail!("attention: {found} starts for {queries} queries");
+        }
+        Ok(())
     }
 
     /// First position and number of positions that query `i` of `row` sees.
     fn visible(&self, dims: &Dims, row: usize, i: usize) -> (usize, usize) {
-        let start = self.start(row);
+        let start = self.starts.get(row * dims.seq + i).copied().unwrap_or(0);
         let end = dims.context - dims.seq + i + 1;
         (start.min(end), end.saturating_sub(start))
     }
@@ -91,6 +98,7 @@ impl CustomOp3 for Attention {
         let (k, v) = (KeyValues::new(k, k_layout)?, KeyValues::new(v, v_layout)?);
         let (q_shape, k_shape, v_shape) = (q_layout.shape(), k_layout.shape(), v_layout.shape());
         let dims = Dims::new(q_shape, k_shape, v_shape, |width| k.head_dim(width))?;
+        self.check(&dims)?;
         let q = contiguous::<f32>(q, q_layout)?;
         let out =
             Forward { dims, starts: &self.starts, q: &q, k, v, kernel: kernels::active() }.run();
@@ -106,6 +114,7 @@ impl CustomOp3 for Attention {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dims = Dims::new(q.shape(), k.shape(), v.shape(), |width| width)?;
+        self.check(&dims)?;
         let gradients = with_slice::<f32, _>(q, |q| {
             with_slice::<f32, _>(k, |k| {
                 with_slice::<f32, _>(v, |v| {

@@ -4,8 +4,17 @@
 //!   (arXiv:2402.17764, equations 1–3);
 //! - activations: int8 by absolute maximum per token, `clip(round(x · a), -128, 127)`,
 //!   `a = 127 / max(max|x|, ε)` (equation 4);
-//! - both are trained straight through: the gradient passes the rounding unchanged, and none flows
+//! - all are trained straight through: the gradient passes the rounding unchanged, and none flows
 //!   through `β` or `a`.
+//!
+//! Its relatives, which the same integer kernels run:
+//!
+//! - binary weights, `sign(w − mean(w)) · mean|w|`, of the first BitNet (arXiv:2310.11453);
+//! - 4-bit activations, `clip(round(x · 7 / max|x|), -8, 7)`, as BitNet a4.8 and v2 have them but with the absolute
+//!   maximum in place of the mean;
+//! - activations rotated by a [`hadamard`] transform before they are rounded (arXiv:2504.18415).
+//!
+//! [`Quantizer`] is what they have in common; a [`Scheme`] says which of them each projection has.
 //!
 //! All arithmetic is f32. As in the reference implementation the weight is multiplied by the
 //! reciprocal `1/β`, not divided by `β`, and `ε` clamps the mean instead of being added to it.
@@ -14,6 +23,16 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::storage::contiguous;
+
+mod hadamard;
+mod quantizer;
+mod scheme;
+
+pub use hadamard::{hadamard, hadamard_block};
+pub use quantizer::{
+    ActivationCodes, ActivationQuantizer, Quantizer, WeightCodes, WeightQuantizer,
+};
+pub use scheme::{InputKind, InputWidth, Scheme, WeightKind};
 
 /// Smallest `mean|w|` and `max|x|`: below it, everything rounds to 0.
 pub const EPSILON: f32 = 1e-5;
@@ -41,13 +60,16 @@ impl Rounding {
 /// `β = max(mean|w|, ε)`: the scale of a ternary matrix. Summed in f64, so the f32 result does not
 /// depend on the order of the sum.
 pub fn weight_scale(weights: &[f32]) -> f32 {
+    mean(weights, |w| f64::from(w.abs())).max(EPSILON)
+}
+
+fn mean(weights: &[f32], of: impl Fn(f32) -> f64 + Sync) -> f32 {
     // Fixed chunks, added up in order: the same bits whatever the number of threads.
     let chunks: Vec<f64> = weights
         .par_chunks(1 << 16)
-        .map(|chunk| chunk.iter().map(|w| f64::from(w.abs())).sum::<f64>())
+        .map(|chunk| chunk.iter().map(|&w| of(w)).sum::<f64>())
         .collect();
-    let mean = chunks.iter().sum::<f64>() / weights.len().max(1) as f64;
-    (mean as f32).max(EPSILON)
+    (chunks.iter().sum::<f64>() / weights.len().max(1) as f64) as f32
 }
 
 /// The ternary value, −1, 0 or 1, of one weight; `inverse_scale` is `1/β`.
@@ -63,7 +85,11 @@ pub fn ternary(weight: f32, inverse_scale: f32, rounding: Rounding) -> i8 {
 
 /// `a = 127 / max(max|x|, ε)` of one token's activations.
 pub fn activation_factor(row: &[f32]) -> f32 {
-    127. / row.iter().fold(0f32, |max, x| max.max(x.abs())).max(EPSILON)
+    127. / absmax(row).max(EPSILON)
+}
+
+fn absmax(row: &[f32]) -> f32 {
+    row.iter().fold(0f32, |max, x| max.max(x.abs()))
 }
 
 /// The int8 code of one activation; `factor` is `a`.
@@ -72,27 +98,37 @@ pub fn int8(x: f32, factor: f32, rounding: Rounding) -> i8 {
     rounding.round(x * factor).clamp(-128., 127.) as i8
 }
 
-/// The weight as the matrix product sees it, on the grid `{-β, 0, β}`. Shape and dtype (f32) of
-/// `weight`; its gradient is identity.
-pub fn fake_quantize_weight(weight: &Tensor, rounding: Rounding) -> Result<Tensor> {
-    straight_through(weight, "fake-quantize-weight", move |w, _| {
-        let scale = weight_scale(w);
-        let inverse = 1. / scale;
-        w.par_iter().map(|&w| f32::from(ternary(w, inverse, rounding)) * scale).collect()
-    })
+/// `round(x · 7 / max|x|)`, clipped to −8 … 7: the 4-bit code of one activation; `factor` is `7 / max(max|x|, ε)`.
+#[inline]
+pub fn int4(x: f32, factor: f32, rounding: Rounding) -> i8 {
+    rounding.round(x * factor).clamp(-8., 7.) as i8
 }
 
-/// Activations as the matrix product sees them, `code / a` per row of the last dimension. Shape
-/// and dtype (f32) of `x`; its gradient is identity.
+/// `7 / max(max|x|, ε)` of one token's activations, for [`int4`].
+pub fn int4_factor(row: &[f32]) -> f32 {
+    7. / absmax(row).max(EPSILON)
+}
+
+/// The mean of a matrix, around which [`sign`] looks. Summed as [`weight_scale`].
+pub fn weight_mean(weights: &[f32]) -> f32 {
+    mean(weights, f64::from)
+}
+
+/// `sign(w − mean(w))`, −1 or 1, of one weight; as in the paper a weight that is the mean becomes −1.
+#[inline]
+pub fn sign(weight: f32, mean: f32) -> i8 {
+    if weight > mean { 1 } else { -1 }
+}
+
+/// [`WeightQuantizer::Absmean`] as an operation on tensors. Shape and dtype (f32) of `weight`; its gradient is identity.
+pub fn fake_quantize_weight(weight: &Tensor, rounding: Rounding) -> Result<Tensor> {
+    WeightQuantizer::Absmean(rounding).blend(weight, 1.)
+}
+
+/// [`ActivationCodes::Int8`] as an operation on tensors: `code / a` per row of the last dimension. Shape and dtype
+/// (f32) of `x`; its gradient is identity.
 pub fn fake_quantize_activation(x: &Tensor, rounding: Rounding) -> Result<Tensor> {
-    straight_through(x, "fake-quantize-activation", move |x, width| {
-        let mut quantized = x.to_vec();
-        quantized.par_chunks_mut(width).for_each(|row| {
-            let factor = activation_factor(row);
-            row.iter_mut().for_each(|x| *x = f32::from(int8(*x, factor, rounding)) / factor);
-        });
-        quantized
-    })
+    ActivationCodes::Int8(rounding).blend(x, 1.)
 }
 
 /// Forward `f(x, size of the last dimension)`, backward identity: the straight-through estimator.
