@@ -1,6 +1,9 @@
 //! The crate's one error type. Every variant names the thing that is wrong: file, key, parameter, value.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// What went wrong, and where.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +75,7 @@ pub enum Error {
     /// The loss or the gradient is no longer a finite number.
     #[error(
         "step {step}: {what} is {value}; lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`{}",
-        last_good.as_ref().map(|path| format!("; last good checkpoint: {}", path.display())).unwrap_or_default()
+        good_checkpoint(last_good.as_deref())
     )]
     Diverged {
         /// The step that failed, counted from 1. An update with such a gradient is not applied.
@@ -87,7 +90,7 @@ pub enum Error {
     /// The loss is finite, but the run has gone wrong.
     #[error(
         "step {step}: {reason}; {advice}{}",
-        last_good.as_ref().map(|path| format!("; last good checkpoint: {}", path.display())).unwrap_or_default()
+        good_checkpoint(last_good.as_deref())
     )]
     WentWrong {
         /// Updates made.
@@ -108,6 +111,14 @@ pub enum Error {
     /// Candle refused an operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// The end of a message about a run that has gone wrong.
+fn good_checkpoint(path: Option<&Path>) -> String {
+    match path {
+        Some(path) => format!("; last good checkpoint: {}", path.display()),
+        None => "; there is no checkpoint from before that".into(),
+    }
 }
 
 /// `Result` with this crate's [`Error`].

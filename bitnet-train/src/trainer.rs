@@ -20,7 +20,7 @@ use crate::{
     checkpoint::{self, Best, Checkpoints, TrainerState},
     codes::Census,
     dataset::{Dataset, Tokens},
-    detector::{Finding, effective_number},
+    detector::{Collapse, Finding, effective_number},
     metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
@@ -34,7 +34,7 @@ pub const RECIPE: &str = "recipe.toml";
 const CROSS_ENTROPY: &str = "cross_entropy";
 
 const DIVERGED: &str = "lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`; to go on nevertheless, set `train.stop_on_divergence=false` and resume";
-const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 to 1e-3 is sound); to go on nevertheless, set `train.stop_on_collapse=false` and resume";
+const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 to 1e-3 is sound), or give a slow run more updates in `train.limits.collapse_after`; to go on nevertheless, set `train.stop_on_collapse=false` and resume";
 
 /// What happens during a run, for a progress bar.
 #[derive(Clone, Debug)]
@@ -222,7 +222,7 @@ impl Trainer {
             if is_last || step.is_multiple_of(self.recipe.train.eval_every) {
                 let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
-                let finding = self.watch_predictions(&record);
+                let finding = self.watch_predictions(task, &record);
                 self.metrics.write(&Record::Evaluation(record))?;
                 self.stop_for(finding, self.recipe.train.stop_on_collapse, COLLAPSED)?;
             }
@@ -261,8 +261,15 @@ impl Trainer {
         self.state.divergence.observe(record.step, loss, is_settling, limits)
     }
 
-    fn watch_predictions(&mut self, record: &EvaluationRecord) -> Option<Finding> {
-        let limits = self.recipe.train.limits.collapse();
+    /// Looks for collapse, except while quantization is coming in: evaluations are of the model fully quantized, which
+    /// may be good for nothing yet.
+    fn watch_predictions(&mut self, task: &dyn Task, record: &EvaluationRecord) -> Option<Finding> {
+        if task.lambda().is_some_and(|lambda| lambda < 1.) {
+            self.state.collapse = Collapse::default();
+            return None;
+        }
+        let mut limits = self.recipe.train.limits.collapse();
+        limits.after += self.recipe.optimizer.warmup_steps;
         self.state.collapse.observe(record.step, record.nats_per_token, record.diversity?, limits)
     }
 

@@ -18,7 +18,7 @@ pub struct Limits {
     pub divergence_updates: usize,
     /// So many evaluations in a row that predict few tokens, no better than by their frequencies, are a collapse.
     pub collapse_evaluations: usize,
-    /// A model that has not yet learned more than frequencies is given so many updates to do it.
+    /// A model that has not yet learned more than frequencies is given so many updates after the warm-up to do it.
     pub collapse_after: usize,
 }
 
