@@ -57,7 +57,7 @@ pub fn run(
     let dataset = Dataset::open(recipe)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
-    let qat = QatLinears::new(Rounding::HalfEven);
+    let qat = QatLinears::new(Rounding::HalfEven).with_backward(recipe.train.backward.into());
     let linears: &dyn LinearFactory = match recipe.model.precision {
         Precision::Bitnet => &qat,
         Precision::Full => &DenseLinears,

@@ -35,6 +35,7 @@
 
 use std::path::PathBuf;
 
+use bitnet_model::ops::gemm::Precision as GemmPrecision;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -111,6 +112,27 @@ pub struct Model {
     pub precision: Precision,
 }
 
+/// The precision of the products of the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backward {
+    /// Single precision.
+    #[default]
+    F32,
+    /// Gradients are rounded to bfloat16 before they are multiplied, and added up in single precision: faster on
+    /// processors with AVX-512 BF16.
+    Bf16,
+}
+
+impl From<Backward> for GemmPrecision {
+    fn from(backward: Backward) -> Self {
+        match backward {
+            Backward::F32 => Self::F32,
+            Backward::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 /// `[train]`: the loop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -124,6 +146,9 @@ pub struct Train {
     pub steps: Option<usize>,
     /// Passes over the training data; either this or `steps`.
     pub epochs: Option<f64>,
+    /// Precision of the products of the backward pass.
+    #[serde(default)]
+    pub backward: Backward,
     /// Compute blocks again in the backward pass: a third more time, most of the activations' memory saved.
     #[serde(default)]
     pub recompute_blocks: bool,
