@@ -128,7 +128,7 @@ mod tests {
             let values: Vec<f32> = codes.iter().map(|&code| code.into()).collect();
             Var::from_vec(values, codes.len(), &Device::Cpu).unwrap()
         };
-        layers.iter().map(|(name, as_they_are)| (format!("{name}.weight"), var(codes))).collect()
+        layers.iter().map(|(name, codes)| (format!("{name}.weight"), var(codes))).collect()
     }
 
     fn as_they_are(name: &str, latent: &[f32]) -> Option<Vec<i8>> {

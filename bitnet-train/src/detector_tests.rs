@@ -8,6 +8,9 @@ fn noise(step: usize) -> f64 {
     (step as f64 * 12.9898).sin() * (step as f64 * 78.233).cos()
 }
 
+/// The loss of an update.
+type Losses = fn(usize) -> f64;
+
 /// What the detector says about `losses`, and after which update.
 fn diverges(losses: impl Fn(usize) -> f64, steps: usize) -> Option<(usize, Finding)> {
     let mut detector = Divergence::default();
@@ -25,7 +28,7 @@ fn s_shaped(step: usize) -> f64 {
 
 #[test]
 fn sound_runs_go_on() {
-    let sound: [fn(usize) -> f64; 5] = [
+    let sound: [Losses; 5] = [
         |step| s_shaped(step) + 0.5 * noise(step),
         // A spike of 40 updates, and single ones.
         |step| s_shaped(step) + if (600..640).contains(&step) { 4. } else { 0. },
@@ -41,7 +44,7 @@ fn sound_runs_go_on() {
 
 #[test]
 fn divergence_is_found_where_it_began() {
-    let bad: [(fn(usize) -> f64, usize); 4] = [
+    let bad: [(Losses, usize); 4] = [
         (|step| if step < 800 { s_shaped(step) } else { 6. + 0.3 * noise(step) }, 800),
         // From the first updates on.
         (|step| if step == 1 { 7.6 } else { 40. + 10. * noise(step) }, 2),
