@@ -229,6 +229,7 @@ impl Trainer {
             let interrupted = interrupted.load(Ordering::Relaxed);
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
             let is_due = is_last || is_due || interrupted || self.is_out_of_patience();
+            // A trial, of which no checkpoint is kept, writes none.
             if is_due && self.recipe.train.save_total_limit > 0 {
                 self.metrics.sync()?;
                 let path = self.checkpoints.save(

@@ -20,6 +20,7 @@ struct Bigram {
     forwards: Cell<usize>,
     /// Forward passes of evaluations count too, so that trouble comes in updates and in evaluations.
     trouble: Option<(usize, Trouble)>,
+    lambda: Option<f64>,
 }
 
 enum Trouble {
@@ -45,7 +46,7 @@ impl Bigram {
             ("lm_head.weight".into(), fill(&[WIDTH, VOCAB], 0.5)),
             ("norm.weight".into(), Var::ones(WIDTH, DType::F32, &device).unwrap()),
         ];
-        Self { parameters, forwards: Cell::new(0), trouble: None }
+        Self { parameters, forwards: Cell::new(0), trouble: None, lambda: None }
     }
 
     fn in_trouble(self, forwards: usize, trouble: Trouble) -> Self {
@@ -97,6 +98,10 @@ impl Task for Bigram {
             }
             _ => predictions,
         })
+    }
+
+    fn lambda(&self) -> Option<f64> {
+        self.lambda
     }
 
     fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
@@ -316,6 +321,12 @@ fn collapsed_predictions_stop_the_run() {
         "{message}"
     );
     assert!(message.ends_with("step-5"), "{message}"); // sound after 8, and step-10 may be bad
+    let another = tempfile::tempdir().unwrap();
+    recipe.output.dir = another.path().to_owned();
+    // While quantization comes in, the quantized model may be good for nothing.
+    let warmed_up = Bigram { lambda: Some(0.5), ..Bigram::new() }.in_trouble(14, Trouble::Collapse);
+    assert_eq!(run(&mut start(&recipe, &warmed_up), &warmed_up).unwrap(), Outcome::Finished);
+    recipe.output.dir = dir.path().join("run");
     recipe.train.stop_on_collapse = false;
     assert_eq!(run(&mut resume(&recipe, &model).unwrap(), &model).unwrap(), Outcome::Finished);
 }
