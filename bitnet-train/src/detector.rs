@@ -12,6 +12,9 @@ use crate::metrics::Diversity;
 /// Losses whose median is the level of a run.
 const WINDOW: usize = 32;
 
+/// In nats: a loss near 0, of text that is known by heart, may double.
+const LEAST_MARGIN: f64 = 0.1;
+
 /// A model collapses onto fewer than this part of the effective number of tokens in the text.
 const FEW: f64 = 0.1;
 
@@ -82,7 +85,7 @@ impl Divergence {
             return None;
         }
         let level = *self.level.get_or_insert(loss);
-        let limit = level + level.abs() * limits.margin;
+        let limit = level + (level.abs() * limits.margin).max(LEAST_MARGIN);
         // The loss of update n is that of the weights after n − 1.
         self.trouble = (loss > limit).then(|| Trouble::grown(self.trouble, step - 1));
         if self.recent.len() == WINDOW {
