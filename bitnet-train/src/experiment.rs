@@ -74,9 +74,13 @@ pub fn run(
         Precision::Bitnet => Some(Rounding::HalfEven.into()),
         Precision::Full => None,
     };
-    let task = LanguageModel::new(model, frozen, Box::new(NextToken))
-        .recompute(recipe.train.recompute_blocks)
-        .quantizer(quantizer);
+    let task = LanguageModel::new(
+        model,
+        frozen,
+        Box::new(NextToken { precision: recipe.train.backward.into() }),
+    )
+    .recompute(recipe.train.recompute_blocks)
+    .quantizer(quantizer);
     let outcome = trainer.run(&task, observe, interrupted)?;
     if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;

@@ -227,8 +227,8 @@ mod tests {
             let [kept, recomputed] = [false, true].map(|recompute| {
                 let [model, frozen] =
                     [parameters.var_builder(), parameters.frozen_builder()].map(load);
-                let task =
-                    LanguageModel::new(model, frozen, Box::new(NextToken)).recompute(recompute);
+                let task = LanguageModel::new(model, frozen, Box::new(NextToken::default()))
+                    .recompute(recompute);
                 let mut gradients = Gradients::new(&named);
                 let parts = task.pass(&batch, batch.items(), &mut gradients).unwrap();
                 assert_eq!(parts.len(), 1);

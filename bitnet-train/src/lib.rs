@@ -15,6 +15,7 @@ pub mod dataset;
 pub mod detector;
 mod error;
 pub mod experiment;
+pub mod head_loss;
 pub mod language_model;
 pub mod loss;
 pub mod metrics;

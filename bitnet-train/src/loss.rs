@@ -24,7 +24,7 @@ pub const IGNORED: i64 = -100;
 /// `labels` holds one token id a row, or [`IGNORED`]; it is already shifted, as [`Batch::labels`](crate::batch::Batch)
 /// and [`shift_labels`] are. The sum over rows is divided by `num_items`, by default the number of labels that count.
 pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) -> Result<Tensor> {
-    let targets = targets(logits, labels)?;
+    let targets = targets(logits.dims2()?, labels)?;
     let items = num_items.unwrap_or_else(|| targets.iter().flatten().count());
     if items == 0 {
         return Err(Error::Input(
@@ -38,7 +38,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) 
 
 /// What `logits` (rows, vocab) make of each label that is not [`IGNORED`], in order; for evaluation.
 pub fn predictions(logits: &Tensor, labels: &[i64]) -> Result<Vec<Prediction>> {
-    let targets = targets(logits, labels)?;
+    let targets = targets(logits.dims2()?, labels)?;
     let vocab = logits.dim(1)?;
     Ok(with_slice::<f32, _>(&logits.to_dtype(DType::F32)?, |logits| {
         let rows = logits.par_chunks(vocab).zip(&targets);
@@ -60,9 +60,8 @@ pub fn shift_labels(tokens: &[u32], sequence_length: usize) -> Vec<i64> {
         .collect()
 }
 
-/// Labels as indices into a row, checked against the logits' shape.
-fn targets(logits: &Tensor, labels: &[i64]) -> Result<Vec<Option<usize>>> {
-    let (rows, vocab) = logits.dims2()?;
+/// Labels as indices into a row, checked against the shape of the logits.
+pub(crate) fn targets((rows, vocab): (usize, usize), labels: &[i64]) -> Result<Vec<Option<usize>>> {
     if vocab == 0 {
         return Err(Error::Input("logits over an empty vocabulary".into()));
     }
@@ -180,7 +179,7 @@ fn rows<'a>(
 }
 
 /// `log Σ_j exp(x_j)`, shifted by the largest value so that nothing overflows. NaN if a value is NaN.
-fn log_sum_exp(scratch: &mut Vec<f32>, row: &[f32]) -> f32 {
+pub(crate) fn log_sum_exp(scratch: &mut Vec<f32>, row: &[f32]) -> f32 {
     let kernel = kernels::active();
     let shift = kernel.max(row);
     scratch.clear();

@@ -1,9 +1,9 @@
 //! What a run minimizes: a weighted sum of named terms.
 
-use bitnet_model::model::Model;
+use bitnet_model::{model::Model, ops::gemm::Precision};
 use candle_core::{D, Tensor};
 
-use crate::{Result, batch::Batch, loss::cross_entropy};
+use crate::{Result, batch::Batch, head_loss::head_loss, loss::cross_entropy};
 
 /// A term of the loss.
 #[derive(Clone, Debug)]
@@ -50,13 +50,22 @@ pub trait Objective {
 pub const CROSS_ENTROPY: &str = "cross_entropy";
 
 /// Cross-entropy of the next token.
-#[derive(Clone, Copy, Debug)]
-pub struct NextToken;
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NextToken {
+    /// Of the products of the output head.
+    pub precision: Precision,
+}
 
 impl Objective for NextToken {
     fn of_output(&self, output: Output<'_>) -> Result<Vec<Term>> {
-        let logits = output.model.logits(output.hidden)?.flatten_to(D::Minus2)?;
-        let value = cross_entropy(&logits, &output.batch.labels, Some(output.items))?;
-        Ok(vec![Term { name: CROSS_ENTROPY, value, weight: 1. }])
+        let Output { model, hidden, batch, items } = output;
+        let value = match model.lm_head().weight() {
+            Some(weight) => head_loss(hidden, weight, &batch.labels, items, self.precision)?,
+            None => {
+                let logits = model.logits(hidden)?.flatten_to(D::Minus2)?;
+                cross_entropy(&logits, &batch.labels, Some(items))?
+            }
+        };
+        Ok(vec![Term { name: "cross_entropy", value, weight: 1. }])
     }
 }

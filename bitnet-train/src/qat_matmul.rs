@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use bitnet_model::{
     activations::QuantizedActivations,
     kernels::TileFormat,
-    ops::gemm::{Factor, Precision, gemm},
+    ops::gemm::{Factor, Precision, gemm, plain},
     quant::{ActivationCodes, WeightCodes, WeightQuantizer},
     storage::{contiguous, with_slice},
     weights::TernaryWeight,
@@ -93,20 +93,20 @@ impl CustomOp2 for QatMatmul {
         let mut dx = vec![0f32; tokens * k];
         let mut dlatent = latent.track_op().then(|| vec![0f32; n * k]);
         with_slice::<f32, _>(dy, |dy| {
-            let upstream = |at: usize, _: usize| dy[at];
             with_slice::<f32, _>(latent, |latent| {
-                let code = |at: usize, _: usize| f32::from(codes.code(latent[at]));
-                let (a, b) = (Factor::depth_inner(n, &upstream), Factor::index_inner(k, &code));
+                let code = |weight: f32, _: usize| f32::from(codes.code(weight));
+                let (a, b) =
+                    (Factor::depth_inner(n, dy, plain), Factor::index_inner(k, latent, code));
                 gemm((tokens, k, n), a, b, codes.scale, precision, &mut dx);
                 Ok(())
             })?;
             if let Some(dlatent) = &mut dlatent {
                 // x = code / a of its token: the token's factor goes to the gradient, so that the codes stay integers.
                 let inverse: Vec<f32> = input.factors().iter().map(|factor| 1. / factor).collect();
-                let scaled = |at: usize, token: usize| dy[at] * inverse[token];
-                let code = |at: usize, _: usize| f32::from(input.codes()[at]);
-                let (a, b) =
-                    (Factor::index_inner(n, &scaled), Factor::index_inner(input.stride(), &code));
+                let scaled = |dy: f32, token: usize| dy * inverse[token];
+                let code = |code: i8, _: usize| f32::from(code);
+                let a = Factor::index_inner(n, dy, scaled);
+                let b = Factor::index_inner(input.stride(), input.codes(), code);
                 gemm((n, k, tokens), a, b, 1., precision, dlatent);
             }
             Ok(())

@@ -33,6 +33,7 @@ mod ternary_tests;
 #[cfg(test)]
 mod tests;
 pub mod tile;
+mod vectorized;
 
 use std::fmt;
 
@@ -42,6 +43,7 @@ pub use self::{
     dense::{DenseWeights, Matrix},
     gemm::{PanelProduct, PanelWidths},
     tile::{ROWS, Tile, TileFormat},
+    vectorized::{Loop, vectorized},
 };
 
 /// One instruction set's routines. Only this module makes kernels and only [`available`] hands them out, so a

@@ -73,6 +73,11 @@ impl DenseLinear {
         Self { weight, bias }
     }
 
+    /// The weight, if there is no bias beside it.
+    pub(super) fn plain_weight(&self) -> Option<&Tensor> {
+        self.bias.is_none().then_some(&self.weight)
+    }
+
     /// Bytes of the weight.
     pub(super) fn weight_bytes(&self) -> usize {
         self.weight.elem_count() * self.weight.dtype().size_in_bytes()

@@ -87,6 +87,11 @@ pub trait LmHead: Send + Sync {
     /// `hidden` (…, hidden_size) → all logits (…, vocab_size), f32.
     fn forward(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// The rows (vocab_size, hidden_size) that it multiplies, if they are a tensor and nothing is added.
+    fn weight(&self) -> Option<&Tensor> {
+        None
+    }
+
     /// Bytes of the weights that are read in order for the [needed](Self::logits) logits, of one row or of several.
     fn bytes(&self) -> usize;
 
@@ -114,6 +119,10 @@ pub(super) fn check_needs(hidden: &Tensor, needs: &[Need]) -> Result<()> {
 impl LmHead for DenseLinear {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
         Module::forward(self, hidden)
+    }
+
+    fn weight(&self) -> Option<&Tensor> {
+        self.plain_weight()
     }
 
     fn bytes(&self) -> usize {

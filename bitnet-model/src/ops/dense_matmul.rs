@@ -10,7 +10,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::{
     PARALLEL_ELEMENTS, for_each_chunk,
-    gemm::{Factor, Precision, gemm},
+    gemm::{Factor, Precision, gemm, plain},
 };
 use crate::{
     kernels::{self, DenseWeights, Matrix},
@@ -94,8 +94,7 @@ fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let mut dx = vec![0f32; tokens * k];
     with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(weight, |weight| {
-            let (dy, weight) = (|at: usize, _: usize| dy[at], |at: usize, _: usize| weight[at]);
-            let (a, b) = (Factor::depth_inner(n, &dy), Factor::index_inner(k, &weight));
+            let (a, b) = (Factor::depth_inner(n, dy, plain), Factor::index_inner(k, weight, plain));
             gemm((tokens, k, n), a, b, 1., Precision::F32, &mut dx);
             Ok(())
         })
@@ -110,8 +109,7 @@ fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
     let mut dweight = vec![0f32; n * k];
     with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(x, |x| {
-            let (dy, x) = (|at: usize, _: usize| dy[at], |at: usize, _: usize| x[at]);
-            let (a, b) = (Factor::index_inner(n, &dy), Factor::index_inner(k, &x));
+            let (a, b) = (Factor::index_inner(n, dy, plain), Factor::index_inner(k, x, plain));
             gemm((n, k, tokens), a, b, 1., Precision::F32, &mut dweight);
             Ok(())
         })

@@ -1,10 +1,10 @@
 //! The gate of the feed-forward layer, `act(gate) · up`, in one pass and with a gradient.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
 use crate::{
     config::Activation,
+    kernels::{Loop, vectorized},
     storage::{Rows, with_slice},
     threads,
 };
@@ -107,18 +107,12 @@ impl CustomOp2 for Gated {
             with_slice::<f32, _>(up, |up| {
                 with_slice::<f32, _>(dy, |dy| {
                     let (mut dgate, mut dup) = (vec![0f32; dy.len()], vec![0f32; dy.len()]);
-                    dgate
-                        .par_chunks_mut(CHUNK)
-                        .zip(dup.par_chunks_mut(CHUNK))
-                        .enumerate()
-                        .for_each(|(chunk, (dgate, dup))| {
-                            let at = chunk * CHUNK;
-                            for i in 0..dgate.len() {
-                                let (gate, dy) = (gate[at + i], dy[at + i]);
-                                dgate[i] = dy * up[at + i] * self.act.derivative(gate);
-                                dup[i] = dy * self.act.value(gate);
-                            }
-                        });
+                    let pair = ((&mut dgate[..], CHUNK), (&mut dup[..], CHUNK));
+                    threads::for_each_chunk_pair(pair.0, pair.1, |chunk, dgate, dup| {
+                        let at = chunk * CHUNK..chunk * CHUNK + dgate.len();
+                        let (gate, up, dy) = (&gate[at.clone()], &up[at.clone()], &dy[at]);
+                        vectorized(Backward { act: self.act, gate, up, dy, dgate, dup });
+                    });
                     Ok((dgate, dup))
                 })
             })
@@ -128,5 +122,36 @@ impl CustomOp2 for Gated {
             Some(Tensor::from_vec(dgate, shape, gate.device())?),
             Some(Tensor::from_vec(dup, shape, gate.device())?),
         ))
+    }
+}
+
+/// The gradients of some elements.
+struct Backward<'a> {
+    act: Activation,
+    gate: &'a [f32],
+    up: &'a [f32],
+    dy: &'a [f32],
+    dgate: &'a mut [f32],
+    dup: &'a mut [f32],
+}
+
+impl Loop for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let inputs = self.gate.iter().zip(self.up).zip(self.dy);
+        let all = inputs.zip(self.dgate.iter_mut().zip(self.dup));
+        // A loop for each activation, as forward.
+        match self.act {
+            Activation::Relu2 => all.for_each(|(((&gate, up), dy), (dgate, dup))| {
+                *dgate = dy * up * Activation::Relu2.derivative(gate);
+                *dup = dy * Activation::Relu2.value(gate);
+            }),
+            Activation::Silu => all.for_each(|(((&gate, up), dy), (dgate, dup))| {
+                *dgate = dy * up * Activation::Silu.derivative(gate);
+                *dup = dy * Activation::Silu.value(gate);
+            }),
+        }
     }
 }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::{
-    kernels::{self, Bf16Panels, PanelProduct, PanelWidths},
+    kernels::{self, Bf16Panels, Loop, PanelProduct, PanelWidths, vectorized},
     threads,
 };
 
@@ -23,18 +23,21 @@ pub enum Precision {
 
 /// Values of the depth that are in panels at a time: a panel of the left factor then fits the first-level cache.
 const DEPTH: usize = 512;
+/// Indices of the widest panel there is.
+const MAX_WIDTH: usize = 48;
 /// Rows of a task, at least: the right panels it reads are then used often enough.
 const ROWS: usize = 48;
 
 /// A factor of a product: its values by index (row of the left factor, column of the right one) and depth.
 #[derive(Clone, Copy)]
-pub struct Factor<'a, F> {
+pub struct Factor<'a, T, F> {
     /// Whether an index's values over the depth are neighbours, or a depth's values over the indices.
     order: Order,
-    /// Values between neighbours in the other direction.
+    /// Elements between neighbours in the other direction.
     stride: usize,
-    /// The value at a place, of a depth.
-    value: &'a F,
+    data: &'a [T],
+    /// The value of an element at a depth.
+    value: F,
 }
 
 #[derive(Clone, Copy)]
@@ -43,34 +46,73 @@ enum Order {
     IndexInner,
 }
 
-impl<'a, F: Fn(usize, usize) -> f32 + Sync> Factor<'a, F> {
-    /// The value of index `i` at depth `d` is `value(i · stride + d, d)`.
-    pub fn depth_inner(stride: usize, value: &'a F) -> Self {
-        Self { order: Order::DepthInner, stride, value }
+impl<'a, T: Copy, F: Fn(T, usize) -> f32> Factor<'a, T, F> {
+    /// The value of index `i` at depth `d` is `value(data[i · stride + d], d)`.
+    pub fn depth_inner(stride: usize, data: &'a [T], value: F) -> Self {
+        Self { order: Order::DepthInner, stride, data, value }
     }
 
-    /// The value of index `i` at depth `d` is `value(d · stride + i, d)`.
-    pub fn index_inner(stride: usize, value: &'a F) -> Self {
-        Self { order: Order::IndexInner, stride, value }
+    /// The value of index `i` at depth `d` is `value(data[d · stride + i], d)`.
+    pub fn index_inner(stride: usize, data: &'a [T], value: F) -> Self {
+        Self { order: Order::IndexInner, stride, data, value }
     }
 
-    /// A panel of `width` indices: all values of one depth are neighbours. What is beyond `indices` is left as it is.
-    #[inline]
-    fn panel(&self, indices: Range<usize>, depth: Range<usize>, width: usize, out: &mut [f32]) {
-        match self.order {
+    /// The values at `out.len()` neighbouring places from `first` on, at the depths that `depth` says.
+    #[inline(always)]
+    fn fill(&self, first: usize, depth: impl Fn(usize) -> usize, out: &mut [f32]) {
+        let data = &self.data[first..][..out.len()];
+        for (i, (out, x)) in out.iter_mut().zip(data).enumerate() {
+            *out = (self.value)(*x, depth(i));
+        }
+    }
+}
+
+/// An element that is a value as it is.
+#[inline(always)]
+pub fn plain(x: f32, _depth: usize) -> f32 {
+    x
+}
+
+/// Brings a panel of `width` indices of a factor into its order; of those beyond `indices` it may be anything.
+struct Pack<'a, T, F, P: Panels> {
+    panels: &'a P,
+    factor: &'a Factor<'a, T, F>,
+    indices: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+    out: &'a mut [P::Value],
+}
+
+impl<T: Copy, F: Fn(T, usize) -> f32, P: Panels> Loop for Pack<'_, T, F, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { panels, factor, indices, depth, width, out } = self;
+        match factor.order {
             Order::DepthInner => {
+                let mut line = [0f32; DEPTH];
+                let line = &mut line[..depth.len().next_multiple_of(P::PAIR)];
                 for (i, index) in indices.enumerate() {
-                    for (d, at) in depth.clone().enumerate() {
-                        out[d * width + i] = (self.value)(index * self.stride + at, at);
-                    }
+                    let first = index * factor.stride + depth.start;
+                    factor.fill(first, |d| depth.start + d, &mut line[..depth.len()]);
+                    panels.scatter(line, &mut out[i..], width);
                 }
             }
             Order::IndexInner => {
-                for (d, out) in depth.zip(out.chunks_exact_mut(width)) {
-                    let first = d * self.stride;
-                    for (index, out) in indices.clone().zip(out) {
-                        *out = (self.value)(first + index, d);
+                let mut lines = [[0f32; MAX_WIDTH]; 2];
+                let starts = depth.clone().step_by(P::PAIR);
+                for (start, out) in starts.zip(out.chunks_exact_mut(width)) {
+                    for (d, line) in (start..start + P::PAIR).zip(&mut lines) {
+                        let line = &mut line[..indices.len()];
+                        match d < depth.end {
+                            true => {
+                                factor.fill(d * factor.stride + indices.start, |_| d, line);
+                            }
+                            false => line.fill(0.),
+                        }
                     }
+                    panels.gather(&lines, out);
                 }
             }
         }
@@ -81,22 +123,57 @@ impl<'a, F: Fn(usize, usize) -> f32 + Sync> Factor<'a, F> {
 ///
 /// # Panics
 /// If `out` is of another size.
-pub fn gemm<A, B>(
+pub fn gemm<T, U, A, B>(
     (rows, cols, depth): (usize, usize, usize),
-    a: Factor<'_, A>,
-    b: Factor<'_, B>,
+    a: Factor<'_, T, A>,
+    b: Factor<'_, U, B>,
     scale: f32,
     precision: Precision,
     out: &mut [f32],
 ) where
-    A: Fn(usize, usize) -> f32 + Sync,
-    B: Fn(usize, usize) -> f32 + Sync,
+    T: Copy + Sync,
+    U: Copy + Sync,
+    A: Fn(T, usize) -> f32 + Sync,
+    B: Fn(U, usize) -> f32 + Sync,
 {
-    assert_eq!(out.len(), rows * cols, "product outside its slice");
-    if depth == 0 {
-        return out.fill(0.);
+    product(PanelProduct { rows, cols, depth, scale, add: false }, a, b, precision, out);
+}
+
+/// `out[i][j] += Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
+///
+/// # Panics
+/// If `out` is of another size.
+pub fn gemm_add<T, U, A, B>(
+    (rows, cols, depth): (usize, usize, usize),
+    a: Factor<'_, T, A>,
+    b: Factor<'_, U, B>,
+    precision: Precision,
+    out: &mut [f32],
+) where
+    T: Copy + Sync,
+    U: Copy + Sync,
+    A: Fn(T, usize) -> f32 + Sync,
+    B: Fn(U, usize) -> f32 + Sync,
+{
+    product(PanelProduct { rows, cols, depth, scale: 1., add: true }, a, b, precision, out);
+}
+
+fn product<T, U, A, B>(
+    shape: PanelProduct,
+    a: Factor<'_, T, A>,
+    b: Factor<'_, U, B>,
+    precision: Precision,
+    out: &mut [f32],
+) where
+    T: Copy + Sync,
+    U: Copy + Sync,
+    A: Fn(T, usize) -> f32 + Sync,
+    B: Fn(U, usize) -> f32 + Sync,
+{
+    assert_eq!(out.len(), shape.rows * shape.cols, "product outside its slice");
+    if shape.depth == 0 && !shape.add {
+        out.fill(0.);
     }
-    let shape = PanelProduct { rows, cols, depth, scale, add: false };
     match (precision, Bf16Panels::new()) {
         (Precision::F32, _) => blocks(shape, a, b, &F32Panels(kernels::active(), false), out),
         (Precision::Bf16, None) => blocks(shape, a, b, &F32Panels(kernels::active(), true), out),
@@ -110,15 +187,10 @@ trait Panels: Sync {
     /// Depths in a value.
     const PAIR: usize;
     fn widths(&self) -> PanelWidths;
-    /// A panel of `width` indices of a factor; an odd depth is made even with zeros.
-    fn pack<F: Fn(usize, usize) -> f32 + Sync>(
-        &self,
-        factor: &Factor<'_, F>,
-        indices: Range<usize>,
-        depth: Range<usize>,
-        width: usize,
-        out: &mut [Self::Value],
-    );
+    /// The values of one index over the depth, to every `width`-th place.
+    fn scatter(&self, line: &[f32], out: &mut [Self::Value], width: usize);
+    /// The values of all indices at [`PAIR`](Self::PAIR) depths.
+    fn gather(&self, lines: &[[f32; MAX_WIDTH]; 2], out: &mut [Self::Value]);
     fn multiply(
         &self,
         a: &[Self::Value],
@@ -139,19 +211,17 @@ impl Panels for F32Panels {
         self.0.panel_widths()
     }
 
-    fn pack<F: Fn(usize, usize) -> f32 + Sync>(
-        &self,
-        factor: &Factor<'_, F>,
-        indices: Range<usize>,
-        depth: Range<usize>,
-        width: usize,
-        out: &mut [f32],
-    ) {
-        factor.panel(indices, depth, width, out);
-        if self.1 {
-            for value in out {
-                *value = f32::from_bits(bf16_bits(*value) << 16);
-            }
+    #[inline(always)]
+    fn scatter(&self, line: &[f32], out: &mut [f32], width: usize) {
+        for (value, out) in line.iter().zip(out.iter_mut().step_by(width)) {
+            *out = if self.1 { to_bf16(*value) } else { *value };
+        }
+    }
+
+    #[inline(always)]
+    fn gather(&self, lines: &[[f32; MAX_WIDTH]; 2], out: &mut [f32]) {
+        for (value, out) in lines[0].iter().zip(out) {
+            *out = if self.1 { to_bf16(*value) } else { *value };
         }
     }
 
@@ -168,32 +238,21 @@ impl Panels for Bf16Panels {
         Bf16Panels::widths(*self)
     }
 
-    fn pack<F: Fn(usize, usize) -> f32 + Sync>(
-        &self,
-        factor: &Factor<'_, F>,
-        indices: Range<usize>,
-        depth: Range<usize>,
-        width: usize,
-        out: &mut [u32],
-    ) {
-        /// Depths that are converted together, of the widest panel there is: they stay in the first-level cache.
-        const DEPTHS: usize = 32;
-        const WIDTH: usize = 48;
-        let mut values = [0f32; DEPTHS * WIDTH];
-        let starts = depth.clone().step_by(DEPTHS);
-        for (first, out) in starts.zip(out.chunks_mut(DEPTHS / 2 * width)) {
-            let depth = first..depth.end.min(first + DEPTHS);
-            if depth.len() % 2 == 1 {
-                values[depth.len() * width..][..width].fill(0.);
-            }
-            let values = &mut values[..2 * out.len()];
-            factor.panel(indices.clone(), depth, width, values);
-            for (values, out) in values.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
-                let (low, high) = values.split_at(width);
-                for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
-                    *out = bf16_bits(*low) | bf16_bits(*high) << 16;
-                }
-            }
+    #[inline(always)]
+    fn scatter(&self, line: &[f32], out: &mut [u32], width: usize) {
+        let mut pairs = [0u32; DEPTH / 2];
+        for (pair, values) in pairs.iter_mut().zip(line.as_chunks::<2>().0) {
+            *pair = bf16_pair(values[0], values[1]);
+        }
+        for (pair, out) in pairs[..line.len() / 2].iter().zip(out.iter_mut().step_by(width)) {
+            *out = *pair;
+        }
+    }
+
+    #[inline(always)]
+    fn gather(&self, [low, high]: &[[f32; MAX_WIDTH]; 2], out: &mut [u32]) {
+        for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
+            *out = bf16_pair(*low, *high);
         }
     }
 
@@ -210,15 +269,27 @@ fn bf16_bits(x: f32) -> u32 {
     if x.is_nan() { 0x7fc0 } else { rounded }
 }
 
-fn blocks<A, B, P: Panels>(
+#[inline(always)]
+fn bf16_pair(low: f32, high: f32) -> u32 {
+    bf16_bits(low) | bf16_bits(high) << 16
+}
+
+#[inline(always)]
+fn to_bf16(x: f32) -> f32 {
+    f32::from_bits(bf16_bits(x) << 16)
+}
+
+fn blocks<T, U, A, B, P: Panels>(
     shape: PanelProduct,
-    a: Factor<'_, A>,
-    b: Factor<'_, B>,
+    a: Factor<'_, T, A>,
+    b: Factor<'_, U, B>,
     panels: &P,
     out: &mut [f32],
 ) where
-    A: Fn(usize, usize) -> f32 + Sync,
-    B: Fn(usize, usize) -> f32 + Sync,
+    T: Copy + Sync,
+    U: Copy + Sync,
+    A: Fn(T, usize) -> f32 + Sync,
+    B: Fn(U, usize) -> f32 + Sync,
 {
     let PanelProduct { cols, depth, .. } = shape;
     let widths = panels.widths();
@@ -235,7 +306,15 @@ fn blocks<A, B, P: Panels>(
         threads::for_each_chunk(right, len, |panel, out| {
             let first = panel * widths.cols;
             let columns = first..cols.min(first + widths.cols);
-            panels.pack(&b, columns, block.clone(), widths.cols, out);
+            let width = widths.cols;
+            vectorized(Pack {
+                panels,
+                factor: &b,
+                indices: columns,
+                depth: block.clone(),
+                width,
+                out,
+            });
         });
         let right = &*right;
         threads::for_each_chunk(out, task_rows * cols, |task, out| {
@@ -245,10 +324,11 @@ fn blocks<A, B, P: Panels>(
             for (panel, out) in left.chunks_exact_mut(len).enumerate() {
                 let from = first + panel * widths.rows;
                 let indices = from..(first + rows).min(from + widths.rows);
-                panels.pack(&a, indices, block.clone(), widths.rows, out);
+                let width = widths.rows;
+                vectorized(Pack { panels, factor: &a, indices, depth: block.clone(), width, out });
             }
             let depth = block.len().div_ceil(P::PAIR);
-            let product = PanelProduct { rows, depth, add: start > 0, ..shape };
+            let product = PanelProduct { rows, depth, add: shape.add || start > 0, ..shape };
             panels.multiply(&left, right, product, out);
         });
     }
@@ -274,14 +354,13 @@ mod tests {
             };
             for (a_order, b_order) in [(true, false), (false, true), (true, true), (false, false)] {
                 let mut out = vec![f32::NAN; rows * cols];
-                let (left, right) = (|at: usize, _: usize| a[at], |at: usize, _: usize| b[at]);
                 let factor_a = match a_order {
-                    true => Factor::depth_inner(depth, &left),
-                    false => Factor::index_inner(rows, &left),
+                    true => Factor::depth_inner(depth, &a, plain),
+                    false => Factor::index_inner(rows, &a, plain),
                 };
                 let factor_b = match b_order {
-                    true => Factor::depth_inner(depth, &right),
-                    false => Factor::index_inner(cols, &right),
+                    true => Factor::depth_inner(depth, &b, plain),
+                    false => Factor::index_inner(cols, &b, plain),
                 };
                 gemm((rows, cols, depth), factor_a, factor_b, 0.5, precision, &mut out);
                 for (i, j) in (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))) {
@@ -313,12 +392,13 @@ mod tests {
     fn an_output_has_the_bits_of_its_own_row_and_column() {
         let (rows, cols, depth) = (61, 70, 700);
         let (a, b) = (values(rows * depth, 0.3), values(depth * cols, 0.9));
-        let right = |at: usize, _: usize| b[at];
         for precision in [Precision::F32, Precision::Bf16] {
             let product = |rows: Range<usize>| {
-                let left = |at: usize, _: usize| a[rows.start * depth + at];
                 let mut out = vec![0.; rows.len() * cols];
-                let (a, b) = (Factor::depth_inner(depth, &left), Factor::index_inner(cols, &right));
+                let (a, b) = (
+                    Factor::depth_inner(depth, &a[rows.start * depth..], plain),
+                    Factor::index_inner(cols, &b, plain),
+                );
                 gemm((rows.len(), cols, depth), a, b, 1., precision, &mut out);
                 out
             };

@@ -1,12 +1,12 @@
 //! Root-mean-square norm with a gradient: `y = weight · x · rsqrt(mean(x²) + ε)`.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
 use super::{dot, for_each_chunk};
 use crate::{
-    kernels,
+    kernels::{self, Loop, vectorized},
     storage::{contiguous, with_slice},
+    threads,
 };
 
 /// Normalizes the last dimension of `x` (…, hidden) and multiplies it by `weight` (hidden); f32.
@@ -71,12 +71,12 @@ impl CustomOp2 for RmsNorm {
             with_slice::<f32, _>(weight, |weight| {
                 with_slice::<f32, _>(dy, |dy| {
                     let mut dx = vec![0f32; x.len()];
-                    let sums: Vec<Vec<f32>> = dx
-                        .par_chunks_mut(ROWS * hidden)
-                        .zip(x.par_chunks(ROWS * hidden))
-                        .zip(dy.par_chunks(ROWS * hidden))
-                        .map(|((dx, x), dy)| self.backward_rows(x, weight, dy, dx))
-                        .collect();
+                    let mut sums = vec![Vec::new(); x.len().div_ceil(ROWS * hidden)];
+                    let pair = ((&mut dx[..], ROWS * hidden), (&mut sums[..], 1));
+                    threads::for_each_chunk_pair(pair.0, pair.1, |chunk, dx, sum| {
+                        let at = chunk * ROWS * hidden..chunk * ROWS * hidden + dx.len();
+                        sum[0] = self.backward_rows(&x[at.clone()], weight, &dy[at], dx);
+                    });
                     let mut dweight = vec![0f32; hidden];
                     for sum in &sums {
                         dweight.iter_mut().zip(sum).for_each(|(total, s)| *total += s);
@@ -97,16 +97,58 @@ impl RmsNorm {
         let mut dweight = vec![0f32; hidden];
         for ((x, dy), dx) in x.chunks(hidden).zip(dy.chunks(hidden)).zip(dx.chunks_mut(hidden)) {
             let r = self.inverse_rms(x);
-            for (dx, (dy, weight)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
-                *dx = dy * weight;
-            }
+            vectorized(Scaled { weight, dy, dx });
             let mean = dot(kernels::active(), dx, x) / hidden as f32;
-            let shrink = mean * r * r * r;
-            for i in 0..hidden {
-                dx[i] = r * dx[i] - x[i] * shrink;
-                dweight[i] += dy[i] * x[i] * r;
-            }
+            vectorized(BackwardRow {
+                r,
+                shrink: mean * r * r * r,
+                x,
+                dy,
+                dx,
+                dweight: &mut dweight,
+            });
         }
         dweight
+    }
+}
+
+/// `u = dy·weight`, to `dx`.
+struct Scaled<'a> {
+    weight: &'a [f32],
+    dy: &'a [f32],
+    dx: &'a mut [f32],
+}
+
+impl Loop for Scaled<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (dx, (dy, weight)) in self.dx.iter_mut().zip(self.dy.iter().zip(self.weight)) {
+            *dx = dy * weight;
+        }
+    }
+}
+
+/// `dx = r·u − x·shrink` and `dweight += dy·x·r` of one row, where `dx` holds `u`.
+struct BackwardRow<'a> {
+    r: f32,
+    shrink: f32,
+    x: &'a [f32],
+    dy: &'a [f32],
+    dx: &'a mut [f32],
+    dweight: &'a mut [f32],
+}
+
+impl Loop for BackwardRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let inputs = self.x.iter().zip(self.dy);
+        for ((x, dy), (dx, dweight)) in inputs.zip(self.dx.iter_mut().zip(self.dweight)) {
+            *dx = self.r * *dx - x * self.shrink;
+            *dweight += dy * x * self.r;
+        }
     }
 }

@@ -140,8 +140,8 @@ fn attention_does_not_look_at_padding() {
     assert!(flat(&dk).iter().all(|&g| g == 0.));
 }
 
-/// Documents of more and of fewer keys than a block has, packed into rows: outputs and gradients have the bits that
-/// they have alone, whether blocks or queries are shared out among the threads.
+/// Documents of more and of fewer keys than a block has, packed into rows: outputs have the bits that they have alone,
+/// whether blocks or queries are shared out among the threads, and gradients are the same but for the order of sums.
 #[test]
 fn attention_to_a_document_does_not_look_at_its_neighbours() {
     let (batch, heads, kv_heads, dim) = (2, 4, 2, 8);
@@ -168,7 +168,14 @@ fn attention_to_a_document_does_not_look_at_its_neighbours() {
         assert_eq!(flat(&y1), flat(&cut(&y, 1)));
         let grads1 = (y1 * cut(&dy, 1)).unwrap().sum_all().unwrap().backward().unwrap();
         for ((x1, x), dim) in alone.iter().zip([&q, &k, &v]).zip([1, 2, 2]) {
-            assert_eq!(flat(grads1.get(x1).unwrap()), flat(&cut(grads.get(x).unwrap(), dim)));
+            let (alone, packed) =
+                (flat(grads1.get(x1).unwrap()), flat(&cut(grads.get(x).unwrap(), dim)));
+            // Up to 300 terms in chains of 64, cut elsewhere: a rounding of 2⁻²⁴ for each of them at the worst, of
+            // partial sums that are not larger than the largest result.
+            let largest = alone.iter().fold(0f32, |most, g| most.max(g.abs()));
+            for (alone, packed) in alone.iter().zip(&packed) {
+                assert!((alone - packed).abs() <= 300. * 2f32.powi(-24) * largest);
+            }
         }
         // The document's last query by itself, over a context that holds the documents before.
         let last = start + len - 1;

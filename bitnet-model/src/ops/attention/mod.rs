@@ -8,7 +8,11 @@ mod key_values;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 pub use self::key_values::KvType;
-use self::{backward::Gradients, forward::Forward, key_values::KeyValues};
+use self::{
+    backward::{Gradients, Inputs},
+    forward::Forward,
+    key_values::KeyValues,
+};
 use crate::{
     kernels,
     storage::{contiguous, with_slice},
@@ -118,7 +122,7 @@ impl CustomOp3 for Attention {
         let gradients = with_slice::<f32, _>(q, |q| {
             with_slice::<f32, _>(k, |k| {
                 with_slice::<f32, _>(v, |v| {
-                    with_slice::<f32, _>(dy, |dy| Ok(self.backward(&dims, q, k, v, dy)))
+                    with_slice::<f32, _>(dy, |dy| Ok(self.backward(&dims, Inputs { q, k, v, dy })))
                 })
             })
         })?;

@@ -1,0 +1,277 @@
+//! Output head and cross-entropy in one operation, slice by slice: there is never a logit for every token at once.
+//!
+//! Of a slice of tokens whose labels count, the logits are computed, their loss and its gradient, `softmax − onehot`, and
+//! from it the slice's share of the gradients of hidden states and head; then the slice is forgotten. Memory does not grow
+//! with tokens × vocabulary, and nothing is computed for labels that do not count.
+
+use std::sync::Mutex;
+
+use bitnet_model::{
+    kernels::{self, Loop, vectorized},
+    ops::gemm::{Factor, Precision, gemm, gemm_add, plain},
+    storage::contiguous,
+    threads,
+};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, bail};
+
+use crate::{
+    Error, Result,
+    loss::{log_sum_exp, targets},
+};
+
+/// Sum of the cross-entropies of `hidden` (…, hidden_size) f32 under the head `weight` (vocab, hidden_size), f32 or bf16,
+/// in nats, divided by `items`: a scalar. `labels` has one token id a row, or [`IGNORED`](crate::loss::IGNORED).
+///
+/// Differentiable once; a weight that is not tracked gets no gradient. `precision` is that of the three products.
+///
+/// # Errors
+/// Labels outside the vocabulary or not one a row, no items, a tracked weight that is not f32.
+pub fn head_loss(
+    hidden: &Tensor,
+    weight: &Tensor,
+    labels: &[i64],
+    items: usize,
+    precision: Precision,
+) -> Result<Tensor> {
+    let (vocab, hidden_size) = weight.dims2()?;
+    if items == 0 {
+        return Err(Error::Input("a loss over no label at all: every label is ignored".into()));
+    }
+    if weight.track_op() && weight.dtype() != DType::F32 {
+        let dtype = weight.dtype();
+        return Err(Error::Input(format!("only an f32 head can be trained, not {dtype:?}")));
+    }
+    let targets = targets((hidden.elem_count() / hidden_size.max(1), vocab), labels)?;
+    let rows = targets.into_iter().enumerate().filter_map(|(row, target)| Some((row, target?)));
+    let (rows, targets) = rows.unzip();
+    let trains_weight = weight.track_op();
+    let op =
+        HeadLoss { rows, targets, items, precision, trains_weight, gradients: Mutex::default() };
+    Ok(hidden.apply_op2(weight, op)?)
+}
+
+struct HeadLoss {
+    /// The rows that count, and their labels.
+    rows: Vec<usize>,
+    targets: Vec<usize>,
+    items: usize,
+    precision: Precision,
+    trains_weight: bool,
+    /// Left by the forward pass for the backward pass.
+    gradients: Mutex<Option<Gradients>>,
+}
+
+struct Gradients {
+    hidden: Vec<f32>,
+    /// Empty if the weight is frozen.
+    weight: Vec<f32>,
+}
+
+/// Logits of a slice: 32 MiB, which is more rows than a product needs to be fast.
+const SLICE: usize = 8 << 20;
+/// Rows of a slice, at least and at most.
+const ROWS: (usize, usize) = (64, 512);
+
+impl HeadLoss {
+    /// The loss and its gradients for the `hidden` states (rows, k) and the head `weight` (vocab, k).
+    fn run<T: Copy + Sync>(
+        &self,
+        hidden: &[f32],
+        weight: &[T],
+        (vocab, k): (usize, usize),
+        widen: impl Fn(T, usize) -> f32 + Sync + Copy,
+    ) -> (f32, Gradients) {
+        let mut gradients = Gradients {
+            hidden: vec![0.; hidden.len()],
+            weight: vec![0.; if self.trains_weight { weight.len() } else { 0 }],
+        };
+        let size = (SLICE / vocab.max(1)).clamp(ROWS.0, ROWS.1);
+        let mut nats = 0f64;
+        for (rows, targets) in self.rows.chunks(size).zip(self.targets.chunks(size)) {
+            let count = rows.len();
+            let mut x = vec![0f32; count * k];
+            for (x, row) in x.chunks_mut(k).zip(rows) {
+                x.copy_from_slice(&hidden[row * k..][..k]);
+            }
+            let mut logits = vec![0f32; count * vocab];
+            let (a, b) = (Factor::depth_inner(k, &x, plain), Factor::depth_inner(k, weight, widen));
+            gemm((count, vocab, k), a, b, 1., self.precision, &mut logits);
+            let mut losses = vec![0f64; count];
+            let pair = ((&mut logits[..], vocab), (&mut losses[..], 1));
+            threads::for_each_chunk_pair(pair.0, pair.1, |i, row, loss| {
+                loss[0] = self.row(row, targets[i]);
+            });
+            nats += losses.iter().sum::<f64>();
+            let mut dx = vec![0f32; count * k];
+            let (a, b) =
+                (Factor::depth_inner(vocab, &logits, plain), Factor::index_inner(k, weight, widen));
+            gemm((count, k, vocab), a, b, 1., self.precision, &mut dx);
+            for (dx, row) in dx.chunks(k).zip(rows) {
+                gradients.hidden[row * k..][..k].copy_from_slice(dx);
+            }
+            if self.trains_weight {
+                let (a, b) =
+                    (Factor::index_inner(vocab, &logits, plain), Factor::index_inner(k, &x, plain));
+                gemm_add((vocab, k, count), a, b, self.precision, &mut gradients.weight);
+            }
+        }
+        ((nats / self.items as f64) as f32, gradients)
+    }
+
+    /// The loss of a row of logits, which become its gradient.
+    fn row(&self, row: &mut [f32], target: usize) -> f64 {
+        let kernel = kernels::active();
+        let log_sum = log_sum_exp(&mut Vec::new(), row);
+        let nats = f64::from(log_sum - row[target]);
+        vectorized(Shift { row, by: log_sum });
+        kernel.exp(row);
+        let scale = 1. / self.items as f32;
+        vectorized(Scale { row, by: scale });
+        row[target] -= scale;
+        nats
+    }
+}
+
+struct Shift<'a> {
+    row: &'a mut [f32],
+    by: f32,
+}
+
+impl Loop for Shift<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.row.iter_mut().for_each(|x| *x -= self.by);
+    }
+}
+
+struct Scale<'a> {
+    row: &'a mut [f32],
+    by: f32,
+}
+
+impl Loop for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.row.iter_mut().for_each(|x| *x *= self.by);
+    }
+}
+
+impl CustomOp2 for HeadLoss {
+    fn name(&self) -> &'static str {
+        "head-loss"
+    }
+
+    fn cpu_fwd(
+        &self,
+        hidden: &CpuStorage,
+        hidden_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let shape @ (_, k) = weight_layout.shape().dims2()?;
+        if hidden_layout.dims().last() != Some(&k) {
+            bail!("{}: hidden states {:?} for a head of {k}", self.name(), hidden_layout.shape());
+        }
+        let hidden = contiguous::<f32>(hidden, hidden_layout)?;
+        let (loss, gradients) = match weight {
+            CpuStorage::BF16(_) => {
+                let weight = contiguous::<half::bf16>(weight, weight_layout)?;
+                self.run(&hidden, &weight, shape, |w, _| {
+                    f32::from_bits(u32::from(w.to_bits()) << 16)
+                })
+            }
+            _ => self.run(&hidden, &contiguous::<f32>(weight, weight_layout)?, shape, plain),
+        };
+        *self.gradients.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradients);
+        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        _loss: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let gradients =
+            self.gradients.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let Some(Gradients { hidden: dhidden, weight: dweight }) = gradients else {
+            bail!("{} goes backward once, after its forward pass", self.name())
+        };
+        let scale = f64::from(grad.to_scalar::<f32>()?);
+        let scaled = |values, like: &Tensor| {
+            let gradient = Tensor::from_vec(values, like.shape(), like.device())?;
+            if scale == 1. { Ok(gradient) } else { gradient * scale }
+        };
+        let dweight = self.trains_weight.then(|| scaled(dweight, weight));
+        Ok((Some(scaled(dhidden, hidden)?), dweight.transpose()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{D, Device, Var};
+
+    use super::*;
+    use crate::loss::{IGNORED, cross_entropy};
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn assert_close(found: &Tensor, expected: &Tensor, bound: f32) {
+        let expected = values(expected);
+        let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (found, expected) in values(found).iter().zip(&expected) {
+            assert!((found - expected).abs() <= bound * largest, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn it_is_the_head_and_the_cross_entropy() {
+        let device = Device::Cpu;
+        // More rows than a slice has, and some that do not count.
+        let (batch, seq, k, vocab) = (2, 300, 24, 40);
+        let hidden = Var::randn(0f32, 1., (batch, seq, k), &device).unwrap();
+        let weight = Var::randn(0f32, 1., (vocab, k), &device).unwrap();
+        let label = |i: usize| if i % 5 == 0 { IGNORED } else { (i * 7 % vocab) as i64 };
+        let labels: Vec<i64> = (0..batch * seq).map(label).collect();
+        let logits = hidden.reshape(((), k)).unwrap().matmul(&weight.t().unwrap()).unwrap();
+        let expected =
+            cross_entropy(&logits.flatten_to(D::Minus2).unwrap(), &labels, Some(500)).unwrap();
+        let expected_grads = (&expected * 3.).unwrap().backward().unwrap();
+        // A bfloat16 factor is off by 2⁻⁹ of itself at most, and errors of many terms mostly cancel.
+        for (precision, bound) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
+            let loss = head_loss(&hidden, &weight, &labels, 500, precision).unwrap();
+            assert_close(&loss, &expected, bound);
+            let grads = (loss * 3.).unwrap().backward().unwrap();
+            for var in [&hidden, &weight] {
+                assert_close(grads.get(var).unwrap(), expected_grads.get(var).unwrap(), bound);
+            }
+        }
+        // A frozen head, f32 or bf16.
+        for dtype in [DType::F32, DType::BF16] {
+            let frozen = weight.detach().to_dtype(dtype).unwrap();
+            let loss = head_loss(&hidden, &frozen, &labels, 500, Precision::F32).unwrap();
+            assert_close(&loss, &expected, 1e-2);
+            let grads = (loss * 3.).unwrap().backward().unwrap();
+            assert_close(grads.get(&hidden).unwrap(), expected_grads.get(&hidden).unwrap(), 1e-2);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let hidden = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
+        let weight = Tensor::zeros((5, 4), DType::F32, &Device::Cpu).unwrap();
+        let loss =
+            |labels: &[i64], items| head_loss(&hidden, &weight, labels, items, Precision::F32);
+        assert!(loss(&[0, 1, 4], 3).is_ok());
+        assert!(loss(&[0, 1, 5], 3).is_err());
+        assert!(loss(&[0, 1], 2).is_err());
+        assert!(loss(&[0, 1, 2], 0).is_err());
+    }
+}
