@@ -63,6 +63,8 @@ pub enum Command {
     /// Train a model
     #[command(subcommand)]
     Train(commands::train::Command),
+    /// Draw the curves of training runs
+    Plot(commands::plot::Args),
     /// Rewrite a checkpoint in another form
     Convert(commands::convert::Args),
     /// Write the logits of every position of a text

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bitnet_train::metrics::{self, Record};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -71,22 +72,27 @@ fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-fn packed(dir: &Path, run: &str) -> Vec<u8> {
-    fs::read(dir.join(run).join("packed/model.safetensors")).unwrap()
-}
-
-/// Waits until the run in `dir` has written a checkpoint.
-fn wait_for_checkpoint(dir: &Path) {
+/// Waits until `dir` holds a checkpoint of at least `step` updates.
+fn wait_for_checkpoint(dir: &Path, step: usize) {
     let start = Instant::now();
-    let has_checkpoint = || {
+    let steps = |name: &str| name.strip_prefix("step-")?.parse::<usize>().ok();
+    let is_there = || {
         fs::read_dir(dir).is_ok_and(|mut entries| {
-            entries.any(|entry| entry.unwrap().file_name().to_str().unwrap().starts_with("step-"))
+            entries.any(|entry| {
+                steps(entry.unwrap().file_name().to_str().unwrap()).is_some_and(|n| n >= step)
+            })
         })
     };
-    while !has_checkpoint() {
-        assert!(start.elapsed() < Duration::from_secs(60), "no checkpoint appears");
-        std::thread::sleep(Duration::from_millis(5));
+    while !is_there() {
+        assert!(start.elapsed() < Duration::from_secs(60), "no checkpoint of {step} appears");
+        std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// The metrics of a run without timings and memory.
+fn untimed_metrics(run: &Path) -> Vec<Record> {
+    let records = metrics::read(&run.join(metrics::FILE)).unwrap();
+    records.into_iter().map(Record::untimed).collect()
 }
 
 #[test]
@@ -95,6 +101,7 @@ fn trains_and_leaves_models_that_run() {
     let plan = json(&run(dir.path(), &["--dry-run", "--json"]));
     assert!(!dir.path().join("run").exists(), "a dry run wrote something");
     assert_eq!((&plan["steps"], &plan["tokens_per_step"]), (&6.into(), &64.into()));
+    assert!(plan["seconds"].as_f64().unwrap() > 0.);
 
     let output = run(dir.path(), &["--json"]);
     let summary = json(&output);
@@ -131,20 +138,67 @@ fn trains_and_leaves_models_that_run() {
 }
 
 #[test]
-fn a_killed_run_goes_on_to_the_same_bits() {
+fn a_run_that_is_killed_five_times_ends_with_the_same_bits() {
     let dir = workplace();
-    let long = ["--steps", "60", "--set", "train.eval_every=20", "-q"];
+    let long = ["--steps", "60", "--eval-every", "7", "--set", "train.codes_every=5", "-q"];
     let whole = run(dir.path(), &[&long[..], &["--output", "whole"]].concat());
     assert!(whole.status.success(), "{}", String::from_utf8_lossy(&whole.stderr));
 
-    let cut = [&long[..], &["-o", "cut", "--resume"]].concat();
-    let mut child = train(dir.path(), &cut).spawn().unwrap();
-    wait_for_checkpoint(&dir.path().join("cut"));
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let cut = [&long[..], &["-o", "cut", "--resume", "--tensorboard"]].concat();
+    for kill in 0..5 {
+        let mut child = train(dir.path(), &cut).spawn().unwrap();
+        wait_for_checkpoint(&dir.path().join("cut"), 10 * kill + 1);
+        std::thread::sleep(Duration::from_millis(3 * kill as u64)); // in the midst of something else
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
     let output = run(dir.path(), &cut);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(packed(dir.path(), "whole") == packed(dir.path(), "cut"));
+    let [whole, cut] = ["whole", "cut"].map(|run| dir.path().join(run));
+    for file in [
+        "packed/model.safetensors",
+        "best.safetensors",
+        "step-60/model.safetensors",
+        "step-60/optimizer.safetensors",
+        "step-60/codes.safetensors",
+        "step-60/trainer_state.json",
+    ] {
+        assert!(fs::read(whole.join(file)).unwrap() == fs::read(cut.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(untimed_metrics(&whole), untimed_metrics(&cut));
+}
+
+#[test]
+fn an_absurd_learning_rate_stops_the_run() {
+    let dir = workplace();
+    let args = ["--steps", "200", "--peak-lr", "10", "--set", "train.limits.divergence_updates=8"];
+    let output = run(dir.path(), &args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let last = stderr.lines().last().unwrap();
+    assert!(last.contains("for 8 updates") && last.contains("`optimizer.peak_lr`"), "{stderr}");
+    let off =
+        [&args[2..], &["--steps", "20", "--set", "train.stop_on_divergence=false", "-o", "off"]];
+    assert!(run(dir.path(), &off.concat()).status.success());
+}
+
+#[test]
+fn the_printed_recipe_makes_the_same_recipe() {
+    let dir = workplace();
+    let args = ["--peak-lr", "3e-4", "--set", "optimizer.beta2=0.98", "--precision", "full"];
+    let printed = run(dir.path(), &[&args[..], &["--print-recipe"]].concat());
+    let text = String::from_utf8(printed.stdout).unwrap();
+    for line in ["peak_lr = 0.0003", "beta2 = 0.98", "precision = \"full\"", "eps = "] {
+        assert!(text.contains(line), "{text}");
+    }
+    assert!(!dir.path().join("run").exists());
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::write(elsewhere.path().join("recipe.toml"), &text).unwrap();
+    let again = run(elsewhere.path(), &["--print-recipe"]);
+    assert_eq!(String::from_utf8(again.stdout).unwrap(), text);
+    // A run leaves the same in its folder.
+    assert!(run(dir.path(), &[&args[..], &["-q"]].concat()).status.success());
+    assert_eq!(fs::read_to_string(dir.path().join("run/recipe.toml")).unwrap(), text);
 }
 
 #[cfg(unix)]
@@ -153,7 +207,7 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
     let dir = workplace();
     let long = ["--steps", "3000", "--set", "train.eval_every=3000"];
     let child = train(dir.path(), &long).spawn().unwrap();
-    wait_for_checkpoint(&dir.path().join("run"));
+    wait_for_checkpoint(&dir.path().join("run"), 1);
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(kill.success());
     let output = child.wait_with_output().unwrap();
@@ -173,7 +227,16 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
 fn a_recipe_that_makes_no_run_is_one_line() {
     let dir = workplace();
     for (args, reason) in [
-        (&["--set", "train.stepz=1"][..], "train.stepz=1"),
+        (
+            &["--set", "train.stepz=1"][..],
+            "train.stepz=1`: unknown field `stepz`; did you mean `steps`?",
+        ),
+        (
+            &["--set", "model.hidden_sizes=1"],
+            "unknown field `hidden_sizes`; did you mean `hidden_size`?",
+        ),
+        (&["--set", "train.limits.margin=1"], "unknown field `margin`"),
+        (&["--set", "train.batch_size=many"], "invalid type: string"),
         (&["--batch-size", "0"], "`train.batch_size`"),
         (&["--peak-lr", "inf"], "`optimizer.peak_lr`"),
         (&["--precision", "half"], "model.precision=half"),
@@ -188,7 +251,12 @@ fn a_recipe_that_makes_no_run_is_one_line() {
     }
     fs::write(dir.path().join("recipe.toml"), RECIPE.replace("seed = 1", "sead = 1")).unwrap();
     let stderr = String::from_utf8(run(dir.path(), &[]).stderr).unwrap();
-    assert!(stderr.contains("recipe.toml: line 19, `sead = 1`: unknown field"), "{stderr}");
+    assert!(
+        stderr.contains(
+            "recipe.toml: line 19, `sead = 1`: unknown field `sead`; did you mean `seed`?"
+        ),
+        "{stderr}"
+    );
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     let left = fs::read_dir(dir.path().join("run")).map_or(0, |entries| entries.count());
     assert_eq!(left, 0, "something is half-written");

@@ -1,6 +1,9 @@
 //! The crate's one error type. Every variant names the thing that is wrong: file, key, parameter, value.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// What went wrong, and where.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +75,7 @@ pub enum Error {
     /// The loss or the gradient is no longer a finite number.
     #[error(
         "step {step}: {what} is {value}; lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`{}",
-        last_good.as_ref().map(|path| format!("; last good checkpoint: {}", path.display())).unwrap_or_default()
+        good_checkpoint(last_good.as_deref())
     )]
     Diverged {
         /// The step that failed, counted from 1. An update with such a gradient is not applied.
@@ -87,6 +90,21 @@ pub enum Error {
     /// The caller asked to stop while text was read or encoded.
     #[error("interrupted while the text was read; nothing was trained yet")]
     Interrupted,
+    /// The loss is finite, but the run has gone wrong.
+    #[error(
+        "step {step}: {reason}; {advice}{}",
+        good_checkpoint(last_good.as_deref())
+    )]
+    WentWrong {
+        /// Updates made.
+        step: usize,
+        /// What was seen, with its numbers.
+        reason: String,
+        /// What to change, and how to go on nevertheless.
+        advice: &'static str,
+        /// The newest checkpoint from before the trouble.
+        last_good: Option<PathBuf>,
+    },
     /// An argument of a call is out of range.
     #[error("{0}")]
     Input(String),
@@ -96,6 +114,14 @@ pub enum Error {
     /// Candle refused an operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// The end of a message about a run that has gone wrong.
+fn good_checkpoint(path: Option<&Path>) -> String {
+    match path {
+        Some(path) => format!("; last good checkpoint: {}", path.display()),
+        None => "; there is no checkpoint from before that".into(),
+    }
 }
 
 /// `Result` with this crate's [`Error`].

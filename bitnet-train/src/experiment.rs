@@ -83,12 +83,17 @@ pub fn run(
         true => Trainer::resume(recipe, dataset, named)?,
         false => Trainer::start(recipe, dataset, named)?,
     };
+    let quantizer = match recipe.model.precision {
+        Precision::Bitnet => Some(Rounding::HalfEven.into()),
+        Precision::Full => None,
+    };
     let task = LanguageModel::new(
         model,
         frozen,
         Box::new(NextToken { precision: recipe.train.backward.into() }),
     )
-    .recompute(recipe.train.recompute_blocks);
+    .recompute(recipe.train.recompute_blocks)
+    .quantizer(quantizer);
     let outcome = trainer.run(&task, observe, interrupted)?;
     if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;

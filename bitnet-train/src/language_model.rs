@@ -6,12 +6,13 @@
 //! not kept: only the inputs of the blocks are, and each block is computed again when backward comes to it
 //! (arXiv:1604.06174). Either way gives the same bits.
 
-use bitnet_model::{model::Model, nn::Context};
+use bitnet_model::{model::Model, nn::Context, quant::WeightQuantizer};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
 use crate::{
     Error, Result,
     batch::Batch,
+    codes::codes,
     loss::predictions,
     objective::{Objective, Output, Term},
     task::{Gradients, Part, Prediction, Task},
@@ -23,18 +24,28 @@ pub struct LanguageModel {
     frozen: Model,
     objective: Box<dyn Objective>,
     recompute: bool,
+    quantizer: Option<WeightQuantizer>,
 }
+
+/// The last part of the names of quantized matrices.
+const PROJECTIONS: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 impl LanguageModel {
     /// `model` is loaded from the variables that are trained, `frozen` shares their memory and records nothing.
     pub fn new(model: Model, frozen: Model, objective: Box<dyn Objective>) -> Self {
-        Self { model, frozen, objective, recompute: false }
+        Self { model, frozen, objective, recompute: false, quantizer: None }
     }
 
     /// Whether blocks are computed again in the backward pass, which takes a third more time and saves most of the
     /// activations' memory.
     pub fn recompute(self, recompute: bool) -> Self {
         Self { recompute, ..self }
+    }
+
+    /// How the projections' weights are quantized, for the census of the codes; not at all without this.
+    pub fn quantizer(self, quantizer: Option<WeightQuantizer>) -> Self {
+        Self { quantizer, ..self }
     }
 }
 
@@ -84,6 +95,12 @@ impl Task for LanguageModel {
         }
         gradients.collect(&mut embedded.apply_op1(Seed { dy })?.backward()?)?;
         Ok(parts)
+    }
+
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        let module = name.strip_suffix(".weight")?;
+        let is_projection = PROJECTIONS.contains(&module.rsplit('.').next()?);
+        self.quantizer.filter(|_| is_projection).map(|quantizer| codes(latent, quantizer))
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {

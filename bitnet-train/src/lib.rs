@@ -10,7 +10,9 @@
 //! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop, over any [`task`].
 pub mod batch;
 pub mod checkpoint;
+pub mod codes;
 pub mod dataset;
+pub mod detector;
 mod error;
 pub mod experiment;
 pub mod head_loss;
@@ -24,6 +26,7 @@ pub mod qat;
 pub mod qat_matmul;
 pub mod recipe;
 pub mod task;
+pub mod tensorboard;
 pub mod trainer;
 pub mod warmup;
 

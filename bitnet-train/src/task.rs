@@ -15,6 +15,16 @@ pub trait Task {
     /// loss. Sums over tokens are divided by `items`, the labels that count in all batches of the update.
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>>;
 
+    /// The codes −1, 0 and 1 that parameter `name` is quantized to where it is used, if it is; `latent` holds its values.
+    fn codes(&self, _name: &str, _latent: &[f32]) -> Option<Vec<i8>> {
+        None
+    }
+
+    /// How much of the quantization is in force, from 0 (none) to 1, if it is warmed up.
+    fn lambda(&self) -> Option<f64> {
+        None
+    }
+
     /// What the model makes of every label of `batch`, row by row; ignored ones are left out.
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>>;
 }

@@ -11,18 +11,30 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bitnet_model::checkpoint::write_atomic;
 use candle_core::Var;
 
 use crate::{
     Error, Result,
     batch::{Batch, Batches, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
+    codes::Census,
     dataset::{Dataset, Progress, Tokens},
-    metrics::{EvaluationRecord, Metrics, Record, TrainRecord},
+    detector::{Collapse, Finding, effective_number},
+    metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
     task::{Gradients, Part, Task},
 };
+
+/// The recipe of a run, complete, in its output folder.
+pub const RECIPE: &str = "recipe.toml";
+
+/// The term of the loss that says how well a model foresees.
+const CROSS_ENTROPY: &str = "cross_entropy";
+
+const DIVERGED: &str = "lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`; to go on nevertheless, set `train.stop_on_divergence=false` and resume";
+const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 to 1e-3 is sound), or give a slow run more updates in `train.limits.collapse_after`; to go on nevertheless, set `train.stop_on_collapse=false` and resume";
 
 /// What happens during a run, for a progress bar.
 #[derive(Clone, Debug)]
@@ -72,6 +84,7 @@ pub struct Trainer {
     optimizer: AdamW,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    census: Census,
     state: TrainerState,
 }
 
@@ -120,11 +133,14 @@ impl Trainer {
             tokens: 0,
             best: None,
             evaluations_since_best: 0,
+            divergence: Default::default(),
+            collapse: Default::default(),
             recipe: recipe.identity()?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
         let mut batches = Batches::new(train, recipe.cut(), recipe.train.seed)?;
         let steps = recipe.steps(batches.per_epoch())?;
+        let mut census = Census::default();
         if let Some(path) = checkpoints.latest()? {
             let saved = checkpoint::read_state(&path)?;
             let refuse = |reason| Err(Error::Checkpoint { path: path.clone(), reason });
@@ -137,12 +153,14 @@ impl Trainer {
                 );
             }
             checkpoint::load(&path, &parameters, &mut optimizer)?;
+            census = Census::load(&path)?;
             batches.seek(saved.position);
             state = saved;
         }
         let dir = &recipe.output.dir;
         vocabulary.save(dir)?;
-        let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.step)?;
+        write_atomic(&dir.join(RECIPE), recipe.to_toml()?.as_bytes())?;
+        let metrics = Metrics::open(dir, state.step, recipe.output.tensorboard)?;
         let schedule = recipe.schedule(steps);
         let recipe = recipe.clone();
         Ok(Self {
@@ -155,6 +173,7 @@ impl Trainer {
             optimizer,
             checkpoints,
             metrics,
+            census,
             state,
         })
     }
@@ -193,19 +212,34 @@ impl Trainer {
             let (step, steps) = (record.step, self.steps);
             let eta = started.elapsed().mul_f64((steps - step) as f64 / (step - first) as f64);
             observe(Event::Update { record: &record, steps, eta });
+            let finding = self.watch(&record);
             self.metrics.write(&Record::Train(record))?;
+            self.stop_for(finding, self.recipe.train.stop_on_divergence, DIVERGED)?;
 
             let is_last = step == steps;
+            let codes_every = self.recipe.train.codes_every.unwrap_or(self.recipe.train.eval_every);
+            if step == 1 || is_last || step.is_multiple_of(codes_every) {
+                self.count_codes(task)?;
+            }
             if is_last || step.is_multiple_of(self.recipe.train.eval_every) {
                 let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
+                let finding = self.watch_predictions(task, &record);
                 self.metrics.write(&Record::Evaluation(record))?;
+                self.stop_for(finding, self.recipe.train.stop_on_collapse, COLLAPSED)?;
             }
             let interrupted = interrupted.load(Ordering::Relaxed);
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
-            if is_last || is_due || interrupted || self.is_out_of_patience() {
+            let is_due = is_last || is_due || interrupted || self.is_out_of_patience();
+            // A trial, of which no checkpoint is kept, writes none.
+            if is_due && self.recipe.train.save_total_limit > 0 {
                 self.metrics.sync()?;
-                let path = self.checkpoints.save(&self.state, &self.parameters, &self.optimizer)?;
+                let path = self.checkpoints.save(
+                    &self.state,
+                    &self.parameters,
+                    &self.optimizer,
+                    &self.census,
+                )?;
                 observe(Event::Saved(&path));
             }
             if interrupted && !is_last {
@@ -221,6 +255,42 @@ impl Trainer {
             .is_some_and(|most| self.state.evaluations_since_best >= most)
     }
 
+    /// Looks for divergence in the cross-entropy, or in the loss as a whole where it is no term: the weights of
+    /// other terms may change.
+    fn watch(&mut self, record: &TrainRecord) -> Option<Finding> {
+        let loss = *record.terms.get(CROSS_ENTROPY).unwrap_or(&record.loss);
+        let is_settling = record.lambda.is_some_and(|lambda| lambda < 1.);
+        let limits = self.recipe.train.limits.divergence();
+        self.state.divergence.observe(record.step, loss, is_settling, limits)
+    }
+
+    /// Looks for collapse, except while quantization is coming in: evaluations are of the model fully quantized, which
+    /// may be good for nothing yet.
+    fn watch_predictions(&mut self, task: &dyn Task, record: &EvaluationRecord) -> Option<Finding> {
+        if task.lambda().is_some_and(|lambda| lambda < 1.) {
+            self.state.collapse = Collapse::default();
+            return None;
+        }
+        let mut limits = self.recipe.train.limits.collapse();
+        limits.after += self.recipe.optimizer.warmup_steps;
+        self.state.collapse.observe(record.step, record.nats_per_token, record.diversity?, limits)
+    }
+
+    fn stop_for(&self, finding: Option<Finding>, stops: bool, advice: &'static str) -> Result<()> {
+        let Some(Finding { reason, since }) = finding.filter(|_| stops) else { return Ok(()) };
+        let last_good = self.checkpoints.newest_below(since)?;
+        Err(Error::WentWrong { step: self.state.step, reason, advice, last_good })
+    }
+
+    fn count_codes(&mut self, task: &dyn Task) -> Result<()> {
+        let codes = |name: &str, latent: &[f32]| task.codes(name, latent);
+        let record = self.census.take(self.state.step, &self.parameters, codes)?;
+        if record.layers.is_empty() {
+            return Ok(());
+        }
+        self.metrics.write(&Record::Codes(record))
+    }
+
     /// One update from `gradient_accumulation` batches. The mean is over the tokens of all of them.
     fn update(&mut self, task: &dyn Task) -> Result<TrainRecord> {
         let started = Instant::now();
@@ -229,12 +299,15 @@ impl Trainer {
         let batches: Vec<Batch> =
             (0..self.recipe.train.gradient_accumulation).map(|_| self.batches.draw()).collect();
         let items = batches.iter().map(Batch::items).sum();
-        let (mut loss, mut terms) = (0., BTreeMap::new());
+        let (mut loss, mut terms, mut weights) = (0., BTreeMap::new(), BTreeMap::new());
         let mut gradients = Gradients::new(&self.parameters);
         for batch in &batches {
             for Part { name, value, weight } in task.pass(batch, items, &mut gradients)? {
                 loss += weight * value;
                 *terms.entry(name.to_owned()).or_default() += value;
+                if weight != 1. {
+                    weights.insert(name.to_owned(), weight);
+                }
             }
             self.check_finite(step, "loss", loss)?;
         }
@@ -253,11 +326,15 @@ impl Trainer {
             step,
             loss,
             terms,
+            weights,
             lr: rates.lr,
             weight_decay: rates.weight_decay,
+            lambda: task.lambda(),
             grad_norm,
+            clip_factor: Some(grad_factor),
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            memory: metrics::memory(),
         })
     }
 
@@ -265,7 +342,10 @@ impl Trainer {
         if value.is_finite() {
             return Ok(());
         }
-        Err(Error::Diverged { step, what, value, last_good: self.checkpoints.latest()? })
+        // What update n finds is of the weights after n − 1.
+        let since = self.state.trouble().map_or(step - 1, |since| since.min(step - 1));
+        let last_good = self.checkpoints.newest_below(since)?;
+        Err(Error::Diverged { step, what, value, last_good })
     }
 
     /// Measures held-out loss, keeps the weights if it is the best, and says whether it is.
@@ -273,10 +353,14 @@ impl Trainer {
         let started = Instant::now();
         let step = self.state.step;
         let (mut nats, mut tokens) = (0., 0);
+        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
         for batch in validation_windows(&self.validation, self.recipe.cut()) {
             let predictions = task.evaluate(&batch)?;
             nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
             tokens += predictions.len();
+            predictions.iter().for_each(|prediction| count(&mut predicted, prediction.token));
+            let counted = batch.labels.iter().filter_map(|&label| u32::try_from(label).ok());
+            counted.for_each(|label| count(&mut labels, label));
         }
         let nats_per_byte = nats / self.validation.bytes() as f64;
         self.check_finite(step, "held-out loss", nats_per_byte)?;
@@ -289,8 +373,23 @@ impl Trainer {
             self.state.evaluations_since_best += 1;
         }
         let (nats_per_token, seconds) = (nats / tokens as f64, started.elapsed().as_secs_f64());
-        Ok((EvaluationRecord { step, nats_per_token, nats_per_byte, tokens, seconds }, is_best))
+        let diversity = Some(Diversity {
+            predicted_tokens: effective_number(&predicted),
+            label_tokens: effective_number(&labels),
+        });
+        let record =
+            EvaluationRecord { step, nats_per_token, nats_per_byte, tokens, diversity, seconds };
+        Ok((record, is_best))
     }
+}
+
+/// Counts one more `token`.
+fn count(counts: &mut Vec<u64>, token: u32) {
+    let token = token as usize;
+    if counts.len() <= token {
+        counts.resize(token + 1, 0);
+    }
+    counts[token] += 1;
 }
 
 fn checkpoints(recipe: &Recipe) -> Result<Checkpoints> {

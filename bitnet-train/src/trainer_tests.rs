@@ -2,12 +2,15 @@
 
 use std::{cell::Cell, fs, path::Path};
 
+use bitnet_model::quant::Rounding;
 use candle_core::{D, DType, Device, Tensor};
 
 use super::*;
 use crate::{
+    codes::codes,
     loss::{cross_entropy, predictions},
     metrics,
+    recipe::Limits,
     task::Prediction,
 };
 
@@ -17,11 +20,13 @@ struct Bigram {
     forwards: Cell<usize>,
     /// Forward passes of evaluations count too, so that trouble comes in updates and in evaluations.
     trouble: Option<(usize, Trouble)>,
+    lambda: Option<f64>,
 }
 
 enum Trouble {
     Killed,
     NaN,
+    Collapse,
 }
 
 const VOCAB: usize = 300;
@@ -41,7 +46,7 @@ impl Bigram {
             ("lm_head.weight".into(), fill(&[WIDTH, VOCAB], 0.5)),
             ("norm.weight".into(), Var::ones(WIDTH, DType::F32, &device).unwrap()),
         ];
-        Self { parameters, forwards: Cell::new(0), trouble: None }
+        Self { parameters, forwards: Cell::new(0), trouble: None, lambda: None }
     }
 
     fn in_trouble(self, forwards: usize, trouble: Trouble) -> Self {
@@ -86,7 +91,21 @@ impl Task for Bigram {
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
-        predictions(&self.forward(batch)?, &batch.labels)
+        let predictions = predictions(&self.forward(batch)?, &batch.labels)?;
+        Ok(match &self.trouble {
+            Some((last, Trouble::Collapse)) if self.forwards.get() > *last => {
+                vec![Prediction { nats: 9., token: 7 }; predictions.len()]
+            }
+            _ => predictions,
+        })
+    }
+
+    fn lambda(&self) -> Option<f64> {
+        self.lambda
+    }
+
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        (name == "lm_head.weight").then(|| codes(latent, Rounding::HalfEven.into()))
     }
 }
 
@@ -111,11 +130,13 @@ fn recipe(dir: &Path) -> Recipe {
         steps = 23
         eval_every = 4
         save_every = 5
+        codes_every = 3
         [optimizer]
         peak_lr = 0.05
         warmup_steps = 3
         [output]
         dir = "run"
+        tensorboard = true
         "#
     );
     let corpus: String = (0..60)
@@ -140,14 +161,8 @@ fn run(trainer: &mut Trainer, model: &Bigram) -> Result<Outcome> {
 
 /// The metrics without their timings.
 fn untimed_metrics(recipe: &Recipe) -> Vec<metrics::Record> {
-    let mut records = metrics::read(&recipe.output.dir.join("metrics.jsonl")).unwrap();
-    for record in &mut records {
-        match record {
-            Record::Train(record) => record.tokens_per_second = 0.,
-            Record::Evaluation(record) => record.seconds = 0.,
-        }
-    }
-    records
+    let records = metrics::read(&recipe.output.dir.join(metrics::FILE)).unwrap();
+    records.into_iter().map(Record::untimed).collect()
 }
 
 #[test]
@@ -161,7 +176,8 @@ fn it_learns() {
         .iter()
         .filter_map(|r| if let Record::Train(r) = r { Some(r.loss) } else { None })
         .collect();
-    assert_eq!((losses.len(), records.len()), (23, 23 + 6)); // evaluations after 4, 8, …, 20 and 23
+    // Evaluations after 4, 8, …, 20 and 23, censuses after 1, 3, 6, …, 21 and 23.
+    assert_eq!((losses.len(), records.len()), (23, 23 + 6 + 9));
     assert!(losses[22] < 0.6 * losses[0], "{losses:?}");
     let best = trainer.state().best.unwrap();
     assert_eq!((best.step, trainer.state().tokens), (23, 23 * 64));
@@ -268,6 +284,52 @@ fn a_diverged_run_names_step_and_checkpoint() {
     assert!(message.starts_with("step 12: loss is NaN"), "{message}");
     assert!(message.ends_with("step-10"), "{message}");
     assert!(model.weights().iter().flatten().all(|weight| weight.is_finite()));
+}
+
+#[test]
+fn a_loss_that_stays_high_stops_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, model) = (recipe(dir.path()), Bigram::new());
+    recipe.train.limits.divergence_updates = 6;
+    recipe.train.save_every = 1;
+    (recipe.optimizer.peak_lr, recipe.optimizer.warmup_steps) = (6., 23);
+    let message = run(&mut start(&recipe, &model), &model).unwrap_err().to_string();
+    assert!(message.contains("for 6 updates") && message.contains("peak_lr"), "{message}");
+    // The last good checkpoint is far beyond the two that are kept.
+    let good = message.rsplit_once("step-").unwrap().1;
+    assert!(recipe.output.dir.join(format!("step-{good}")).is_dir(), "{message}");
+    let state = resume(&recipe, &model).unwrap().state().clone();
+    assert!(good.parse::<usize>().unwrap() + 4 < state.step, "{message}");
+    assert_eq!(
+        run(&mut resume(&recipe, &model).unwrap(), &model).unwrap_err().to_string(),
+        message
+    );
+    recipe.train.stop_on_divergence = false;
+    assert_eq!(run(&mut resume(&recipe, &model).unwrap(), &model).unwrap(), Outcome::Finished);
+}
+
+#[test]
+fn collapsed_predictions_stop_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, model) = (recipe(dir.path()), Bigram::new());
+    recipe.train.limits =
+        Limits { collapse_evaluations: 2, collapse_after: 0, ..Limits::default() };
+    // 14 forward passes are 12 updates and 2 evaluations; the third evaluation is the first bad one.
+    let model = model.in_trouble(14, Trouble::Collapse);
+    let message = run(&mut start(&recipe, &model), &model).unwrap_err().to_string();
+    assert!(
+        message.starts_with("step 16: the predictions have collapsed to 1.0 tokens"),
+        "{message}"
+    );
+    assert!(message.ends_with("step-5"), "{message}"); // sound after 8, and step-10 may be bad
+    let another = tempfile::tempdir().unwrap();
+    recipe.output.dir = another.path().to_owned();
+    // While quantization comes in, the quantized model may be good for nothing.
+    let warmed_up = Bigram { lambda: Some(0.5), ..Bigram::new() }.in_trouble(14, Trouble::Collapse);
+    assert_eq!(run(&mut start(&recipe, &warmed_up), &warmed_up).unwrap(), Outcome::Finished);
+    recipe.output.dir = dir.path().join("run");
+    recipe.train.stop_on_collapse = false;
+    assert_eq!(run(&mut resume(&recipe, &model).unwrap(), &model).unwrap(), Outcome::Finished);
 }
 
 #[test]

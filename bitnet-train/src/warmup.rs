@@ -113,15 +113,16 @@ impl<T: Task> Task for Warmup<T> {
         self.task.begin(step)
     }
 
-    /// While λ is below 1 it is among the terms, with weight 0: a batch's share of it is that of the labels.
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
-        let mut parts = self.task.pass(batch, items, gradients)?;
-        let lambda = f64::from(self.lambda.get());
-        if lambda < 1. {
-            let value = lambda * batch.items() as f64 / items.max(1) as f64;
-            parts.push(Part { name: "lambda", value, weight: 0. });
-        }
-        Ok(parts)
+        self.task.pass(batch, items, gradients)
+    }
+
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        self.task.codes(name, latent)
+    }
+
+    fn lambda(&self) -> Option<f64> {
+        Some(self.lambda.get().into())
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {

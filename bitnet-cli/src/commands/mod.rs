@@ -9,6 +9,7 @@ pub mod generate;
 pub mod info;
 pub mod logits;
 pub mod perplexity;
+pub mod plot;
 pub mod tokenize;
 pub mod train;
 
@@ -23,6 +24,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Info(args) => info::run(args, global),
         Command::Download(args) => download::run(args, global),
         Command::Train(command) => train::run(command, global),
+        Command::Plot(args) => plot::run(&args),
         Command::Convert(args) => convert::run(args, global),
         Command::Logits(args) => logits::run(args, global),
         Command::Perplexity(args) => perplexity::run(&args, global),

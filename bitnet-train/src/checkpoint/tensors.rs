@@ -112,6 +112,19 @@ impl<'a> TensorFile<'a> {
         Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
     }
 
+    /// All tensors by name, each a vector of u8.
+    pub fn bytes(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let bytes = |(name, view): (String, TensorView)| {
+            if view.dtype() != Dtype::U8 {
+                let (path, reason) =
+                    (self.path.to_owned(), format!("is {:?}, must be U8", view.dtype()));
+                return Err(Error::Tensor { path, name, reason });
+            }
+            Ok((name, view.data().to_vec()))
+        };
+        self.tensors.tensors().into_iter().map(bytes).collect()
+    }
+
     fn view(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
         let refuse = |reason: String| Error::Tensor {
             path: self.path.to_owned(),

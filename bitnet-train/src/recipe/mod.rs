@@ -46,10 +46,13 @@ use crate::{
 };
 
 mod data;
+mod limits;
 mod read;
 mod validate;
+mod write;
 
 pub use data::Data;
+pub use limits::Limits;
 
 /// A training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -166,6 +169,17 @@ pub struct Train {
     pub save_total_limit: usize,
     /// Stop after this many evaluations in a row that were not the best.
     pub early_stop_patience: Option<usize>,
+    /// Updates between censuses of the ternary codes, made also after the first and the last; `eval_every` if absent.
+    pub codes_every: Option<usize>,
+    /// Stop when the loss has risen and stays high, by `limits`.
+    #[serde(default = "default_true")]
+    pub stop_on_divergence: bool,
+    /// Stop when the predictions have collapsed to a few tokens, by `limits`.
+    #[serde(default = "default_true")]
+    pub stop_on_collapse: bool,
+    /// `[train.limits]`: what counts as divergence and as collapse.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 /// `[optimizer]`: AdamW and its schedule.
@@ -205,6 +219,9 @@ pub struct Optimizer {
 pub struct Output {
     /// Directory of checkpoints, metrics and tokenizer.
     pub dir: PathBuf,
+    /// Write an event file for TensorBoard beside the metrics.
+    #[serde(default)]
+    pub tensorboard: bool,
 }
 
 fn default_true() -> bool {
@@ -336,10 +353,7 @@ impl Recipe {
                     ]
                     .as_slice(),
                 ),
-                (
-                    "train",
-                    &["recompute_blocks", "save_every", "save_total_limit", "early_stop_patience"],
-                ),
+                ("train", NOT_OF_THE_BITS),
             ] {
                 if let Some(table) = recipe.get_mut(table).and_then(Value::as_object_mut) {
                     table.retain(|key, _| !keys.contains(&key.as_str()));
@@ -349,6 +363,18 @@ impl Recipe {
         Ok(value)
     }
 }
+
+/// Keys of `[train]` that decide when a run stops and what it writes, or only what it costs.
+const NOT_OF_THE_BITS: &[&str] = &[
+    "recompute_blocks",
+    "save_every",
+    "save_total_limit",
+    "early_stop_patience",
+    "codes_every",
+    "stop_on_divergence",
+    "stop_on_collapse",
+    "limits",
+];
 
 /// The first key, dotted, in which two JSON trees differ, with both values.
 pub(crate) fn difference(old: &Value, new: &Value) -> Option<String> {

@@ -7,6 +7,9 @@ use toml::{Table, Value};
 use super::Recipe;
 use crate::{Error, Result};
 
+/// Names that are more alike than this, by Jaro and Winkler, are taken for misspellings of each other.
+const ALIKE: f64 = 0.8;
+
 impl Recipe {
     /// Reads and validates a recipe; relative paths start at the recipe's directory.
     pub fn from_file(path: &Path) -> Result<Self> {
@@ -28,8 +31,7 @@ impl Recipe {
             })?;
         }
         let dir = path.parent().unwrap_or(Path::new(""));
-        recipe.data.start_at(dir);
-        recipe.output.dir = dir.join(&recipe.output.dir);
+        recipe.start_at(dir);
         recipe.validate()?;
         Ok(recipe)
     }
@@ -54,12 +56,29 @@ fn set(table: &mut Table, key: &str, value: &str) -> Result<Recipe, String> {
         _ => None,
     };
     at.insert((*last).into(), value);
-    table.clone().try_into().map_err(|error: toml::de::Error| error.message().trim_end().to_owned())
+    table.clone().try_into().map_err(|error: toml::de::Error| reason(&error))
+}
+
+/// The parser's reason on one line. Of the names that an unknown one could have been, the one that looks most like it.
+fn reason(error: &toml::de::Error) -> String {
+    let message = error.message().trim_end().replace('\n', ", ");
+    let unknown = ["unknown field `", "unknown variant `"];
+    let names: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let [name, known @ ..] = names.as_slice() else { return message };
+    let likeness = |known: &str| strsim::jaro_winkler(name, known);
+    let best = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    match best.filter(|best| likeness(best) > ALIKE) {
+        Some(best) if unknown.iter().any(|start| message.starts_with(start)) => {
+            let start = &message[..message.find(", expected").unwrap_or(message.len())];
+            format!("{start}; did you mean `{best}`?")
+        }
+        _ => message,
+    }
 }
 
 /// The parser's reason on one line, with the line of the recipe it is about.
 fn describe(error: &toml::de::Error, text: &str) -> String {
-    let reason = error.message().trim_end().replace('\n', ", ");
+    let reason = reason(error);
     let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return reason };
     let number = before.matches('\n').count();
     let line = text.lines().nth(number).unwrap_or_default().trim();
@@ -112,7 +131,11 @@ mod tests {
     #[test]
     fn a_setting_that_makes_no_recipe_is_named() {
         for (key, value, reason) in [
-            ("train.stepz", "7", "recipe setting `train.stepz=7`: unknown field `stepz`"),
+            (
+                "train.stepz",
+                "7",
+                "recipe setting `train.stepz=7`: unknown field `stepz`; did you mean `steps`?",
+            ),
             ("train.batch_size", "-7", "integer `-7`"),
             ("train.batch_size", "many", "string \"many\""),
             ("train.batch_size", "0", "`train.batch_size`: must be at least 1"),

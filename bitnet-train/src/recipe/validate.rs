@@ -27,7 +27,7 @@ fn within(key: &'static str, value: f64, is_valid: bool, expected: &str) -> Resu
     Ok(())
 }
 
-fn positive(key: &'static str, value: f64) -> Result<()> {
+pub(super) fn positive(key: &'static str, value: f64) -> Result<()> {
     within(key, value, value.is_finite() && value > 0., "a positive number")
 }
 
@@ -96,6 +96,10 @@ impl Train {
         if let Some(patience) = self.early_stop_patience {
             at_least_one("train.early_stop_patience", patience)?;
         }
+        if let Some(every) = self.codes_every {
+            at_least_one("train.codes_every", every)?;
+        }
+        self.limits.validate()?;
         positive("train.max_grad_norm", self.max_grad_norm)
     }
 }

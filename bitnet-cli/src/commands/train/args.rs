@@ -1,0 +1,173 @@
+//! The command line of `bitnet train qat`, and the recipe it makes.
+
+use std::path::PathBuf;
+
+use bitnet_train::recipe::Recipe;
+
+/// Options of `bitnet train qat`.
+#[derive(clap::Args)]
+#[command(
+    after_help = "See --help for what a run writes, how it is resumed, and examples.",
+    after_long_help = "THE RECIPE is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
+itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe: those with a name of their \
+own win over --set. --print-recipe shows what comes of it, with every default.
+
+THE OUTPUT FOLDER gets recipe.toml (the complete recipe), metrics.jsonl (a line for each update, evaluation and census of the codes: \
+`bitnet plot` draws them), the vocabulary, checkpoints (step-N, the last train.save_total_limit of them), and at the end the weights of the \
+best evaluation as two models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). With output.tensorboard = true there \
+is an event file for TensorBoard too.
+
+STOPPING AND RESUMING: Ctrl-C saves a checkpoint and ends with status 130. A run that was interrupted or killed goes on with --resume, \
+from its newest checkpoint, to the same bits as an uninterrupted one; with another recipe or other data it is refused. A loss that is no \
+number, one that has risen and stays high, and predictions that have collapsed to a few tokens end the run with status 1 and a line that \
+names the last good checkpoint. The latter two can be switched off (train.stop_on_divergence, train.stop_on_collapse); [train.limits] says \
+what counts.
+
+EXAMPLES
+
+  What would it train, how much memory and how long would that take?
+    bitnet train qat recipe.toml --dry-run
+
+  Train; go on after a crash:
+    bitnet train qat recipe.toml
+    bitnet train qat recipe.toml --resume
+
+  Three learning rates, side by side in a picture:
+    for lr in 5e-4 1e-3 2e-3; do bitnet train qat recipe.toml --peak-lr $lr -o runs/lr-$lr; done
+    bitnet plot runs/lr-* -o rates.png
+
+  The full-precision twin, twice as long, with any other key changed:
+    bitnet train qat recipe.toml --precision full --epochs 8 --set optimizer.beta2=0.99 -o runs/full"
+)]
+pub struct QatArgs {
+    /// The recipe, a TOML file
+    #[arg(value_name = "RECIPE")]
+    recipe: PathBuf,
+    /// Go on from the newest checkpoint of the output folder; start if there is none
+    #[arg(long)]
+    pub resume: bool,
+    /// Folder of checkpoints, metrics and results, instead of output.dir
+    #[arg(long, short, value_name = "DIR")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    keys: Keys,
+    /// Override any key of the recipe, such as optimizer.beta2=0.99; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
+    set: Vec<(String, String)>,
+    /// Print the complete recipe as TOML, with options and defaults, and do not train
+    #[arg(long, conflicts_with_all = ["dry_run", "json"])]
+    pub print_recipe: bool,
+    /// Say what would be trained and how long it would take, measured in a few updates; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Keys of the recipe with an option of their own.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Keys of the recipe")]
+struct Keys {
+    /// train.steps, instead of train.epochs: updates in all, at least 1
+    #[arg(long, value_name = "N", conflicts_with = "epochs")]
+    steps: Option<usize>,
+    /// train.epochs, instead of train.steps: passes over the training data, more than 0
+    #[arg(long, value_name = "X")]
+    epochs: Option<f64>,
+    /// train.batch_size: windows in a forward pass, at least 1
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// train.gradient_accumulation: forward passes in an update, at least 1
+    #[arg(long, value_name = "N")]
+    gradient_accumulation: Option<usize>,
+    /// data.sequence_length: tokens in a window
+    #[arg(long, value_name = "N")]
+    sequence_length: Option<usize>,
+    /// train.seed: seed of the initial weights and of the order of the data
+    #[arg(long, value_name = "SEED")]
+    seed: Option<u64>,
+    /// optimizer.peak_lr: learning rate after the warm-up, more than 0
+    #[arg(long, value_name = "RATE")]
+    peak_lr: Option<f64>,
+    /// optimizer.warmup_steps: updates over which the learning rate rises
+    #[arg(long, value_name = "N")]
+    warmup_steps: Option<usize>,
+    /// optimizer.schedule: shape of the learning rate, such as `two-stage`
+    #[arg(long, value_name = "NAME")]
+    schedule: Option<String>,
+    /// optimizer.weight_decay: between 0 and 1
+    #[arg(long, value_name = "X")]
+    weight_decay: Option<f64>,
+    /// train.max_grad_norm: the norm of all gradients is clipped to this
+    #[arg(long, value_name = "NORM")]
+    max_grad_norm: Option<f64>,
+    /// train.eval_every: updates between evaluations
+    #[arg(long, value_name = "N")]
+    eval_every: Option<usize>,
+    /// train.save_every: updates between checkpoints
+    #[arg(long, value_name = "N")]
+    save_every: Option<usize>,
+    /// train.save_total_limit: checkpoints that are kept
+    #[arg(long, value_name = "N")]
+    save_total_limit: Option<usize>,
+    /// train.early_stop_patience: stop after so many evaluations in a row that were not the best
+    #[arg(long, value_name = "N")]
+    early_stop_patience: Option<usize>,
+    /// model.precision: `bitnet`, or `full` for the full-precision twin
+    #[arg(long, value_name = "PRECISION")]
+    precision: Option<String>,
+    /// output.tensorboard: write an event file for TensorBoard
+    #[arg(long)]
+    tensorboard: bool,
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => {
+            Ok((key.trim().into(), value.trim().into()))
+        }
+        _ => Err("expected KEY=VALUE, such as train.eval_every=50".into()),
+    }
+}
+
+impl QatArgs {
+    /// The recipe with the options laid over it, validated.
+    pub fn resolve(&self) -> anyhow::Result<Recipe> {
+        let settings = [self.set.clone(), self.keys.settings()].concat();
+        let mut recipe = Recipe::from_file_with(&self.recipe, &settings)?;
+        if let Some(output) = &self.output {
+            recipe.output.dir.clone_from(output);
+        }
+        Ok(recipe)
+    }
+}
+
+impl Keys {
+    /// The keys that were given, as settings.
+    fn settings(&self) -> Vec<(String, String)> {
+        let count = |value: Option<usize>| value.map(|n| n.to_string());
+        // With a point or an exponent: TOML's floats are no integers.
+        let float = |value: Option<f64>| value.map(|x| format!("{x:?}"));
+        let options = [
+            ("train.steps", count(self.steps)),
+            ("train.epochs", float(self.epochs)),
+            ("train.batch_size", count(self.batch_size)),
+            ("train.gradient_accumulation", count(self.gradient_accumulation)),
+            ("data.sequence_length", count(self.sequence_length)),
+            ("train.seed", self.seed.map(|seed| seed.to_string())),
+            ("optimizer.peak_lr", float(self.peak_lr)),
+            ("optimizer.warmup_steps", count(self.warmup_steps)),
+            ("optimizer.schedule", self.schedule.clone()),
+            ("optimizer.weight_decay", float(self.weight_decay)),
+            ("train.max_grad_norm", float(self.max_grad_norm)),
+            ("train.eval_every", count(self.eval_every)),
+            ("train.save_every", count(self.save_every)),
+            ("train.save_total_limit", count(self.save_total_limit)),
+            ("train.early_stop_patience", count(self.early_stop_patience)),
+            ("model.precision", self.precision.clone()),
+            ("output.tensorboard", self.tensorboard.then(|| "true".into())),
+        ];
+        options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+    }
+}

@@ -1,0 +1,76 @@
+//! `bitnet train qat RECIPE`: quantization-aware training with a progress bar.
+
+use std::io::{self, Write};
+
+use bitnet_train::{
+    experiment,
+    trainer::{Event, Outcome},
+};
+
+use crate::{args::Global, interrupt};
+
+mod args;
+mod display;
+mod plan;
+mod report;
+
+use args::QatArgs;
+use display::Display;
+
+/// Kinds of training.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Train a BitNet from scratch, with quantization in every step
+    Qat(QatArgs),
+}
+
+/// Trains, and prints how it ended to stdout.
+pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
+    let Command::Qat(args) = command;
+    let recipe = args.resolve()?;
+    if args.print_recipe {
+        return Ok(write!(io::stdout().lock(), "{}", recipe.to_toml()?)?);
+    }
+    let interrupted = interrupt::flag()?;
+    let mut display = Display::new(global);
+    if args.dry_run {
+        return plan::print(&recipe, &mut display, &interrupted, args.json)
+            .map_err(exit_if_interrupted);
+    }
+    let mut observe = |event: Event| display.show(event);
+    let result = experiment::run(&recipe, args.resume, &mut observe, &interrupted);
+    display.finish();
+    let summary = result.map_err(|error| exit_if_interrupted(error.into()))?;
+    report::print(&recipe, &summary, args.json)?;
+    if summary.outcome == Outcome::Interrupted {
+        let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command());
+        interrupt::exit();
+    }
+    Ok(())
+}
+
+/// Ends the program if the error is that it was asked to end before it trained.
+fn exit_if_interrupted(error: anyhow::Error) -> anyhow::Error {
+    if matches!(error.downcast_ref(), Some(bitnet_train::Error::Interrupted)) {
+        let _ = writeln!(io::stderr(), "{error}");
+        interrupt::exit();
+    }
+    error
+}
+
+/// This process's command line, with `--resume`.
+fn resume_command() -> String {
+    let quote = |arg: String| {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+        match !arg.is_empty() && arg.chars().all(is_plain) {
+            true => arg,
+            false => format!("'{}'", arg.replace('\'', r"'\''")),
+        }
+    };
+    let mut args: Vec<String> =
+        std::env::args_os().map(|arg| quote(arg.to_string_lossy().into_owned())).collect();
+    if !args.iter().any(|arg| arg == "--resume") {
+        args.push("--resume".into());
+    }
+    args.join(" ")
+}
