@@ -124,7 +124,7 @@ fn ten_steps_follow_torch() {
 fn packed_documents_train_as_they_do_alone() {
     let fixture = Fixture::open("grad_bitnet_qat");
     let parameters = masters(&fixture);
-    let linears = QatLinears { rounding: Rounding::HalfEven };
+    let linears = QatLinears::new(Rounding::HalfEven);
     let model = Model::load(&fixture.config, &linears, parameters.var_builder()).unwrap();
     let ids: Vec<u32> = (0..21).map(|i| i * 7 % 50 + 1).collect();
     let tensor = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();

@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn blocks_and_recomputed_blocks_give_the_gradients_of_one_graph() {
-        let qat = QatLinears { rounding: Rounding::HalfEven };
+        let qat = QatLinears::new(Rounding::HalfEven);
         let batch = Batch {
             inputs: TOKENS.to_vec(),
             labels: shift_labels(&TOKENS, 7),

@@ -11,8 +11,10 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod dataset;
+pub mod distill;
 mod error;
 pub mod experiment;
+pub mod init;
 pub mod language_model;
 pub mod loss;
 pub mod metrics;

@@ -271,7 +271,7 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
     let tokens_per_step = batch * sequence * recipe.train.gradient_accumulation;
     let tokens = tokens_per_step as u64 * steps as u64;
     let epochs = tokens as f64 / train_tokens as f64;
-    let parameters = experiment::config(recipe, &dataset.vocabulary).parameters();
+    let parameters = experiment::config(recipe, &dataset.vocabulary)?.parameters();
     let memory = memory(recipe, parameters);
     let out = &mut io::stdout().lock();
     if json {
@@ -307,7 +307,7 @@ fn dry_run(recipe: &Recipe, json: bool) -> anyhow::Result<()> {
 /// a forward pass keeps for the backward pass.
 fn memory(recipe: &Recipe, parameters: u64) -> u64 {
     let model = &recipe.model;
-    let key_value = model.hidden_size / model.num_attention_heads * model.num_key_value_heads;
+    let key_value = model.head_dim() * model.num_key_value_heads;
     // Values a token and layer: the stream and its sums, norms, projections and their quantized
     // inputs. Attention keeps no scores; of the logits there are two copies and their gradient.
     let layer = 10 * model.hidden_size + 4 * model.intermediate_size + 4 * key_value;

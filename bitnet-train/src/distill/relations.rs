@@ -77,9 +77,8 @@ mod tests {
             let x = x.to_vec3::<f32>().unwrap();
             let size = x[0][0].len() / heads;
             let part = |p: usize| &x[batch][p][head * size..][..size];
-            let dot = |a: &[f32], b: &[f32]| {
-                a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>()
-            };
+            let dot =
+                |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
             let scores: Vec<f64> = (0..x[0].len())
                 .map(|other| (dot(part(position), part(other)) / (size as f64).sqrt()).exp())
                 .collect();

@@ -33,7 +33,7 @@
 //! Paths are relative to the recipe. Unknown keys are errors. Fields may be changed after reading; [`Recipe::validate`]
 //! then says whether they still make sense.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -45,10 +45,16 @@ use crate::{
 };
 
 mod data;
+mod distillation;
+mod init;
+mod quantization;
 mod read;
 mod validate;
 
 pub use data::Data;
+pub use distillation::Distillation;
+pub use init::Init;
+pub use quantization::{Activations, Quantization, Rotated, Weights};
 
 /// A training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,6 +62,15 @@ pub use data::Data;
 pub struct Recipe {
     /// `[model]`: the model's geometry.
     pub model: Model,
+    /// `[init]`: the checkpoint whose weights it starts from, which then also says the geometry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<Init>,
+    /// `[quantization]`: what its projections compute with.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub quantization: Quantization,
+    /// `[distillation]`: the teacher it learns from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<Distillation>,
     /// `[data]`: what it is trained and evaluated on.
     pub data: Data,
     /// `[train]`: how long and how.
@@ -70,7 +85,7 @@ pub struct Recipe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// Ternary weights and 8-bit activations.
+    /// Quantized as `[quantization]` says: by default ternary weights and 8-bit activations.
     Bitnet,
     /// The twin of the same architecture with f32 projections, for comparison.
     Full,
@@ -90,6 +105,9 @@ pub struct Model {
     pub num_attention_heads: usize,
     /// Number of key and value heads.
     pub num_key_value_heads: usize,
+    /// Width of a head; by default the heads share `hidden_size`, as they must without `[init]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
     /// Tokens of the vocabulary that is trained, or of `data.tokenizer`.
     pub vocab_size: usize,
     /// The longest sequence the model is made for.
@@ -182,6 +200,10 @@ pub struct Output {
     pub dir: PathBuf,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn default_true() -> bool {
     true
 }
@@ -238,6 +260,13 @@ fn default_eps() -> f64 {
     1e-8
 }
 
+impl Model {
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+}
+
 impl Recipe {
     /// Updates in all, where an epoch has `per_epoch` batches.
     pub fn steps(&self, per_epoch: usize) -> Result<usize> {
@@ -291,13 +320,19 @@ impl Recipe {
     }
 
     /// The part of the recipe that decides every bit of the run, for the checkpoint. Paths are not in it (the contents
-    /// of the dataset are compared instead), nor is what only decides when something is written.
+    /// of the dataset are compared instead, of models the last part of the name), nor is what only decides when something is written.
     pub(crate) fn identity(&self) -> Result<Value> {
         let mut value = serde_json::to_value(self).map_err(|error| {
             Error::Input(format!("the recipe cannot be written as JSON: {error}"))
         })?;
         if let Some(recipe) = value.as_object_mut() {
             recipe.remove("output");
+            for (table, key) in [("init", "model"), ("distillation", "teacher")] {
+                if let Some(model) = recipe.get_mut(table).and_then(|table| table.get_mut(key)) {
+                    let name = model.as_str().and_then(|path| Path::new(path).file_name());
+                    *model = name.map_or(Value::Null, |name| name.to_string_lossy().into());
+                }
+            }
             for (table, keys) in [
                 ("data", ["train", "validation", "tokenizer", "validation_bytes"].as_slice()),
                 (

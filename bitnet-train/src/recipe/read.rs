@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use toml::{Table, Value};
 
-use super::Recipe;
+use super::{Recipe, init};
 use crate::{Error, Result};
 
 impl Recipe {
@@ -20,14 +20,30 @@ impl Recipe {
         let text = fs::read_to_string(path).map_err(Error::io(path))?;
         let refuse =
             |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, &text) };
-        let mut recipe: Self = toml::from_str(&text).map_err(refuse)?;
         let mut table: Table = toml::from_str(&text).map_err(refuse)?;
-        for (key, value) in settings {
-            recipe = set(&mut table, key, value).map_err(|reason| {
-                Error::Input(format!("recipe setting `{key}={value}`: {reason}"))
-            })?;
-        }
         let dir = path.parent().unwrap_or(Path::new(""));
+        let mut recipe: Option<Self> = match table.contains_key("init") {
+            // Settings may still name another model, or what the recipe leaves open.
+            true => None,
+            false if settings.iter().any(|(key, _)| key.starts_with("init.")) => None,
+            // With the lines of what is wrong.
+            false => Some(toml::from_str(&text).map_err(refuse)?),
+        };
+        for (index, (key, value)) in settings.iter().enumerate() {
+            let named = |reason| Error::Input(format!("recipe setting `{key}={value}`: {reason}"));
+            set(&mut table, key, value).map_err(named)?;
+            if recipe.is_some() || index + 1 == settings.len() {
+                recipe = Some(typed(&table, dir).map_err(named)?);
+            }
+        }
+        let mut recipe = match recipe {
+            Some(recipe) => recipe,
+            None => typed(&table, dir)
+                .map_err(|reason| Error::RecipeSyntax { path: path.into(), reason })?,
+        };
+        if let Some(distillation) = &mut recipe.distillation {
+            distillation.teacher = init::locate(dir, &distillation.teacher);
+        }
         let sources = recipe.data.train.iter_mut().chain(&mut recipe.data.validation);
         let paths = sources.map(|source| &mut source.path).chain(&mut recipe.data.tokenizer);
         for path in paths.chain([&mut recipe.output.dir]) {
@@ -38,8 +54,15 @@ impl Recipe {
     }
 }
 
-/// Sets one key of `table` and says what recipe that makes.
-fn set(table: &mut Table, key: &str, value: &str) -> Result<Recipe, String> {
+/// The recipe that `table` makes, with what its checkpoint says filled in.
+fn typed(table: &Table, dir: &Path) -> Result<Recipe, String> {
+    let mut table = table.clone();
+    init::complete(&mut table, dir)?;
+    table.try_into().map_err(|error: toml::de::Error| error.message().trim_end().to_owned())
+}
+
+/// Sets one key of `table`.
+fn set(table: &mut Table, key: &str, value: &str) -> Result<(), String> {
     let parts: Vec<&str> = key.split('.').collect();
     let Some((last, tables)) = parts.split_last() else { return Err("has no key".into()) };
     // Not an error: `schedule=two-stage` is a string without its quotes.
@@ -57,7 +80,7 @@ fn set(table: &mut Table, key: &str, value: &str) -> Result<Recipe, String> {
         _ => None,
     };
     at.insert((*last).into(), value);
-    table.clone().try_into().map_err(|error: toml::de::Error| error.message().trim_end().to_owned())
+    Ok(())
 }
 
 /// The parser's reason on one line, with the line of the recipe it is about.
