@@ -25,6 +25,7 @@
 //! # Ok(())
 //! # }
 //! ```
+pub mod activations;
 pub mod calibration;
 pub mod checkpoint;
 pub mod config;

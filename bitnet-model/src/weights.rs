@@ -9,13 +9,14 @@ use std::{io, ops::Deref};
 use rayon::prelude::*;
 
 use crate::{
+    activations::QuantizedActivations,
     kernels::{
         self, Kernel,
         tile::{self, MAX_TILE_COLS, ROWS, Tile, TileFormat},
     },
     packed::{self, PackedError, PackedSource},
     pages::{Arena, Pages},
-    quant::{ActivationCodes, Rounding, WeightQuantizer},
+    quant::{ActivationCodes, WeightCodes, WeightQuantizer},
     threads,
 };
 
@@ -68,8 +69,25 @@ impl TernaryWeight {
         quantizer: impl Into<WeightQuantizer>,
         format: TileFormat,
     ) -> Self {
+        Self::from_codes(
+            weights,
+            (out_features, in_features),
+            quantizer.into().codes(weights),
+            format,
+        )
+    }
+
+    /// As [`from_latent`](Self::from_latent), by the codes that `rule` gives.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn from_codes(
+        weights: &[f32],
+        (out_features, in_features): (usize, usize),
+        rule: WeightCodes,
+        format: TileFormat,
+    ) -> Self {
         assert_eq!(weights.len(), out_features * in_features, "shape does not match the data");
-        let rule = quantizer.into().codes(weights);
         Self::from_rows((out_features, in_features), rule.scale, format, |format, row, col| {
             let weights = &weights[row * in_features..][..in_features][col..];
             let mut codes = [1; MAX_TILE_COLS];
@@ -285,7 +303,11 @@ fn no_memory(error: io::Error) -> PackedError {
 
 /// `y = x·Wᵀ` (tokens, Σ out_features) with the kernel given, for matrices of the same inputs stacked on one another:
 /// `y[token][row] = weight_scale / a[token] · Σ`. The integer sum is exact, so every kernel gives the same bits.
-pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeight]) -> Vec<f32> {
+pub(crate) fn matmul(
+    kernel: &Kernel,
+    x: &QuantizedActivations,
+    weights: &[TernaryWeight],
+) -> Vec<f32> {
     let (cuts, parts) = cut(weights, x.tokens());
     threads::new_blocks(x.tokens(), TOKEN_BLOCK, &cuts, |(first, j), mut y| {
         let (weight, first_band) = parts[j];
@@ -293,12 +315,12 @@ pub(crate) fn matmul(kernel: &Kernel, x: &QuantizedRows, weights: &[TernaryWeigh
         let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
         let mut scales = [0f32; TOKEN_BLOCK];
         let (sums, scales) = (&mut sums[..tokens.len()], &mut scales[..tokens.len()]);
-        for (scale, factor) in scales.iter_mut().zip(&x.factors[tokens.clone()]) {
+        for (scale, factor) in scales.iter_mut().zip(&x.factors()[tokens.clone()]) {
             *scale = weight.scale / factor;
         }
         for band in 0..(cuts[j + 1] - cuts[j]).div_ceil(ROWS) {
             let tiles = weight.band(first_band + band);
-            let x_sums = &x.sums[tokens.clone()];
+            let x_sums = &x.sums()[tokens.clone()];
             kernel.ternary_dots(weight.format, tiles, x.rows(&tokens), x_sums, sums);
             for (token, (sums, scale)) in sums.iter().zip(scales.iter()).enumerate() {
                 let y = y.row(token)[band * ROWS..].iter_mut();
@@ -344,92 +366,6 @@ fn codes_of_a_task(codes: usize, tokens: usize) -> usize {
 /// Tokens that pass over a band of tiles together.
 const TOKEN_BLOCK: usize = 64;
 
-/// Rows of activations as codes in an i8, each with its sum and its factor `a`.
-pub(crate) struct QuantizedRows {
-    /// (tokens, columns padded to whole tiles); the padding is 0.
-    codes: Vec<i8>,
-    /// Σ codes of each row.
-    sums: Vec<i32>,
-    /// `a` of each row: a code is `round(x · a)`.
-    factors: Vec<f32>,
-    padded: usize,
-}
-
-impl QuantizedRows {
-    /// Quantizes rows of `in_features` values for weights of `format`.
-    pub(crate) fn new(
-        kernel: &Kernel,
-        x: &[f32],
-        in_features: usize,
-        quantizer: ActivationCodes,
-        format: TileFormat,
-    ) -> Self {
-        let tokens = x.len().checked_div(in_features).unwrap_or(0);
-        let padded = in_features.next_multiple_of(format.cols());
-        let mut codes = vec![0i8; tokens * padded];
-        let mut rows = vec![(0f32, 0i32); tokens];
-        let block = match tokens {
-            0..8 => tokens.max(1), // a few microseconds
-            _ => 4,
-        };
-        let pair = ((&mut codes[..], (block * padded).max(1)), (&mut rows[..], block));
-        threads::for_each_chunk_pair(pair.0, pair.1, |index, codes, rows| {
-            let x = x[index * block * in_features..].chunks(in_features.max(1));
-            for ((codes, row), x) in codes.chunks_mut(padded.max(1)).zip(rows).zip(x) {
-                *row = quantize_row(kernel, x, quantizer, codes);
-            }
-        });
-        let (factors, sums) = rows.into_iter().unzip();
-        Self { codes, sums, factors, padded }
-    }
-
-    fn tokens(&self) -> usize {
-        self.sums.len()
-    }
-
-    fn rows(&self, tokens: &std::ops::Range<usize>) -> &[i8] {
-        &self.codes[tokens.start * self.padded..tokens.end * self.padded]
-    }
-}
-
-/// One row's codes, padded with 0, and its `a` and their sum; a row that is not finite has codes 0 and `a` NaN.
-fn quantize_row(
-    kernel: &Kernel,
-    x: &[f32],
-    quantizer: ActivationCodes,
-    codes: &mut [i8],
-) -> (f32, i32) {
-    if let ActivationCodes::Int8(rounding) = quantizer {
-        return kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
-    }
-    codes.fill(0);
-    let factor = quantizer.factor(x);
-    if factor.is_finite() {
-        codes.iter_mut().zip(x).for_each(|(code, &x)| *code = quantizer.code(x, factor));
-    }
-    (factor, codes.iter().map(|&code| i32::from(code)).sum())
-}
-
-/// `x` (tokens, in_features) as the product sees it, `code / a`: the [grid](crate::quant::Quantizer::grid) of
-/// `quantizer`, with the kernel chosen for this machine.
-pub fn quantized_activations(
-    x: &[f32],
-    in_features: usize,
-    quantizer: impl Into<ActivationCodes>,
-) -> Vec<f32> {
-    let (kernel, quantizer) = (kernels::active(), quantizer.into());
-    let mut y = vec![0f32; x.len()];
-    let rows = x.par_chunks(in_features.max(1)).zip(y.par_chunks_mut(in_features.max(1)));
-    rows.for_each_init(
-        || vec![0i8; in_features],
-        |codes, (x, y)| {
-            let (factor, _) = quantize_row(kernel, x, quantizer, codes);
-            y.iter_mut().zip(codes.iter()).for_each(|(y, &code)| *y = f32::from(code) / factor);
-        },
-    );
-    y
-}
-
 /// Quantizes `x` (tokens, in_features) and multiplies it by matrices of `in_features` columns each, stacked on one
 /// another and of one format, with the kernel chosen for this machine: (tokens, Σ out_features).
 pub fn ternary_product(
@@ -437,9 +373,18 @@ pub fn ternary_product(
     weights: &[TernaryWeight],
     quantizer: impl Into<ActivationCodes>,
 ) -> Vec<f32> {
-    let kernel = kernels::active();
     let (in_features, format) =
         weights.first().map_or_else(Default::default, |weight| (weight.in_features, weight.format));
-    let x = QuantizedRows::new(kernel, x, in_features, quantizer.into(), format);
-    matmul(kernel, &x, weights)
+    let x = QuantizedActivations::new(x, in_features, quantizer, format);
+    matmul(kernels::active(), &x, weights)
+}
+
+impl TernaryWeight {
+    /// `x`, quantized for weights of this format, times the transpose of this matrix: (tokens, out_features).
+    ///
+    /// # Panics
+    /// If `x` has not as many columns as the matrix in its format.
+    pub fn product(&self, x: &QuantizedActivations) -> Vec<f32> {
+        matmul(kernels::active(), x, std::slice::from_ref(self))
+    }
 }

@@ -4,14 +4,17 @@
 use std::sync::Arc;
 
 use bitnet_model::{
-    nn::{LinearFactory, LinearSpec, Projection},
-    ops::dense_matmul,
+    nn::{LinearFactory, LinearSpec, Projection, Projections},
+    ops::{dense_matmul, gemm::Precision},
     quant::{ActivationQuantizer, Quantizer, Rounding, Scheme, WeightQuantizer},
 };
 use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
-use crate::{qat_matmul::qat_matmul, warmup::Lambda};
+use crate::{
+    qat_matmul::{QatProduct, SharedInput, qat_matmul},
+    warmup::Lambda,
+};
 
 /// A BitLinear whose weight is a trainable master.
 #[derive(Clone, Debug)]
@@ -19,6 +22,7 @@ pub struct QatLinear {
     latent: Tensor,
     quantizers: Quantizers,
     lambda: Lambda,
+    backward: Precision,
 }
 
 /// What a projection quantizes; what is `None` stays as it is.
@@ -40,7 +44,8 @@ impl From<Rounding> for Quantizers {
 impl QatLinear {
     /// `latent` (out_features, in_features) f32; a [`Rounding`] stands for the quantizers of b1.58.
     pub fn new(latent: Tensor, quantizers: impl Into<Quantizers>) -> Self {
-        Self { latent, quantizers: quantizers.into(), lambda: Lambda::default() }
+        let (lambda, backward) = (Lambda::default(), Precision::F32);
+        Self { latent, quantizers: quantizers.into(), lambda, backward }
     }
 
     /// The same projection with a λ that others may share.
@@ -48,17 +53,27 @@ impl QatLinear {
         Self { lambda, ..self }
     }
 
-    /// `x` (tokens, in_features) → (tokens, out_features).
-    fn product(&self, x: &Tensor) -> Result<Tensor> {
+    /// The same projection with products of the backward pass in this precision.
+    pub fn with_backward(self, backward: Precision) -> Self {
+        Self { backward, ..self }
+    }
+
+    /// The input in the coordinates in which it is quantized.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        match self.quantizers.input {
+            Some(input) => input.rotate(x),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// `x` (…, in_features), rotated, → (…, out_features). Its integers are `shared` with other projections.
+    fn product(&self, x: &Tensor, shared: &SharedInput) -> Result<Tensor> {
         let (Quantizers { weight, input }, lambda) = (self.quantizers, self.lambda.get());
-        let x = match input {
-            Some(input) => &input.rotate(x)?,
-            None => x,
-        };
         if let (Some(weight), Some(input)) = (weight, input)
             && lambda == 1.
         {
-            return qat_matmul(x, &self.latent, weight, input.codes);
+            let product = QatProduct { weight, input: input.codes, backward: self.backward };
+            return qat_matmul(x, &self.latent, product, shared);
         }
         let x = match input {
             Some(input) => &input.codes.blend(x, lambda)?,
@@ -73,13 +88,18 @@ impl QatLinear {
 
 impl Module for QatLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (out_features, in_features) = self.latent.dims2()?;
-        let mut shape = x.dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == in_features => *last = out_features,
-            _ => bail!("qat-linear: x {:?} does not fit {:?}", x.shape(), self.latent.shape()),
-        }
-        self.product(&x.reshape(((), in_features))?)?.reshape(shape)
+        self.product(&self.rotate(x)?, &SharedInput::default())
+    }
+}
+
+/// Projections that quantize the same input in the same way.
+struct QatProjections(Vec<QatLinear>);
+
+impl Projections for QatProjections {
+    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let Some(first) = self.0.first() else { return Ok(Vec::new()) };
+        let (x, shared) = (first.rotate(x)?, SharedInput::default());
+        self.0.iter().map(|projection| projection.product(&x, &shared)).collect()
     }
 }
 
@@ -89,12 +109,14 @@ pub struct QatLinears {
     rounding: Rounding,
     scheme: Scheme,
     lambda: Lambda,
+    backward: Precision,
 }
 
 impl QatLinears {
     /// Projections of b1.58, that round weights and activations like this.
     pub fn new(rounding: Rounding) -> Self {
-        Self { rounding, scheme: Scheme::default(), lambda: Lambda::default() }
+        let (scheme, lambda, backward) = Default::default();
+        Self { rounding, scheme, lambda, backward }
     }
 
     /// With other quantizers.
@@ -106,10 +128,13 @@ impl QatLinears {
     pub fn with_lambda(self, lambda: Lambda) -> Self {
         Self { lambda, ..self }
     }
-}
 
-impl LinearFactory for QatLinears {
-    fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
+    /// With products of the backward pass in this precision.
+    pub fn with_backward(self, backward: Precision) -> Self {
+        Self { backward, ..self }
+    }
+
+    fn load(&self, spec: LinearSpec, vb: VarBuilder) -> Result<QatLinear> {
         if spec.bias {
             bail!("{}: quantized projections have no bias", vb.prefix())
         }
@@ -120,6 +145,27 @@ impl LinearFactory for QatLinears {
             weight: self.scheme.weight(self.rounding),
             input: self.scheme.input(spec.name).quantizer(self.rounding),
         };
-        Ok(Arc::new(QatLinear::new(latent, quantizers).with_lambda(self.lambda.clone())))
+        let linear = QatLinear::new(latent, quantizers).with_lambda(self.lambda.clone());
+        Ok(linear.with_backward(self.backward))
+    }
+}
+
+impl LinearFactory for QatLinears {
+    fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
+        Ok(Arc::new(self.load(spec, vb)?))
+    }
+
+    /// The input is quantized once, if all projections do it alike.
+    fn linears(&self, specs: &[LinearSpec], vb: &VarBuilder) -> Result<Arc<dyn Projections>> {
+        let each = specs.iter().map(|&spec| self.load(spec, vb.pp(spec.name)));
+        let each: Vec<QatLinear> = each.collect::<Result<_>>()?;
+        let alike =
+            each.windows(2).all(|pair| pair[0].quantizers.input == pair[1].quantizers.input);
+        Ok(match alike {
+            true => Arc::new(QatProjections(each)),
+            false => Arc::new(Vec::from_iter(
+                each.into_iter().map(|linear| -> Projection { Arc::new(linear) }),
+            )),
+        })
     }
 }

@@ -1,31 +1,53 @@
 //! The product of quantization-aware training: integers forward, straight through backward.
 
-use bitnet_model::{
-    kernels::TileFormat,
-    ops::dense_matmul::{backward_weight, backward_x},
-    quant::{ActivationCodes, WeightQuantizer},
-    storage::{contiguous, with_slice},
-    weights::{TernaryWeight, quantized_activations, ternary_product},
-};
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use std::sync::{Arc, OnceLock};
 
-/// `y = q(x)·q(latent)ᵀ`, exactly as packed inference computes it: `x` (tokens, in_features) and `latent`
-/// (out_features, in_features) f32 → (tokens, out_features) f32.
+use bitnet_model::{
+    activations::QuantizedActivations,
+    kernels::TileFormat,
+    ops::gemm::{Factor, Precision, gemm},
+    quant::{ActivationCodes, WeightCodes, WeightQuantizer},
+    storage::{contiguous, with_slice},
+    weights::TernaryWeight,
+};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+/// The integers of an input, made by the first product that needs them and shared by all that have the same input.
+#[derive(Clone, Debug, Default)]
+pub struct SharedInput(Arc<OnceLock<QuantizedActivations>>);
+
+/// How a [`qat_matmul`] quantizes, and multiplies backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QatProduct {
+    /// The weight's quantizer.
+    pub weight: WeightQuantizer,
+    /// The input's.
+    pub input: ActivationCodes,
+    /// Of the products of the backward pass: in bfloat16 the incoming gradients are rounded, the quantized operands are
+    /// what they are.
+    pub backward: Precision,
+}
+
+/// `y = q(x)·q(latent)ᵀ`, exactly as packed inference computes it: `x` (…, in_features) and `latent`
+/// (out_features, in_features) f32 → (…, out_features) f32.
 ///
 /// Both gradients use the quantized operands, `dx = dy·q(latent)` and `dlatent = dyᵀ·q(x)`; rounding and clamping pass
 /// them unchanged. A latent that is not tracked gets none.
 pub fn qat_matmul(
     x: &Tensor,
     latent: &Tensor,
-    weight: WeightQuantizer,
-    input: ActivationCodes,
+    product: QatProduct,
+    input: &SharedInput,
 ) -> Result<Tensor> {
-    x.apply_op2(latent, QatMatmul { weight, input })
+    let op = QatMatmul { product, input: input.clone(), codes: OnceLock::new() };
+    x.apply_op2(latent, op)
 }
 
 struct QatMatmul {
-    weight: WeightQuantizer,
-    input: ActivationCodes,
+    product: QatProduct,
+    input: SharedInput,
+    /// Of the latent, left by the forward pass for the backward pass.
+    codes: OnceLock<WeightCodes>,
 }
 
 impl CustomOp2 for QatMatmul {
@@ -40,13 +62,20 @@ impl CustomOp2 for QatMatmul {
         latent: &CpuStorage,
         latent_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, _) = x_layout.shape().dims2()?;
-        let shape @ (out_features, _) = latent_layout.shape().dims2()?;
-        let x = contiguous::<f32>(x, x_layout)?;
+        const FORMAT: TileFormat = TileFormat::TwoBit;
+        let shape @ (out_features, in_features) = latent_layout.shape().dims2()?;
         let latent = contiguous::<f32>(latent, latent_layout)?;
-        let weight = TernaryWeight::from_latent(&latent, shape, self.weight, TileFormat::TwoBit);
-        let y = ternary_product(&x, &[weight], self.input);
-        Ok((CpuStorage::F32(y), (tokens, out_features).into()))
+        let codes = self.codes.get_or_init(|| self.product.weight.codes(&latent));
+        let weight = TernaryWeight::from_codes(&latent, shape, *codes, FORMAT);
+        let mut y_shape = x_layout.dims().to_vec();
+        match y_shape.last_mut() {
+            Some(last) if *last == in_features => *last = out_features,
+            _ => bail!("qat-matmul: x {:?} does not fit {shape:?}", x_layout.shape()),
+        }
+        let x = contiguous::<f32>(x, x_layout)?;
+        let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, FORMAT);
+        let y = weight.product(self.input.0.get_or_init(quantize));
+        Ok((CpuStorage::F32(y), y_shape.into()))
     }
 
     fn bwd(
@@ -56,19 +85,33 @@ impl CustomOp2 for QatMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let shape @ (_, in_features) = latent.dims2()?;
-        let weight = with_slice::<f32, _>(latent, |latent| {
-            let weight = TernaryWeight::from_latent(latent, shape, self.weight, TileFormat::TwoBit);
-            Tensor::from_vec(weight.dequantize(), shape, x.device())
+        let (Some(input), Some(codes)) = (self.input.0.get(), self.codes.get()) else {
+            bail!("{} went backward before forward", self.name())
+        };
+        let ((n, k), tokens) = (latent.dims2()?, input.tokens());
+        let precision = self.product.backward;
+        let mut dx = vec![0f32; tokens * k];
+        let mut dlatent = latent.track_op().then(|| vec![0f32; n * k]);
+        with_slice::<f32, _>(dy, |dy| {
+            let upstream = |at: usize, _: usize| dy[at];
+            with_slice::<f32, _>(latent, |latent| {
+                let code = |at: usize, _: usize| f32::from(codes.code(latent[at]));
+                let (a, b) = (Factor::depth_inner(n, &upstream), Factor::index_inner(k, &code));
+                gemm((tokens, k, n), a, b, codes.scale, precision, &mut dx);
+                Ok(())
+            })?;
+            if let Some(dlatent) = &mut dlatent {
+                // x = code / a of its token: the token's factor goes to the gradient, so that the codes stay integers.
+                let inverse: Vec<f32> = input.factors().iter().map(|factor| 1. / factor).collect();
+                let scaled = |at: usize, token: usize| dy[at] * inverse[token];
+                let code = |at: usize, _: usize| f32::from(input.codes()[at]);
+                let (a, b) =
+                    (Factor::index_inner(n, &scaled), Factor::index_inner(input.stride(), &code));
+                gemm((n, k, tokens), a, b, 1., precision, dlatent);
+            }
+            Ok(())
         })?;
-        let dx = backward_x(dy, &weight)?;
-        if !latent.track_op() {
-            return Ok((Some(dx), None));
-        }
-        let x = with_slice::<f32, _>(x, |values| {
-            let quantized = quantized_activations(values, in_features, self.input);
-            Tensor::from_vec(quantized, x.shape(), x.device())
-        })?;
-        Ok((Some(dx), Some(backward_weight(dy, &x)?)))
+        let dlatent = dlatent.map(|dlatent| Tensor::from_vec(dlatent, (n, k), x.device()));
+        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), dlatent.transpose()?))
     }
 }

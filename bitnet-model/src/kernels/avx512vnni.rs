@@ -20,7 +20,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     accumulate,
     accumulate_trits: avx2::accumulate_trits, // what AVX-512 would gain needs VBMI
     routines: routines!(
-        Avx512(()), 4 x 4,
+        Avx512(()), 4 x 4, 12 x 2,
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
     ),
     head: head::avx512vnni::ROUTINES,
@@ -158,7 +158,7 @@ pub(super) fn add<const CHAINS: usize>(acc: &mut [i32; ROWS], sums: [__m512i; CH
 
 /// Proof of AVX-512 F, BW, DQ and VL: made only in functions that have these features.
 #[derive(Clone, Copy)]
-struct Avx512(());
+pub(super) struct Avx512(pub(super) ());
 
 impl Simd for Avx512 {
     type F32 = __m512;

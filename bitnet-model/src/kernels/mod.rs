@@ -10,6 +10,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512bf16;
+#[cfg(target_arch = "x86_64")]
 mod avx512vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
@@ -18,6 +20,7 @@ mod avxvnni;
 mod choice;
 mod dense;
 mod exp;
+mod gemm;
 pub mod head;
 #[cfg(target_arch = "aarch64")]
 mod neondot;
@@ -37,6 +40,7 @@ use self::simd::Routines;
 pub use self::{
     choice::{ChoiceError, KERNEL_VARIABLE, active, choose},
     dense::{DenseWeights, Matrix},
+    gemm::{PanelProduct, PanelWidths},
     tile::{ROWS, Tile, TileFormat},
 };
 
@@ -171,6 +175,24 @@ impl Kernel {
         unsafe { (self.routines.max)(x) }
     }
 
+    /// How many rows and columns the panels of [`multiply_panels`](Self::multiply_panels) have.
+    pub fn panel_widths(&self) -> PanelWidths {
+        self.routines.panel_widths
+    }
+
+    /// `out[i · cols + j] = scale · Σ_d a[d][i] · b[d][j]`, or that added to what is there: the product of a panel's rows
+    /// and a panel's columns, [so many](Self::panel_widths) at a time. All values of one depth of a panel are neighbours,
+    /// depth after depth, panel after panel; the last panels are padded with anything.
+    ///
+    /// # Panics
+    /// If the depth is 0, the panels hold less, or `out` is not of `rows` by `cols`.
+    pub fn multiply_panels(&self, a: &[f32], b: &[f32], product: PanelProduct, out: &mut [f32]) {
+        assert!(self.panel_widths().hold((a.len(), b.len()), product), "panels of another shape");
+        assert_eq!(out.len(), product.rows * product.cols, "product outside its slice");
+        // SAFETY: `self` came from `available`, which checked the processor.
+        unsafe { (self.routines.multiply_panels)(a, b, product, out) }
+    }
+
     /// `out[r][d] = Σⱼ p[r][j] · v[j][d]`, fused, in the order of `j`: p times v.
     ///
     /// # Panics
@@ -204,5 +226,42 @@ impl Kernel {
     pub fn softmax(&self, scores: &mut [f32]) {
         // SAFETY: `self` came from `available`, which checked the processor.
         unsafe { (self.routines.softmax)(scores) }
+    }
+}
+
+/// Products of panels of bfloat16, where the processor has instructions for them.
+#[derive(Clone, Copy, Debug)]
+pub struct Bf16Panels(());
+
+impl Bf16Panels {
+    /// The proof that the processor can, or nothing.
+    pub fn new() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        return avx512bf16::is_available().then_some(Self(()));
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// How many rows and columns a panel has.
+    pub fn widths(self) -> PanelWidths {
+        #[cfg(target_arch = "x86_64")]
+        return avx512bf16::WIDTHS;
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("there is no value of this type")
+    }
+
+    /// As [`Kernel::multiply_panels`], of pairs of bfloat16 at neighbouring depths, the lower depth in the lower half;
+    /// `product.depth` counts pairs. Denormals count as zero.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn multiply(self, a: &[u32], b: &[u32], product: PanelProduct, out: &mut [f32]) {
+        assert!(self.widths().hold((a.len(), b.len()), product), "panels of another shape");
+        assert_eq!(out.len(), product.rows * product.cols, "product outside its slice");
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `new` checked the processor.
+        unsafe {
+            avx512bf16::multiply(a, b, product, out)
+        }
     }
 }

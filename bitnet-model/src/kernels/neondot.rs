@@ -14,7 +14,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     is_available: || is_aarch64_feature_detected!("dotprod"),
     accumulate: accumulate::<{ TileFormat::TwoBit.lanes() }>,
     accumulate_trits: accumulate::<{ TileFormat::Trits.lanes() }>,
-    routines: routines!(Neon, 2 x 2),
+    routines: routines!(Neon, 2 x 2, 6 x 1),
     head: head::neondot::ROUTINES,
     peak: peak::NEONDOT,
 };

@@ -7,6 +7,7 @@
 
 use super::{
     dense::{DenseWeights, Matrix},
+    gemm::{PanelProduct, PanelWidths},
     head::{FinishQ8, QuantizedRow},
 };
 
@@ -64,6 +65,8 @@ pub(super) struct Routines {
     pub sum: unsafe fn(&[f32]) -> f32,
     pub sum_squares: unsafe fn(&[f32]) -> f32,
     pub max: unsafe fn(&[f32]) -> f32,
+    pub panel_widths: PanelWidths,
+    pub multiply_panels: unsafe fn(&[f32], &[f32], PanelProduct, &mut [f32]),
     pub weighted_sums: unsafe fn(Matrix<'_, f32>, DenseWeights<'_>, &mut [f32]),
     pub axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub exp: unsafe fn(&mut [f32]),
@@ -73,8 +76,8 @@ pub(super) struct Routines {
 /// [`Routines`] whose functions carry the given `#[target_feature]`. The instruction set's registers hold `$rows` ×
 /// `$cols` accumulators of a matrix product.
 macro_rules! routines {
-    ($simd:expr, $rows:literal x $cols:literal $(, #[$feature:meta])?) => {{
-        use crate::kernels::{dense, exp, head, quantize};
+    ($simd:expr, $rows:literal x $cols:literal, $panel_rows:literal x $panel_cols:literal $(, #[$feature:meta])?) => {{
+        use crate::kernels::{dense, exp, gemm, head, quantize};
         $(#[$feature])?
         fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
             quantize::quantize_row(x, half_up, codes)
@@ -109,6 +112,10 @@ macro_rules! routines {
             dense::max($simd, x)
         }
         $(#[$feature])?
+        fn multiply_panels(a: &[f32], b: &[f32], product: gemm::PanelProduct, out: &mut [f32]) {
+            gemm::multiply::<_, $panel_rows, $panel_cols>($simd, a, b, product, out)
+        }
+        $(#[$feature])?
         fn weighted_sums(p: dense::Matrix<'_, f32>, v: dense::DenseWeights<'_>, out: &mut [f32]) {
             dense::weighted_sums($simd, p, v, out)
         }
@@ -125,8 +132,8 @@ macro_rules! routines {
             exp::softmax($simd, scores)
         }
         $crate::kernels::simd::Routines {
-            quantize_row, quantize_head_row, finish_q8, matmul_nt, sum, sum_squares, max, weighted_sums, axpy, exp,
-            softmax,
+            quantize_row, quantize_head_row, finish_q8, matmul_nt, sum, sum_squares, max, multiply_panels, weighted_sums,
+            axpy, exp, softmax, panel_widths: gemm::PanelWidths::new($panel_rows, $panel_cols),
         }
     }};
 }

@@ -5,11 +5,13 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 
-use super::{PARALLEL_ELEMENTS, for_each_chunk};
+use super::{
+    PARALLEL_ELEMENTS, for_each_chunk,
+    gemm::{Factor, Precision, gemm},
+};
 use crate::{
     kernels::{self, DenseWeights, Matrix},
     storage::{contiguous, with_slice},
@@ -19,13 +21,7 @@ use crate::{
 /// `x` (…, in_features) f32 times the transpose of `weight` (out_features, in_features) f32 or
 /// bf16: (…, out_features) f32. Differentiable in both when `weight` is f32.
 pub fn dense_matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (out_features, in_features) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    match shape.last_mut() {
-        Some(last) if *last == in_features => *last = out_features,
-        _ => bail!("dense-matmul: x {:?} does not fit weight {:?}", x.shape(), weight.shape()),
-    }
-    x.reshape(((), in_features))?.apply_op2(weight, DenseMatmul)?.reshape(shape)
+    x.apply_op2(weight, DenseMatmul)
 }
 
 struct DenseMatmul;
@@ -42,9 +38,18 @@ impl CustomOp2 for DenseMatmul {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, k) = x_layout.shape().dims2()?;
-        let (out_features, _) = weight_layout.shape().dims2()?;
+        let (out_features, k) = weight_layout.shape().dims2()?;
+        let mut shape = x_layout.dims().to_vec();
+        match shape.last_mut() {
+            Some(last) if *last == k => *last = out_features,
+            _ => bail!(
+                "dense-matmul: x {:?} does not fit weight {:?}",
+                x_layout.shape(),
+                weight_layout.shape()
+            ),
+        }
         let x = contiguous::<f32>(x, x_layout)?;
+        let tokens = shape.iter().product::<usize>() / out_features.max(1);
         let y = match weight {
             CpuStorage::BF16(_) => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
@@ -59,7 +64,7 @@ impl CustomOp2 for DenseMatmul {
                 matmul(&x, f32_rows(&weight, k), tokens, out_features, k)
             }
         };
-        Ok((CpuStorage::F32(y), (tokens, out_features).into()))
+        Ok((CpuStorage::F32(y), shape.into()))
     }
 
     /// `dx = dy·W`, and `dW = dyᵀ·x` unless the weight is frozen.
@@ -70,7 +75,7 @@ impl CustomOp2 for DenseMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = backward_x(dy, &weight.detach().to_dtype(DType::F32)?)?;
+        let dx = backward_x(dy, &weight.detach().to_dtype(DType::F32)?)?.reshape(x.shape())?;
         let dweight = match weight.track_op() {
             true if weight.dtype() != DType::F32 => {
                 bail!("dense-matmul: only an f32 weight can be trained, not {:?}", weight.dtype())
@@ -82,58 +87,41 @@ impl CustomOp2 for DenseMatmul {
     }
 }
 
-/// `dx = dy·W` for `dy` (tokens, out_features) and `weight` (out_features, in_features), both f32.
-pub fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let ((tokens, n), (_, k)) = (dy.dims2()?, weight.dims2()?);
-    let dx = with_slice::<f32, _>(dy, |dy| {
+/// `dx = dy·W` for `dy` (…, out_features) and `weight` (out_features, in_features), both f32: (tokens, in_features).
+fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (n, k) = weight.dims2()?;
+    let tokens = dy.elem_count() / n.max(1);
+    let mut dx = vec![0f32; tokens * k];
+    with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(weight, |weight| {
-            let columns = transpose(weight, k);
-            Ok(matmul(dy, f32_rows(&columns, n), tokens, k, n))
+            let (dy, weight) = (|at: usize, _: usize| dy[at], |at: usize, _: usize| weight[at]);
+            let (a, b) = (Factor::depth_inner(n, &dy), Factor::index_inner(k, &weight));
+            gemm((tokens, k, n), a, b, 1., Precision::F32, &mut dx);
+            Ok(())
         })
     })?;
     Tensor::from_vec(dx, (tokens, k), dy.device())
 }
 
-/// `dW = dyᵀ·x` for `dy` (tokens, out_features) and `x` (tokens, in_features), both f32.
-pub fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
-    /// Tokens of one partial product: sixty-four columns of them fit the second-level cache.
-    const TOKENS: usize = 512;
-    let (n, k) = (dy.dim(1)?, x.dim(1)?);
-    let mut total = vec![0f32; n * k];
+/// `dW = dyᵀ·x` for `dy` (…, out_features) and `x` (…, in_features), both f32.
+fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let (n, k) = (dy.dim(D::Minus1)?, x.dim(D::Minus1)?);
+    let tokens = dy.elem_count() / n.max(1);
+    let mut dweight = vec![0f32; n * k];
     with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(x, |x| {
-            for (dy, x) in dy.chunks(TOKENS * n).zip(x.chunks(TOKENS * k)) {
-                let (dy, x) = (transpose(dy, n), transpose(x, k));
-                let tokens = dy.len() / n;
-                let part = matmul(&dy, f32_rows(&x, tokens), n, k, tokens);
-                total.par_iter_mut().zip(part).for_each(|(total, part)| *total += part);
-            }
+            let (dy, x) = (|at: usize, _: usize| dy[at], |at: usize, _: usize| x[at]);
+            let (a, b) = (Factor::index_inner(n, &dy), Factor::index_inner(k, &x));
+            gemm((n, k, tokens), a, b, 1., Precision::F32, &mut dweight);
             Ok(())
         })
     })?;
-    Tensor::from_vec(total, (n, k), dy.device())
+    Tensor::from_vec(dweight, (n, k), dy.device())
 }
 
 /// Hands out rows of `k` values.
 fn f32_rows<'a>(weight: &'a [f32], k: usize) -> impl Fn(Range<usize>) -> DenseWeights<'a> + Sync {
     move |r| DenseWeights::F32(Matrix::new(&weight[r.start * k..r.end * k], r.len(), k))
-}
-
-/// (rows, cols) → (cols, rows).
-fn transpose(x: &[f32], cols: usize) -> Vec<f32> {
-    /// Columns of one task; a cache line of each row.
-    const BLOCK: usize = 16;
-    let rows = x.len() / cols;
-    let mut out = vec![0f32; x.len()];
-    out.par_chunks_mut(BLOCK * rows).enumerate().for_each(|(block, out)| {
-        for (row, x) in x.chunks(cols).enumerate() {
-            let x = &x[block * BLOCK..][..out.len() / rows];
-            for (col, x) in x.iter().enumerate() {
-                out[col * rows + row] = *x;
-            }
-        }
-    });
-    out
 }
 
 /// Output features of one block: these rows of the weight stay in cache while tokens pass.

@@ -12,6 +12,7 @@ use crate::{
 mod attention;
 pub mod dense_matmul;
 mod gated;
+pub mod gemm;
 mod rms_norm;
 mod rope;
 pub mod ternary_matmul;

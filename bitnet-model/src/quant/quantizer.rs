@@ -160,8 +160,9 @@ mod tests {
 
     use super::*;
     use crate::{
+        activations::QuantizedActivations,
         kernels::TileFormat,
-        weights::{TernaryWeight, quantized_activations, ternary_product},
+        weights::{TernaryWeight, ternary_product},
     };
 
     fn values(count: usize, seed: f32) -> Vec<f32> {
@@ -200,7 +201,12 @@ mod tests {
                     let packed = TernaryWeight::from_latent(&w, (out, width), weight, format);
                     assert_eq!(packed.dequantize(), weight.grid(&w, width), "{weight:?}");
                     let (wq, xq) = (weight.grid(&w, width), input.grid(&x, width));
-                    assert_eq!(quantized_activations(&x, width, input), xq, "{input:?}");
+                    let rows = QuantizedActivations::new(&x, width, input, format);
+                    for (token, xq) in xq.chunks(width).enumerate() {
+                        let codes = rows.codes()[token * rows.stride()..].iter();
+                        let value = |&code: &i8| f32::from(code) / rows.factors()[token];
+                        assert!(xq.iter().copied().eq(codes.take(width).map(value)), "{input:?}");
+                    }
                     let naive = xq.chunks(width).flat_map(|x| {
                         let dot = |w: &[f32]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>();
                         wq.chunks(width).map(dot).collect::<Vec<_>>()

@@ -44,6 +44,7 @@ impl Network {
         let lambda = Lambda::default();
         let qat = QatLinears::new(Rounding::HalfEven)
             .with_scheme(recipe.quantization.scheme())
+            .with_backward(recipe.train.backward.into())
             .with_lambda(lambda.clone());
         let linears: &dyn LinearFactory = match recipe.model.precision {
             Precision::Bitnet => &qat,

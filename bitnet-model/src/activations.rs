@@ -1,0 +1,95 @@
+//! `QuantizedActivations`: rows of activations as integers, ready for the products with ternary weights.
+
+use crate::{
+    kernels::{self, Kernel, tile::TileFormat},
+    quant::{ActivationCodes, Rounding},
+    threads,
+};
+
+/// Rows of activations as codes in an i8, each with its sum and its factor `a`: a value is `code / a`.
+#[derive(Debug)]
+pub struct QuantizedActivations {
+    /// (tokens, columns padded to whole tiles); the padding is 0.
+    codes: Vec<i8>,
+    /// Σ codes of each row.
+    sums: Vec<i32>,
+    /// `a` of each row: a code is `round(x · a)`.
+    factors: Vec<f32>,
+    padded: usize,
+}
+
+impl QuantizedActivations {
+    /// Quantizes `x`, rows of `in_features` values, for weights of `format`, with the kernel chosen for this machine.
+    pub fn new(
+        x: &[f32],
+        in_features: usize,
+        quantizer: impl Into<ActivationCodes>,
+        format: TileFormat,
+    ) -> Self {
+        let (kernel, quantizer) = (kernels::active(), quantizer.into());
+        let tokens = x.len().checked_div(in_features).unwrap_or(0);
+        let padded = in_features.next_multiple_of(format.cols());
+        let mut codes = vec![0i8; tokens * padded];
+        let mut rows = vec![(0f32, 0i32); tokens];
+        let block = match tokens {
+            0..8 => tokens.max(1), // a few microseconds
+            _ => 4,
+        };
+        let pair = ((&mut codes[..], (block * padded).max(1)), (&mut rows[..], block));
+        threads::for_each_chunk_pair(pair.0, pair.1, |index, codes, rows| {
+            let x = x[index * block * in_features..].chunks(in_features.max(1));
+            for ((codes, row), x) in codes.chunks_mut(padded.max(1)).zip(rows).zip(x) {
+                *row = quantize_row(kernel, x, quantizer, codes);
+            }
+        });
+        let (factors, sums) = rows.into_iter().unzip();
+        Self { codes, sums, factors, padded }
+    }
+
+    /// Number of rows.
+    pub fn tokens(&self) -> usize {
+        self.sums.len()
+    }
+
+    /// All codes, row after row; rows begin [`stride`](Self::stride) codes apart.
+    pub fn codes(&self) -> &[i8] {
+        &self.codes
+    }
+
+    /// Codes of a row, the padding included.
+    pub fn stride(&self) -> usize {
+        self.padded
+    }
+
+    /// `a` of each row; NaN for a row that was not finite, whose codes are 0.
+    pub fn factors(&self) -> &[f32] {
+        &self.factors
+    }
+
+    /// Σ codes of each row.
+    pub(crate) fn sums(&self) -> &[i32] {
+        &self.sums
+    }
+
+    pub(crate) fn rows(&self, tokens: &std::ops::Range<usize>) -> &[i8] {
+        &self.codes[tokens.start * self.padded..tokens.end * self.padded]
+    }
+}
+
+/// One row's codes, padded with 0, and its `a` and their sum; a row that is not finite has codes 0 and `a` NaN.
+fn quantize_row(
+    kernel: &Kernel,
+    x: &[f32],
+    quantizer: ActivationCodes,
+    codes: &mut [i8],
+) -> (f32, i32) {
+    if let ActivationCodes::Int8(rounding) = quantizer {
+        return kernel.quantize_row(x, rounding == Rounding::HalfUp, codes);
+    }
+    codes.fill(0);
+    let factor = quantizer.factor(x);
+    if factor.is_finite() {
+        codes.iter_mut().zip(x).for_each(|(code, &x)| *code = quantizer.code(x, factor));
+    }
+    (factor, codes.iter().map(|&code| i32::from(code)).sum())
+}
