@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -32,7 +32,7 @@ const PROCESS_BYTES: u64 = 30_000_000;
 /// Kinds of training.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Train a BitNet from scratch, with quantization in every step
+    /// Train a BitNet from scratch, or go on from a checkpoint, with quantization in every step
     Qat(QatArgs),
 }
 
@@ -41,6 +41,13 @@ pub enum Command {
 #[command(
     after_long_help = "The recipe is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe.
+
+[init] model = \"MODEL\" goes on from a full-precision Llama or from latent masters of a BitNet, whose geometry and tokenizer take \
+the place of [model] and data.tokenizer; sub_norms = true inserts BitNet's norms. [quantization] chooses weights (absmean, sign, \
+none), activations (int8, int4, none), hadamard ([\"o_proj\", \"down_proj\"]) and lambda_steps, over which quantization comes \
+in (lambda_schedule: linear, sigmoid, exponential, cosine, step). [distillation] names a teacher of the same vocabulary, with \
+temperature, logits_weight, attention_weight, attention_layer, relation_heads and balance (auto, manual). Evaluations are always \
+of the quantized model.
 
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
@@ -75,6 +82,15 @@ pub struct QatArgs {
     /// `bitnet`, or `full` for the full-precision twin, instead of model.precision
     #[arg(long, value_name = "PRECISION")]
     precision: Option<String>,
+    /// Go on from this checkpoint, a folder, a .safetensors file or a Hub repo id, instead of init.model
+    #[arg(long, value_name = "MODEL")]
+    init: Option<String>,
+    /// Learn from this model, a folder, a .safetensors file or a Hub repo id, instead of distillation.teacher
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<String>,
+    /// Updates over which quantization comes in, 0 for all at once, instead of quantization.lambda_steps
+    #[arg(long, value_name = "N")]
+    lambda_steps: Option<usize>,
     /// Override any key of the recipe, such as optimizer.warmup_steps=50; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     set: Vec<(String, String)>,
@@ -126,6 +142,9 @@ impl QatArgs {
             ("train.seed", self.seed.map(|seed| seed.to_string())),
             ("optimizer.peak_lr", self.peak_lr.map(|rate| format!("{rate:?}"))),
             ("model.precision", self.precision.clone()),
+            ("init.model", self.init.as_deref().map(model)),
+            ("distillation.teacher", self.teacher.as_deref().map(model)),
+            ("quantization.lambda_steps", self.lambda_steps.map(|n| n.to_string())),
         ];
         let named = options.into_iter().filter_map(|(key, value)| Some((key.to_string(), value?)));
         let settings: Vec<(String, String)> = self.set.iter().cloned().chain(named).collect();
@@ -135,6 +154,16 @@ impl QatArgs {
         }
         Ok(recipe)
     }
+}
+
+/// A model as a value of the recipe: a path of the command line does not start at the recipe's folder.
+fn model(name: &str) -> String {
+    let path = Path::new(name);
+    let name = match path.exists() {
+        true => std::path::absolute(path).unwrap_or(path.into()).display().to_string(),
+        false => name.to_owned(),
+    };
+    format!("{name:?}") // quoted: it may look like another kind of value
 }
 
 /// This process's command line, with `--resume`.
