@@ -3,9 +3,10 @@
 //!
 //! The states are split to `heads` relation heads of size d, whose number has nothing to do with that of the attention
 //! heads, so student and teacher may differ in width. `R = softmax(A·Aᵀ / √d)` for each head, and the loss is
-//! `Σ KL(R_teacher ‖ R_student) / (heads · items)`, averaged over the three kinds of state. As in the papers every
+//! `Σ KL(R_teacher ‖ R_student) / (heads · items)`, averaged over the three kinds of state. As in MiniLMv2 every
 //! position is related to all positions of its sequence, later ones too: nothing is predicted here, so there is nothing
-//! to hide. Positions whose label is ignored have no row of their own.
+//! to hide. That holds for the documents of a packed sequence as well. Positions whose label is ignored have no row of
+//! their own.
 
 use candle_core::{D, Tensor};
 
