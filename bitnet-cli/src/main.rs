@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod continuation;
+mod damage;
 mod interrupt;
 mod model;
 mod progress;

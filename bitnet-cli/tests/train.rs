@@ -261,3 +261,34 @@ fn a_recipe_that_makes_no_run_is_one_line() {
     let left = fs::read_dir(dir.path().join("run")).map_or(0, |entries| entries.count());
     assert_eq!(left, 0, "something is half-written");
 }
+
+#[test]
+fn a_full_precision_model_is_gone_on_from_and_not_just_rounded() {
+    let dir = workplace();
+    let full = run(dir.path(), &["--precision", "full", "--steps", "3", "-o", "full", "-q"]);
+    assert!(full.status.success(), "{}", String::from_utf8_lossy(&full.stderr));
+    let model = ["--init", "full/latent", "--teacher", "full/latent", "--lambda-steps", "2"];
+    let student = json(&run(dir.path(), &[&model[..], &["-o", "student", "--json"]].concat()));
+    assert_eq!(student["packed"], "student/packed");
+    let metrics = fs::read_to_string(dir.path().join("student/metrics.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    assert_eq!(first["terms"]["lambda"], 0.);
+    assert!(first["terms"]["logits_divergence"].as_f64().unwrap() < 1e-5, "{first}");
+
+    let convert = |args: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_bitnet"))
+            .args(["convert", "full/latent", "rounded", "--to", "packed"])
+            .args(args)
+            .current_dir(dir.path())
+            .output()
+            .unwrap()
+    };
+    let refused = convert(&[]);
+    let stderr = String::from_utf8(refused.stderr).unwrap();
+    assert!(stderr.contains("--i-know --text FILE") && stderr.contains("[init]"), "{stderr}");
+    assert!(!refused.status.success() && !dir.path().join("rounded").exists());
+    let rounded = json(&convert(&["--i-know", "--text", "validation.txt", "--json"]));
+    for key in ["perplexity_before", "perplexity_after"] {
+        assert!(rounded[key].as_f64().unwrap() > 1., "{rounded}");
+    }
+}

@@ -122,7 +122,7 @@ impl<T: Task> Task for Warmup<T> {
     }
 
     fn lambda(&self) -> Option<f64> {
-        Some(self.lambda.get().into())
+        (self.schedule.steps > 0).then(|| self.lambda.get().into())
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {

@@ -17,7 +17,7 @@ use bitnet_model::{
     pretrained::{Origin, Precision, Source, default_files},
 };
 
-use crate::{args::Global, progress};
+use crate::{args::Global, damage, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
@@ -46,6 +46,12 @@ pub struct Args {
     /// Take float weights without a quantization_config for masters of a 1.58-bit model (Falcon-E prequantized)
     #[arg(long)]
     ternarize: bool,
+    /// Round full-precision weights that were never trained for it, although that destroys a model, and say how much
+    #[arg(long, requires = "text", conflicts_with = "ternarize")]
+    i_know: bool,
+    /// Text on which --i-know measures perplexity before and after
+    #[arg(long, value_name = "FILE", requires = "i_know")]
+    text: Option<PathBuf>,
     /// Replace OUT if it is a model's folder
     #[arg(long)]
     force: bool,
@@ -53,6 +59,12 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// Why a full-precision model is not converted.
+const UNTRAINED: &str = "has no quantization_config, so these are full-precision weights. Rounding them to three values \
+    destroys the model: it takes training with quantization in the loop, as `bitnet train qat` does from a checkpoint with \
+    a table [init] in its recipe. Pass --ternarize if they are masters that were trained so (Falcon-E prequantized), or \
+    --i-know --text FILE to round them all the same and measure what is left on a text";
 
 /// What `--to` takes.
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -67,13 +79,26 @@ enum Form {
 pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let (parent, name) = place(&args.output)?;
     check_free(&args.output, args.force)?;
-    let precision = if args.ternarize { Precision::Ternarize } else { Precision::AsConfigured };
+    let precision = match args.ternarize || args.i_know {
+        true => Precision::Ternarize,
+        false => Precision::AsFound,
+    };
     let hub = bitnet_model::hub::Hub::from_env().progress(!global.quiet);
     let hub = match &args.revision {
         Some(revision) => hub.revision(revision),
         None => hub,
     };
     let source = Source::open(&args.input, precision, &hub)?;
+    if source.config.quantization.is_none() {
+        bail!("{}: {UNTRAINED}", args.input);
+    }
+    let before = match &args.text {
+        Some(text) => {
+            let full = Source::open(&args.input, Precision::Full, &hub)?;
+            Some((text, damage::perplexity(full, text)?))
+        }
+        None => None,
+    };
     let target = match args.to {
         Form::Packed => Target::Packed,
         Form::Latent => Target::Latent,
@@ -102,20 +127,39 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         Origin::Synthetic => 0,
         Origin::Files(files) => sizes(&files.weights)?,
     };
+    let damage = match before {
+        Some((text, before)) => {
+            let path = args.output.display().to_string();
+            let after = match args.to {
+                Form::Packed => Precision::AsConfigured,
+                Form::Latent => Precision::Ternarize, // a Llama's masters have a plain configuration
+            };
+            let after = Source::open(&path, after, &hub)?;
+            Some((before, damage::perplexity(after, text)?))
+        }
+        None => None,
+    };
     let out = &mut io::stdout().lock();
     if args.json {
         let form = match args.to {
             Form::Packed => "packed",
             Form::Latent => "latent",
         };
-        let summary = serde_json::json!({
+        let mut summary = serde_json::json!({
             "folder": args.output.display().to_string(), "form": form, "tensors": tensors,
             "bytes_read": read, "bytes_written": written,
         });
+        if let Some((before, after)) = damage {
+            summary["perplexity_before"] = before.into();
+            summary["perplexity_after"] = after.into();
+        }
         writeln!(out, "{summary:#}")?;
     } else {
         let (read, written) = (progress::bytes(read), progress::bytes(written));
         writeln!(out, "{}: {tensors} tensors, {read} → {written}", args.output.display())?;
+        if let Some((before, after)) = damage {
+            writeln!(out, "perplexity {before:.4} before, {after:.4} after")?;
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use bitnet_model::{
     kv_cache::KvCache,
     ops::KvType,
     pretrained::{Origin, Precision, Source, WeightBytes, default_files},
-    quant::Rounding,
+    quant::{Rounding, Scheme},
 };
 use serde::Serialize;
 
@@ -70,6 +70,9 @@ struct QuantizationInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     scale: Option<&'static str>,
     rounding: &'static str,
+    /// What the projections compute with, unless it is b1.58's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scheme: Option<String>,
     input_norm_eps: Option<f64>,
 }
 
@@ -231,7 +234,9 @@ impl Info {
                     Some(eps) => format!(", a norm before each projection (eps {eps:e})"),
                     None => String::new(),
                 };
-                format!("{}{scale}, rounding {}{norm}", q.form, q.rounding)
+                let scheme = q.scheme.as_ref().map(|scheme| format!(", {scheme}"));
+                let scheme = scheme.unwrap_or_default();
+                format!("{}{scale}, rounding {}{norm}{scheme}", q.form, q.rounding)
             }
         };
         row("weights", weights)?;
@@ -337,7 +342,9 @@ impl QuantizationInfo {
             Rounding::HalfEven => "half to even",
             Rounding::HalfUp => "half up",
         };
-        Self { form, scale, rounding, input_norm_eps: quantization.input_norm_eps }
+        let Quantization { scheme, input_norm_eps, .. } = quantization;
+        let scheme = (scheme != Scheme::B158).then(|| scheme.to_string());
+        Self { form, scale, rounding, scheme, input_norm_eps }
     }
 }
 

@@ -78,7 +78,8 @@ mod tests {
     fn naive(x: &[f32], width: usize) -> Vec<f32> {
         let block = hadamard_block(width);
         let norm = 1. / (block as f32).sqrt();
-        let entry = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { norm } else { -norm };
+        let entry =
+            |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { norm } else { -norm };
         let row = |block_of: &[f32], i| (0..block).map(|j| entry(i, j) * block_of[j]).sum::<f32>();
         x.chunks(block)
             .flat_map(|x| (0..block).map(move |i| row(x, i)).collect::<Vec<_>>())

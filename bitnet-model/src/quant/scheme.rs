@@ -1,5 +1,7 @@
 //! Which quantizer each projection of a model has.
 
+use std::fmt;
+
 use super::{ActivationCodes, ActivationQuantizer, Rounding, WeightQuantizer};
 
 /// What weights become.
@@ -80,6 +82,40 @@ impl Scheme {
     }
 }
 
+impl fmt::Display for Scheme {
+    /// `sign weights, int4 activations (o_proj int4 rotated, down_proj int4 rotated)`: inputs that are as the stream is are
+    /// left out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let weights = match self.weights {
+            WeightKind::Absmean => "absmean",
+            WeightKind::Sign => "sign",
+            WeightKind::Full => "unquantized",
+        };
+        write!(f, "{weights} weights, {} activations", self.stream)?;
+        let others = [("o_proj", self.o_proj), ("down_proj", self.down_proj)];
+        let others: Vec<String> = others
+            .iter()
+            .filter(|(_, input)| *input != self.stream)
+            .map(|(name, input)| format!("{name} {input}"))
+            .collect();
+        match others.is_empty() {
+            true => Ok(()),
+            false => write!(f, " ({})", others.join(", ")),
+        }
+    }
+}
+
+impl fmt::Display for InputKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.width {
+            InputWidth::Int8 => "int8",
+            InputWidth::Int4 => "int4",
+            InputWidth::Full => "unquantized",
+        })?;
+        f.write_str(if self.hadamard { " rotated" } else { "" })
+    }
+}
+
 impl InputKind {
     /// The quantizer; `None` if the input stays as it is.
     pub fn quantizer(self, rounding: Rounding) -> Option<ActivationQuantizer> {
@@ -89,5 +125,18 @@ impl InputKind {
             InputWidth::Full => return None,
         };
         Some(ActivationQuantizer { codes, hadamard: self.hadamard })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemes_say_what_they_are() {
+        assert_eq!(Scheme::B158.to_string(), "absmean weights, int8 activations");
+        let rotated = InputKind { width: InputWidth::Int4, hadamard: true };
+        let scheme = Scheme { weights: WeightKind::Sign, down_proj: rotated, ..Scheme::B158 };
+        assert_eq!(scheme.to_string(), "sign weights, int8 activations (down_proj int4 rotated)");
     }
 }

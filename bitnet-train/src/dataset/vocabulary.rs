@@ -8,7 +8,7 @@
 use std::{fs, hash::Hasher, path::Path};
 
 use rayon::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokenizers::{
     AddedToken, TokenizerImpl,
     decoders::byte_level::ByteLevel,
@@ -44,6 +44,8 @@ type ByteLevelBpe = TokenizerImpl<BPE, NormalizerWrapper, ByteLevel, TemplatePro
 #[derive(Clone, Debug)]
 pub struct Vocabulary {
     tokenizer: tokenizers::Tokenizer,
+    /// Names of the tokens that surround a document.
+    ends: [String; 2],
     bos: u32,
     eos: u32,
 }
@@ -84,19 +86,22 @@ impl Vocabulary {
             .map_err(|error| Error::Tokenizer(error.to_string()))?;
         tokenizer.with_post_processor(Some(template));
         let json = tokenizer.to_string(false).map_err(tokenizer_error)?;
-        Self::new(json.parse().map_err(tokenizer_error)?)
+        Self::new(json.parse().map_err(tokenizer_error)?, [BOS, EOS].map(str::to_owned))
     }
 
-    /// Reads a `tokenizer.json` that has [`BOS`] and [`EOS`].
+    /// Reads a `tokenizer.json`. Documents are surrounded by the `bos_token` and `eos_token` of the
+    /// `tokenizer_config.json` beside it, without one by [`BOS`] and [`EOS`]; a tokenizer with an `eos_token` alone has it at
+    /// both ends.
     pub fn from_file(path: &Path) -> Result<Self> {
         let json = fs::read_to_string(path).map_err(Error::io(path))?;
+        let ends = ends(&path.with_file_name("tokenizer_config.json"))?;
         json.parse()
             .map_err(tokenizer_error)
-            .and_then(Self::new)
+            .and_then(|tokenizer| Self::new(tokenizer, ends))
             .map_err(|error| Error::Corpus { path: path.to_owned(), reason: error.to_string() })
     }
 
-    fn new(mut tokenizer: tokenizers::Tokenizer) -> Result<Self> {
+    fn new(mut tokenizer: tokenizers::Tokenizer, ends: [String; 2]) -> Result<Self> {
         // A corpus is text: a document that spells `<|eot_id|>` out does not end a turn.
         tokenizer.set_encode_special_tokens(true);
         let id = |token: &str| {
@@ -104,8 +109,8 @@ impl Vocabulary {
                 .token_to_id(token)
                 .ok_or_else(|| Error::Tokenizer(format!("no token `{token}`")))
         };
-        let (bos, eos) = (id(BOS)?, id(EOS)?);
-        Ok(Self { tokenizer, bos, eos })
+        let (bos, eos) = (id(&ends[0])?, id(&ends[1])?);
+        Ok(Self { tokenizer, ends, bos, eos })
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json` into a directory, each at one stroke.
@@ -117,14 +122,17 @@ impl Vocabulary {
                 .map_err(Error::io(path))
         };
         write("tokenizer.json", self.tokenizer.to_string(true).map_err(tokenizer_error)?)?;
-        let config = json!({
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "chat_template": CHAT_TEMPLATE,
+        let [bos, eos] = &self.ends;
+        let mut config = json!({
+            "bos_token": bos,
+            "eos_token": eos,
             "clean_up_tokenization_spaces": false,
             "model_input_names": ["input_ids", "attention_mask"],
             "tokenizer_class": "PreTrainedTokenizerFast",
         });
+        if self.eot().is_some() {
+            config["chat_template"] = json!(CHAT_TEMPLATE);
+        }
         write("tokenizer_config.json", format!("{config:#}"))
     }
 
@@ -145,12 +153,12 @@ impl Vocabulary {
         self.tokenizer.get_vocab_size(true)
     }
 
-    /// The id of [`BOS`].
+    /// The id of the token that begins a document.
     pub fn bos(&self) -> u32 {
         self.bos
     }
 
-    /// The id of [`EOS`].
+    /// The id of the token that ends a document.
     pub fn eos(&self) -> u32 {
         self.eos
     }
@@ -175,6 +183,27 @@ impl Vocabulary {
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         self.tokenizer.decode(tokens, false).map_err(tokenizer_error)
     }
+}
+
+/// The tokens that begin and end a text, from a `tokenizer_config.json` that may be absent.
+fn ends(path: &Path) -> Result<[String; 2]> {
+    let llama3 = [BOS, EOS].map(str::to_owned);
+    if !path.is_file() {
+        return Ok(llama3);
+    }
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    let config: Value = serde_json::from_str(&text)
+        .map_err(|error| Error::Corpus { path: path.into(), reason: error.to_string() })?;
+    // A string, or an object that says how the token is matched.
+    let name = |key: &str| {
+        let token = config.get(key)?;
+        Some(token.as_str().or_else(|| token.get("content")?.as_str())?.to_owned())
+    };
+    let eos = name("eos_token");
+    Ok(match (name("bos_token").or_else(|| eos.clone()), eos) {
+        (Some(bos), Some(eos)) => [bos, eos],
+        _ => llama3,
+    })
 }
 
 fn tokenizer_error(error: tokenizers::Error) -> Error {

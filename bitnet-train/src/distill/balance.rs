@@ -132,6 +132,14 @@ impl<T: Task> Task for Balanced<T> {
         Ok(parts)
     }
 
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        self.task.codes(name, latent)
+    }
+
+    fn lambda(&self) -> Option<f64> {
+        self.task.lambda()
+    }
+
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         self.task.evaluate(batch)
     }
@@ -144,16 +152,7 @@ mod tests {
 
     fn record(step: usize, cross_entropy: f64, term: f64) -> Record {
         let terms = [(CROSS_ENTROPY.to_owned(), cross_entropy), ("term".to_owned(), term)].into();
-        Record::Train(TrainRecord {
-            step,
-            terms,
-            loss: 0.,
-            lr: 0.,
-            weight_decay: 0.,
-            grad_norm: 0.,
-            tokens: 0,
-            tokens_per_second: 0.,
-        })
+        Record::Train(TrainRecord { step, terms, ..TrainRecord::default() })
     }
 
     #[test]

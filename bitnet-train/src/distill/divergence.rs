@@ -68,7 +68,8 @@ impl CustomOp1 for Op {
         let (x, kernel) = (contiguous::<f32>(x, layout)?, kernels::active());
         let sums: Vec<f64> = with_slice::<f32, _>(&self.teacher, |teacher| {
             let pairs = x.par_chunks(columns).zip(teacher.par_chunks(columns));
-            let row = |(p, q): &mut (Vec<f32>, Vec<f32>), ((x, teacher), counts): ((&[f32], &[f32]), &bool)| {
+            let row = |(p, q): &mut (Vec<f32>, Vec<f32>),
+                       ((x, teacher), counts): ((&[f32], &[f32]), &bool)| {
                 if !counts {
                     return 0.;
                 }
@@ -78,7 +79,9 @@ impl CustomOp1 for Op {
                 let terms = p.iter().zip(teacher.iter().zip(x));
                 let inverse = 1. / temperature;
                 terms
-                    .map(|(p, (t, s))| f64::from(p * ((t * inverse - p_shift) - (s * inverse - q_shift))))
+                    .map(|(p, (t, s))| {
+                        f64::from(p * ((t * inverse - p_shift) - (s * inverse - q_shift)))
+                    })
                     .sum::<f64>()
             };
             Ok(pairs.zip(rows.par_iter()).map_init(Default::default, row).collect())
@@ -145,9 +148,8 @@ mod tests {
 
     /// The definition, in Candle's own operations.
     fn oracle(student: &Tensor, teacher: &Tensor, of: &Divergence) -> candle_core::Result<Tensor> {
-        let log_softmax = |x: &Tensor| {
-            candle_nn::ops::log_softmax(&(x / f64::from(of.temperature))?, D::Minus1)
-        };
+        let log_softmax =
+            |x: &Tensor| candle_nn::ops::log_softmax(&(x / f64::from(of.temperature))?, D::Minus1);
         let (log_p, log_q) = (log_softmax(teacher)?, log_softmax(student)?);
         let marks: Vec<f32> = of.rows.iter().map(|&counts| f32::from(u8::from(counts))).collect();
         let marks = Tensor::new(marks.as_slice(), student.device())?;

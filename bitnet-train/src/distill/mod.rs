@@ -151,7 +151,8 @@ impl Objective for Distillation {
         let model = &self.teacher.model;
         let shape = (batch.rows(), batch.sequence_length);
         let tokens = Tensor::from_slice(&batch.inputs, shape, model.device())?;
-        let logits = model.logits(&model.hidden_states(&tokens, None)?)?.flatten_to(D::Minus2)?;
+        let hidden = model.document_states(&tokens, &batch.starts)?;
+        let logits = model.logits(&hidden)?.flatten_to(D::Minus2)?;
         let states = self.teacher.tap.take()?;
         *self.lesson.borrow_mut() = Some(Lesson { logits, states });
         Ok(())

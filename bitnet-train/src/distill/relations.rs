@@ -3,9 +3,10 @@
 //!
 //! The states are split to `heads` relation heads of size d, whose number has nothing to do with that of the attention
 //! heads, so student and teacher may differ in width. `R = softmax(A·Aᵀ / √d)` for each head, and the loss is
-//! `Σ KL(R_teacher ‖ R_student) / (heads · items)`, averaged over the three kinds of state. As in the papers every
+//! `Σ KL(R_teacher ‖ R_student) / (heads · items)`, averaged over the three kinds of state. As in MiniLMv2 every
 //! position is related to all positions of its sequence, later ones too: nothing is predicted here, so there is nothing
-//! to hide. Positions whose label is ignored have no row of their own.
+//! to hide. That holds for the documents of a packed sequence as well. Positions whose label is ignored have no row of
+//! their own.
 
 use candle_core::{D, Tensor};
 
@@ -77,9 +78,8 @@ mod tests {
             let x = x.to_vec3::<f32>().unwrap();
             let size = x[0][0].len() / heads;
             let part = |p: usize| &x[batch][p][head * size..][..size];
-            let dot = |a: &[f32], b: &[f32]| {
-                a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>()
-            };
+            let dot =
+                |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
             let scores: Vec<f64> = (0..x[0].len())
                 .map(|other| (dot(part(position), part(other)) / (size as f64).sqrt()).exp())
                 .collect();

@@ -50,13 +50,11 @@ impl Distillation {
             true => Ok(()),
             false => Err(Error::recipe(key, format!("is {value}; must be {expected}"))),
         };
-        let (t, logits, attention) =
-            (self.temperature, self.logits_weight, self.attention_weight);
+        let (t, logits, attention) = (self.temperature, self.logits_weight, self.attention_weight);
         number("distillation.temperature", t, t.is_finite() && t > 0., "a positive number")?;
-        for (key, weight) in [
-            ("distillation.logits_weight", logits),
-            ("distillation.attention_weight", attention),
-        ] {
+        for (key, weight) in
+            [("distillation.logits_weight", logits), ("distillation.attention_weight", attention)]
+        {
             number(key, weight, weight.is_finite() && weight >= 0., "at least 0")?;
         }
         if logits == 0. && attention == 0. {

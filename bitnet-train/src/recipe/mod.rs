@@ -37,7 +37,6 @@ use std::path::PathBuf;
 
 use bitnet_model::ops::gemm::Precision as GemmPrecision;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::{
     Error, Result,
@@ -46,13 +45,21 @@ use crate::{
 };
 
 mod data;
+mod distillation;
+mod identity;
+mod init;
 mod limits;
+mod quantization;
 mod read;
 mod validate;
 mod write;
 
 pub use data::Data;
+pub use distillation::Distillation;
+pub(crate) use identity::difference;
+pub use init::Init;
 pub use limits::Limits;
+pub use quantization::{Activations, Quantization, Rotated, Weights};
 
 /// A training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +67,15 @@ pub use limits::Limits;
 pub struct Recipe {
     /// `[model]`: the model's geometry.
     pub model: Model,
+    /// `[init]`: the checkpoint whose weights it starts from, which then also says the geometry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<Init>,
+    /// `[quantization]`: what its projections compute with.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub quantization: Quantization,
+    /// `[distillation]`: the teacher it learns from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<Distillation>,
     /// `[data]`: what it is trained and evaluated on.
     pub data: Data,
     /// `[train]`: how long and how.
@@ -74,7 +90,7 @@ pub struct Recipe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// Ternary weights and 8-bit activations.
+    /// Quantized as `[quantization]` says: by default ternary weights and 8-bit activations.
     Bitnet,
     /// The twin of the same architecture with f32 projections, for comparison.
     Full,
@@ -94,6 +110,9 @@ pub struct Model {
     pub num_attention_heads: usize,
     /// Number of key and value heads.
     pub num_key_value_heads: usize,
+    /// Width of a head; by default the heads share `hidden_size`, as they must without `[init]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
     /// Tokens of the vocabulary that is trained, or of `data.tokenizer`.
     pub vocab_size: usize,
     /// The longest sequence the model is made for.
@@ -224,6 +243,10 @@ pub struct Output {
     pub tensorboard: bool,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn default_true() -> bool {
     true
 }
@@ -280,6 +303,13 @@ fn default_eps() -> f64 {
     1e-8
 }
 
+impl Model {
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+}
+
 impl Recipe {
     /// Updates in all, where an epoch has `per_epoch` batches.
     pub fn steps(&self, per_epoch: usize) -> Result<usize> {
@@ -331,68 +361,6 @@ impl Recipe {
         let Optimizer { beta1, beta2, eps, decay, .. } = self.optimizer;
         AdamWConfig { beta1, beta2, eps, decay }
     }
-
-    /// The part of the recipe that decides every bit of the run, for the checkpoint. Paths are not in it (the contents
-    /// of the dataset are compared instead), nor is what only decides when something is written.
-    pub(crate) fn identity(&self) -> Result<Value> {
-        let mut value = serde_json::to_value(self).map_err(|error| {
-            Error::Input(format!("the recipe cannot be written as JSON: {error}"))
-        })?;
-        if let Some(recipe) = value.as_object_mut() {
-            recipe.remove("output");
-            for (table, keys) in [
-                (
-                    "data",
-                    [
-                        "train",
-                        "validation",
-                        "validation_split",
-                        "validation_bytes",
-                        "tokenizer",
-                        "cache",
-                    ]
-                    .as_slice(),
-                ),
-                ("train", NOT_OF_THE_BITS),
-            ] {
-                if let Some(table) = recipe.get_mut(table).and_then(Value::as_object_mut) {
-                    table.retain(|key, _| !keys.contains(&key.as_str()));
-                }
-            }
-        }
-        Ok(value)
-    }
-}
-
-/// Keys of `[train]` that decide when a run stops and what it writes, or only what it costs.
-const NOT_OF_THE_BITS: &[&str] = &[
-    "recompute_blocks",
-    "save_every",
-    "save_total_limit",
-    "early_stop_patience",
-    "codes_every",
-    "stop_on_divergence",
-    "stop_on_collapse",
-    "limits",
-];
-
-/// The first key, dotted, in which two JSON trees differ, with both values.
-pub(crate) fn difference(old: &Value, new: &Value) -> Option<String> {
-    fn walk(key: &str, old: &Value, new: &Value) -> Option<String> {
-        let (Value::Object(olds), Value::Object(news)) = (old, new) else {
-            return (old != new).then(|| format!("`{key}` was {old} and is {new}"));
-        };
-        let missing = olds.keys().find(|key| !news.contains_key(*key)).into_iter();
-        missing.chain(news.keys()).find_map(|name| {
-            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-            walk(
-                &key,
-                olds.get(name).unwrap_or(&Value::Null),
-                news.get(name).unwrap_or(&Value::Null),
-            )
-        })
-    }
-    walk("", old, new)
 }
 
 #[cfg(test)]
@@ -401,7 +369,7 @@ mod tests {
 
     use super::*;
 
-    const TEXT: &str = r#"
+    pub(super) const TEXT: &str = r#"
         [model]
         hidden_size = 256
         intermediate_size = 768
@@ -494,22 +462,5 @@ mod tests {
             message.contains("`optimizer.warmup_steps`: 151 is more than the 150"),
             "{message}"
         );
-    }
-
-    #[test]
-    fn the_identity_is_what_decides_the_bits() {
-        let recipe = read(TEXT).unwrap();
-        let mut other = recipe.clone();
-        other.output.dir = "elsewhere".into();
-        other.data.train[0].path = "moved.txt".into();
-        other.train.save_every = 7;
-        let identity = |recipe: &Recipe| recipe.identity().unwrap();
-        assert_eq!(difference(&identity(&recipe), &identity(&other)), None);
-        other.optimizer.peak_lr = 2e-3;
-        let found = difference(&identity(&recipe), &identity(&other)).unwrap();
-        assert_eq!(found, "`optimizer.peak_lr` was 0.001 and is 0.002");
-        let found =
-            difference(&serde_json::json!({"model": {"bias": true}}), &identity(&other)).unwrap();
-        assert!(found.starts_with("`model."), "{found}");
     }
 }

@@ -104,7 +104,8 @@ impl Quantization {
     /// Checks the values; `is_full` says that the model is the full-precision twin.
     pub(super) fn validate(&self, is_full: bool) -> Result<()> {
         if is_full && *self != Self::default() {
-            let reason = "says how to quantize, but `model.precision` is full; leave one of them out";
+            let reason =
+                "says how to quantize, but `model.precision` is full; leave one of them out";
             return Err(Error::recipe("quantization", reason));
         }
         let Scheme { weights, stream, o_proj, down_proj } = self.scheme();

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use toml::{Table, Value};
 
-use super::Recipe;
+use super::{Recipe, init};
 use crate::{Error, Result};
 
 /// Names that are more alike than this, by Jaro and Winkler, are taken for misspellings of each other.
@@ -23,22 +23,42 @@ impl Recipe {
         let text = fs::read_to_string(path).map_err(Error::io(path))?;
         let refuse =
             |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, &text) };
-        let mut recipe: Self = toml::from_str(&text).map_err(refuse)?;
         let mut table: Table = toml::from_str(&text).map_err(refuse)?;
-        for (key, value) in settings {
-            recipe = set(&mut table, key, value).map_err(|reason| {
-                Error::Input(format!("recipe setting `{key}={value}`: {reason}"))
-            })?;
-        }
         let dir = path.parent().unwrap_or(Path::new(""));
+        let mut recipe: Option<Self> = match table.contains_key("init") {
+            // Settings may still name another model, or what the recipe leaves open.
+            true => None,
+            false if settings.iter().any(|(key, _)| key.starts_with("init.")) => None,
+            // With the lines of what is wrong.
+            false => Some(toml::from_str(&text).map_err(refuse)?),
+        };
+        for (index, (key, value)) in settings.iter().enumerate() {
+            let named = |reason| Error::Input(format!("recipe setting `{key}={value}`: {reason}"));
+            set(&mut table, key, value).map_err(named)?;
+            if recipe.is_some() || index + 1 == settings.len() {
+                recipe = Some(typed(&table, dir).map_err(named)?);
+            }
+        }
+        let mut recipe = match recipe {
+            Some(recipe) => recipe,
+            None => typed(&table, dir)
+                .map_err(|reason| Error::RecipeSyntax { path: path.into(), reason })?,
+        };
         recipe.start_at(dir);
         recipe.validate()?;
         Ok(recipe)
     }
 }
 
-/// Sets one key of `table` and says what recipe that makes.
-fn set(table: &mut Table, key: &str, value: &str) -> Result<Recipe, String> {
+/// The recipe that `table` makes, with what its checkpoint says filled in.
+fn typed(table: &Table, dir: &Path) -> Result<Recipe, String> {
+    let mut table = table.clone();
+    init::complete(&mut table, dir)?;
+    table.try_into().map_err(|error: toml::de::Error| reason(&error))
+}
+
+/// Sets one key of `table`.
+fn set(table: &mut Table, key: &str, value: &str) -> Result<(), String> {
     let parts: Vec<&str> = key.split('.').collect();
     let Some((last, tables)) = parts.split_last() else { return Err("has no key".into()) };
     // Not an error: `schedule=two-stage` is a string without its quotes.
@@ -56,7 +76,7 @@ fn set(table: &mut Table, key: &str, value: &str) -> Result<Recipe, String> {
         _ => None,
     };
     at.insert((*last).into(), value);
-    table.clone().try_into().map_err(|error: toml::de::Error| reason(&error))
+    Ok(())
 }
 
 /// The parser's reason on one line. Of the names that an unknown one could have been, the one that looks most like it.

@@ -1,12 +1,16 @@
 //! Which values of a recipe make sense. Messages name the key.
 
-use super::{Model, Optimizer, Recipe, Train};
+use super::{Model, Optimizer, Precision, Recipe, Train};
 use crate::{Error, Result};
 
 impl Recipe {
     /// Says which key has a value that cannot be used.
     pub fn validate(&self) -> Result<()> {
-        self.model.validate()?;
+        self.model.validate(self.init.is_some())?;
+        self.quantization.validate(self.model.precision == Precision::Full)?;
+        if let Some(distillation) = &self.distillation {
+            distillation.validate(self.model.num_hidden_layers)?;
+        }
         self.data.validate(&self.model)?;
         self.train.validate()?;
         self.optimizer.validate()
@@ -32,7 +36,8 @@ pub(super) fn positive(key: &'static str, value: f64) -> Result<()> {
 }
 
 impl Model {
-    fn validate(&self) -> Result<()> {
+    /// `is_given` says that the geometry is a checkpoint's.
+    fn validate(&self, is_given: bool) -> Result<()> {
         for (key, value) in [
             ("model.hidden_size", self.hidden_size),
             ("model.intermediate_size", self.intermediate_size),
@@ -50,7 +55,15 @@ impl Model {
             num_key_value_heads: kv_heads,
             ..
         } = *self;
-        if hidden % (2 * heads) != 0 {
+        if let Some(size) = self.head_dim
+            && (size == 0 || size % 2 != 0 || (!is_given && size * heads != hidden))
+        {
+            let reason = format!(
+                "{size} must be even, and {heads} heads of it the {hidden} of `model.hidden_size`"
+            );
+            return Err(Error::recipe("model.head_dim", reason));
+        }
+        if self.head_dim.is_none() && hidden % (2 * heads) != 0 {
             let reason = format!(
                 "{hidden} is not {heads} heads (`model.num_attention_heads`) of an even size"
             );
@@ -64,7 +77,8 @@ impl Model {
         let packed = [
             ("model.hidden_size", hidden),
             ("model.intermediate_size", self.intermediate_size),
-            ("model.num_key_value_heads", hidden / heads * kv_heads),
+            ("model.num_key_value_heads", self.head_dim() * kv_heads),
+            ("model.num_attention_heads", self.head_dim() * heads),
         ];
         if let Some((key, rows)) = packed.into_iter().find(|(_, rows)| rows % 4 != 0) {
             let reason =
@@ -84,7 +98,15 @@ impl Train {
         at_least_one("train.save_every", self.save_every)?;
         at_least_one("train.save_total_limit", self.save_total_limit)?;
         match (self.steps, self.epochs) {
-            (Some(steps), None) => at_least_one("train.steps", steps)?,
+            (Some(0), None) => {
+                return Err(Error::recipe(
+                    "train.steps",
+                    "must be at least 1: rounding the weights of a trained model to three values destroys it, training \
+                     with quantization in the loop is what makes it work; to see how much is lost, run \
+                     `bitnet convert MODEL OUT --to packed --i-know --text FILE`",
+                ));
+            }
+            (Some(_), None) => {}
             (None, Some(epochs)) => positive("train.epochs", epochs)?,
             _ => {
                 return Err(Error::recipe(

@@ -2,7 +2,7 @@
 
 use std::path::{self, Path};
 
-use super::Recipe;
+use super::{Recipe, init};
 use crate::{Error, Result};
 
 impl Recipe {
@@ -28,5 +28,8 @@ impl Recipe {
     pub(super) fn start_at(&mut self, dir: &Path) {
         self.data.start_at(dir);
         self.output.dir = dir.join(&self.output.dir);
+        if let Some(distillation) = &mut self.distillation {
+            distillation.teacher = init::locate(dir, &distillation.teacher);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The command line of `bitnet train qat`, and the recipe it makes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bitnet_train::recipe::Recipe;
 
@@ -11,6 +11,16 @@ use bitnet_train::recipe::Recipe;
     after_long_help = "THE RECIPE is a TOML file with the tables [model], [data], [train], [optimizer] and [output]; its paths are relative to \
 itself. A vocabulary is trained on the training text unless data.tokenizer names one. Options override the recipe: those with a name of their \
 own win over --set. --print-recipe shows what comes of it, with every default.
+
+TEXT comes from .txt, .jsonl, .json and .parquet files (.gz too, but for .parquet), named one by one, by directory, by pattern, or in a \
+dataset repository: hf://datasets/OWNER/NAME/PATTERN. It is encoded once, into the folder tokens of the output folder or into \
+data.cache; a corpus may be larger than memory.
+
+OTHER WAYS OF TRAINING: [init] model = \"MODEL\" goes on from a full-precision Llama or from latent masters of a BitNet, whose geometry and \
+tokenizer take the place of [model] and data.tokenizer; sub_norms = true inserts BitNet's norms. [quantization] chooses weights (absmean, \
+sign, none), activations (int8, int4, none), hadamard ([\"o_proj\", \"down_proj\"]) and lambda_steps, over which quantization comes in \
+(lambda_schedule: linear, sigmoid, exponential, cosine, step). [distillation] names a teacher of the same vocabulary, with temperature, \
+logits_weight, attention_weight, attention_layer, relation_heads and balance (auto, manual). Evaluations are always of the quantized model.
 
 THE OUTPUT FOLDER gets recipe.toml (the complete recipe), metrics.jsonl (a line for each update, evaluation and census of the codes: \
 `bitnet plot` draws them), the vocabulary, checkpoints (step-N, the last train.save_total_limit of them), and at the end the weights of the \
@@ -117,6 +127,18 @@ struct Keys {
     /// model.precision: `bitnet`, or `full` for the full-precision twin
     #[arg(long, value_name = "PRECISION")]
     precision: Option<String>,
+    /// train.backward: precision of the products of the backward pass, `f32` or `bf16`
+    #[arg(long, value_name = "PRECISION")]
+    backward: Option<String>,
+    /// init.model: go on from this checkpoint, a folder, a .safetensors file or a Hub repo id
+    #[arg(long, value_name = "MODEL")]
+    init: Option<String>,
+    /// distillation.teacher: learn from this model, a folder, a .safetensors file or a Hub repo id
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<String>,
+    /// quantization.lambda_steps: updates over which quantization comes in, 0 for all at once
+    #[arg(long, value_name = "N")]
+    lambda_steps: Option<usize>,
     /// output.tensorboard: write an event file for TensorBoard
     #[arg(long)]
     tensorboard: bool,
@@ -129,6 +151,16 @@ fn setting(text: &str) -> Result<(String, String), String> {
         }
         _ => Err("expected KEY=VALUE, such as train.eval_every=50".into()),
     }
+}
+
+/// A model as a value of the recipe: a path of the command line does not start at the recipe's folder.
+fn model(name: &str) -> String {
+    let path = Path::new(name);
+    let name = match path.exists() {
+        true => std::path::absolute(path).unwrap_or(path.into()).display().to_string(),
+        false => name.to_owned(),
+    };
+    format!("{name:?}") // quoted: it may look like another kind of value
 }
 
 impl QatArgs {
@@ -166,6 +198,10 @@ impl Keys {
             ("train.save_total_limit", count(self.save_total_limit)),
             ("train.early_stop_patience", count(self.early_stop_patience)),
             ("model.precision", self.precision.clone()),
+            ("train.backward", self.backward.clone()),
+            ("init.model", self.init.as_deref().map(model)),
+            ("distillation.teacher", self.teacher.as_deref().map(model)),
+            ("quantization.lambda_steps", count(self.lambda_steps)),
             ("output.tensorboard", self.tensorboard.then(|| "true".into())),
         ];
         options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()

@@ -20,7 +20,7 @@ use display::Display;
 /// Kinds of training.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Train a BitNet from scratch, with quantization in every step
+    /// Train a BitNet from scratch, or go on from a checkpoint, with quantization in every step
     Qat(QatArgs),
 }
 

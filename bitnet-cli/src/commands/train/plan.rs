@@ -107,7 +107,7 @@ impl Plan {
         let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
         let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
         let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
-        let parameters = experiment::config(recipe, &dataset.vocabulary).parameters();
+        let parameters = experiment::config(recipe, &dataset.vocabulary)?.parameters();
         Ok(Self {
             steps: recipe.steps(batches.per_epoch())?,
             tokens_per_step: batch * sequence * recipe.train.gradient_accumulation,
@@ -176,7 +176,7 @@ impl Trial {
 /// a forward pass keeps for the backward pass.
 fn memory(recipe: &Recipe, parameters: u64) -> u64 {
     let model = &recipe.model;
-    let key_value = model.hidden_size / model.num_attention_heads * model.num_key_value_heads;
+    let key_value = model.head_dim() * model.num_key_value_heads;
     // Values a token and layer: the stream and its sums, norms, projections and their quantized
     // inputs. Attention keeps no scores; of the logits there are two copies and their gradient.
     let layer = 10 * model.hidden_size + 4 * model.intermediate_size + 4 * key_value;

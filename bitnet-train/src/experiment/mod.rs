@@ -1,0 +1,93 @@
+//! A recipe carried out: dataset, model, training, and what is left behind for the Hub.
+//!
+//! The output folder ends with `latent/` (the best f32 masters, in the layout of 2B-4T-bf16, or of a
+//! plain model for the full-precision twin) and, unless weights stay unquantized, `packed/` (2-bit codes); both
+//! with tokenizer and generation settings, both load in transformers and here. What goes on from a Llama keeps Llama's
+//! layout. Quantizers other than b1.58's are told in `quantization_config` by keys that only this project honours.
+
+use std::{
+    ops::ControlFlow,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use bitnet_model::{config::Config, hub::Hub};
+
+use crate::{
+    Result,
+    checkpoint::Best,
+    dataset::{Dataset, Vocabulary},
+    init::Start,
+    metrics,
+    recipe::Recipe,
+    trainer::{Event, Outcome, Trainer},
+};
+
+mod export;
+mod network;
+
+use network::Network;
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Why it ended.
+    pub outcome: Outcome,
+    /// Updates made.
+    pub step: usize,
+    /// The best evaluation; its weights were exported.
+    pub best: Option<Best>,
+    /// Number of trainable values.
+    pub parameters: usize,
+}
+
+/// Trains `recipe` to its end, or until `interrupted` is set. With `resume`, from the newest checkpoint
+/// in its output folder.
+///
+/// # Errors
+/// [`Error::Interrupted`](crate::Error::Interrupted) before there was anything to save; a recipe whose files cannot be read or whose output folder holds another run; a loss that is no
+/// number, with the last good checkpoint.
+pub fn run(
+    recipe: &Recipe,
+    resume: bool,
+    observe: &mut dyn FnMut(Event),
+    interrupted: &AtomicBool,
+) -> Result<Summary> {
+    let mut observe_data = |progress| {
+        observe(Event::Data(progress));
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)?;
+    let vocabulary = dataset.vocabulary.clone();
+    let network = Network::new(recipe, &vocabulary)?;
+    let named = network.parameters.named();
+    let mut trainer = match resume {
+        true => Trainer::resume(recipe, dataset, named)?,
+        false => Trainer::start(recipe, dataset, named)?,
+    };
+    if trainer.state().step > 0 {
+        // What the weights of the loss follow from; the trainer has dropped later lines.
+        network.balance.replay(&metrics::read(&recipe.output.dir.join("metrics.jsonl"))?);
+    }
+    let outcome = trainer.run(&*network.task, observe, interrupted)?;
+    if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
+        let files = network.start.as_ref().and_then(Start::files);
+        export::export(recipe, &network.config, &vocabulary, files, &trainer.best())?;
+    }
+    Ok(Summary {
+        outcome,
+        step: trainer.state().step,
+        best: trainer.state().best,
+        parameters: network.parameters.count(),
+    })
+}
+
+/// The model that the recipe describes, with the special tokens of `vocabulary` where it has none of its own.
+///
+/// # Errors
+/// A checkpoint to start from that cannot be opened or trained.
+pub fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Result<Config> {
+    Ok(network::config(recipe, vocabulary, network::start(recipe)?.as_ref()))
+}
