@@ -238,7 +238,7 @@ mod tests {
         let (batch, seq, k, vocab) = (2, 300, 24, 40);
         let hidden = Var::randn(0f32, 1., (batch, seq, k), &device).unwrap();
         let weight = Var::randn(0f32, 1., (vocab, k), &device).unwrap();
-        let label = |i: usize| if i % 5 == 0 { IGNORED } else { (i * 7 % vocab) as i64 };
+        let label = |i: usize| if i.is_multiple_of(5) { IGNORED } else { (i * 7 % vocab) as i64 };
         let labels: Vec<i64> = (0..batch * seq).map(label).collect();
         let logits = hidden.reshape(((), k)).unwrap().matmul(&weight.t().unwrap()).unwrap();
         let expected =

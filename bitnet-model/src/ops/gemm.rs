@@ -330,7 +330,7 @@ fn blocks<T, U, A, B, P: Panels>(
 {
     let PanelProduct { cols, depth, .. } = shape;
     let widths = panels.widths();
-    let panel_len = |depth: usize, width: usize| depth.next_multiple_of(P::PAIR) / P::PAIR * width;
+    let panel_len = |depth: usize, width: usize| depth.div_ceil(P::PAIR) * width;
     let mut right = vec![
         P::Value::default();
         cols.div_ceil(widths.cols) * panel_len(DEPTH.min(depth), widths.cols)

@@ -21,7 +21,7 @@ use display::Display;
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Train a BitNet from scratch, or go on from a checkpoint, with quantization in every step
-    Qat(QatArgs),
+    Qat(Box<QatArgs>),
 }
 
 /// Trains, and prints how it ended to stdout.
