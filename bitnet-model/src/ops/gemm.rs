@@ -1,7 +1,7 @@
 //! Products of large matrices on all threads, for training: `out = scale · a·b`, blocked for the caches.
 //!
-//! Blocks of [`DEPTH`] are multiplied one after the other. Of each, the right factor is brought into panels once, and the
-//! left one by every task for its [`ROWS`] rows. An output is one chain of fused products for each block of the depth, the
+//! Blocks of the depth are multiplied one after the other. Of each, the right factor is brought into panels once, and the
+//! left one by every task for some of its rows at a time. An output is one chain of fused products for each block of the depth, the
 //! blocks added in order: its bits depend on its own operands alone.
 
 use std::ops::Range;
