@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything continuous integration checks, cheapest first; stops at the first failure.
-# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched.
+# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched, but for the notebook's packages
+# from PyPI: without them the notebook is passed over, and that is said.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -62,6 +63,15 @@ first_command() {
     (($(wc -w <"$scratch/story") >= 8)) || { echo "   hardly any text" >&2 && return 1; }
 }
 
+# Trains tiny models and executes the notebook on their metrics.
+notebook_executes() {
+    if ! timeout 300 scripts/notebook.sh --install; then
+        echo "   *** SKIPPED: the notebook's packages cannot be had from PyPI, so it was NOT executed ***"
+        return
+    fi
+    scripts/notebook.sh "${CARGO_TARGET_DIR:-target}/release/bitnet"
+}
+
 step "format" cargo fmt --all --check
 step "file lengths" scripts/file_lengths.sh
 step "dependency direction" python3 scripts/layers.py
@@ -76,4 +86,5 @@ step "tests" cargo test --workspace
 step "documentation" documentation
 step "the README's first command" first_command
 step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
+step "the notebook" notebook_executes
 printf '\nall checks passed, %d s\n' "$SECONDS"

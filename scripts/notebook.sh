@@ -4,6 +4,7 @@
 #   scripts/notebook.sh [BITNET]      trains tiny models on this repository's own texts with the binary (default:
 #                                     target/release/bitnet) and executes a copy: a check that leaves nothing behind
 #   scripts/notebook.sh --runs DIR    executes the notebook itself, in place, on the runs in DIR
+#   scripts/notebook.sh --install     makes the environment and executes nothing
 #
 # Needs Python 3.11 and, the first time, PyPI: packages go into a virtual environment outside the repository,
 # $NOTEBOOK_VENV or ~/.cache/bitnet-notebook.
@@ -14,8 +15,10 @@ notebook=$root/notebooks/qat_experiments.ipynb
 
 if [[ ! -x $venv/bin/jupyter-nbconvert ]]; then
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check matplotlib nbconvert ipykernel
+    "$venv/bin/pip" install --quiet --disable-pip-version-check \
+        matplotlib==3.11.2 nbconvert==7.17.2 ipykernel==7.4.0
 fi
+[[ ${1-} == --install ]] && exit
 # The environment's own kernel, whatever kernels the user has installed.
 export JUPYTER_PATH=$venv/share/jupyter
 
