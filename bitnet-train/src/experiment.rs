@@ -10,6 +10,7 @@ use crate::{
     Error, Result,
     checkpoint::Best,
     dataset::{Dataset, Vocabulary},
+    distributed::{Communicator, Single},
     language_model::LanguageModel,
     objective::NextToken,
     parameters::Parameters,
@@ -42,18 +43,33 @@ pub struct Summary {
     pub parameters: usize,
 }
 
-/// Trains `recipe` to its end, or until `interrupted` is set. With `resume`, from the newest checkpoint
-/// in its output folder.
+/// [`run_as`] in a process of its own.
 ///
 /// # Errors
-/// A recipe whose files cannot be read or whose output folder holds another run; a loss that is no
-/// number, with the last good checkpoint.
+/// Those of [`run_as`].
 pub fn run(
     recipe: &Recipe,
     resume: bool,
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
+    run_as(Box::new(Single::default()), recipe, resume, observe, interrupted)
+}
+
+/// Trains `recipe`, as the rank of a job that `communicator` is, to its end, or until `interrupted` is set. With `resume`, from the newest checkpoint
+/// in its output folder.
+///
+/// # Errors
+/// A recipe whose files cannot be read or whose output folder holds another run; a loss that is no
+/// number, with the last good checkpoint; a rank that is gone or has other weights.
+pub fn run_as(
+    communicator: Box<dyn Communicator>,
+    recipe: &Recipe,
+    resume: bool,
+    observe: &mut dyn FnMut(Event),
+    interrupted: &AtomicBool,
+) -> Result<Summary> {
+    let is_first = communicator.rank() == 0;
     let dataset = Dataset::open(recipe)?;
     let vocabulary = dataset.vocabulary.clone();
     let config = config(recipe, &vocabulary);
@@ -66,22 +82,16 @@ pub fn run(
     let model = Model::load(&config, linears, parameters.var_builder())?;
     let frozen = Model::load(&config, linears, parameters.frozen_builder())?;
     let named = parameters.named();
-    let mut trainer = match resume {
-        true => Trainer::resume(recipe, dataset, named)?,
-        false => Trainer::start(recipe, dataset, named)?,
-    };
+    let mut trainer = Trainer::open(recipe, dataset, named, resume, communicator)?;
     let task = LanguageModel::new(model, frozen, Box::new(NextToken))
         .recompute(recipe.train.recompute_blocks);
     let outcome = trainer.run(&task, observe, interrupted)?;
-    if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
+    if is_first && outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         export(recipe, &config, &vocabulary, &trainer.best())?;
     }
-    Ok(Summary {
-        outcome,
-        step: trainer.state().step,
-        best: trainer.state().best,
-        parameters: parameters.count(),
-    })
+    let (step, best) = (trainer.state().step, trainer.state().best);
+    trainer.leave()?;
+    Ok(Summary { outcome, step, best, parameters: parameters.count() })
 }
 
 /// The model that the recipe describes, with the special tokens of `vocabulary`; online quantization unless it is the full-precision twin.

@@ -11,6 +11,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod dataset;
+pub mod distributed;
 mod error;
 pub mod experiment;
 pub mod language_model;

@@ -15,9 +15,10 @@ use candle_core::Var;
 
 use crate::{
     Error, Result,
-    batch::{Batch, Batches, validation_windows},
+    batch::{Batch, Batches, Cut, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
     dataset::{Dataset, Tokens},
+    distributed::{Communicator, Exchange, Single, hash_parameters, hash_text},
     metrics::{EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
@@ -58,6 +59,10 @@ pub enum Outcome {
     Interrupted,
 }
 
+/// Updates between two checks that the ranks of a job hold the same weights; they are checked before every checkpoint
+/// too.
+const AGREE_EVERY: usize = 50;
+
 /// A run of a recipe.
 #[derive(Debug)]
 pub struct Trainer {
@@ -69,8 +74,11 @@ pub struct Trainer {
     parameters: Vec<(String, Var)>,
     optimizer: AdamW,
     checkpoints: Checkpoints,
-    metrics: Metrics,
+    /// Of rank 0, which alone writes.
+    metrics: Option<Metrics>,
     state: TrainerState,
+    communicator: Box<dyn Communicator>,
+    exchange: Exchange,
 }
 
 impl Trainer {
@@ -81,14 +89,31 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
     ) -> Result<Self> {
+        Self::open(recipe, dataset, parameters, false, Box::new(Single::default()))
+    }
+
+    /// A run from its beginning, or with `resume` from its newest checkpoint, as the rank of a job that `communicator` is.
+    /// An update takes `train.batch_size` windows of every rank.
+    pub fn open(
+        recipe: &Recipe,
+        dataset: Dataset,
+        parameters: Vec<(String, Var)>,
+        resume: bool,
+        mut communicator: Box<dyn Communicator>,
+    ) -> Result<Self> {
+        // Opening clears away what a killed process left half-written, and the other ranks must not see that.
+        if communicator.rank() == 0 {
+            checkpoints(recipe)?;
+        }
+        communicator.barrier()?;
         let checkpoints = checkpoints(recipe)?;
-        if let Some(path) = checkpoints.latest()? {
+        if let (false, Some(path)) = (resume, checkpoints.latest()?) {
             let reason =
                 "is a checkpoint of an earlier run; resume it, or choose another `output.dir`"
                     .into();
             return Err(Error::Checkpoint { path, reason });
         }
-        Self::new(recipe, dataset, parameters, checkpoints)
+        Self::new(recipe, dataset, parameters, checkpoints, communicator)
     }
 
     /// A run from its newest checkpoint, or from its beginning if there is none yet. A checkpoint of another recipe
@@ -98,7 +123,7 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
     ) -> Result<Self> {
-        Self::new(recipe, dataset, parameters, checkpoints(recipe)?)
+        Self::open(recipe, dataset, parameters, true, Box::new(Single::default()))
     }
 
     fn new(
@@ -106,7 +131,9 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
         checkpoints: Checkpoints,
+        mut communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
+        let size = communicator.size();
         let Dataset { vocabulary, train, validation } = dataset;
         if parameters.is_empty() {
             return Err(Error::Input("the model has no trainable parameter".into()));
@@ -118,10 +145,12 @@ impl Trainer {
             tokens: 0,
             best: None,
             evaluations_since_best: 0,
-            recipe: recipe.identity()?,
+            recipe: recipe.identity(size)?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
-        let mut batches = Batches::new(train, recipe.cut(), recipe.train.seed)?;
+        let cut = recipe.cut();
+        let batch_size = cut.batch_size.saturating_mul(size);
+        let mut batches = Batches::new(train, Cut { batch_size, ..cut }, recipe.train.seed)?;
         let steps = recipe.steps(batches.per_epoch())?;
         if let Some(path) = checkpoints.latest()? {
             let saved = checkpoint::read_state(&path)?;
@@ -139,8 +168,16 @@ impl Trainer {
             state = saved;
         }
         let dir = &recipe.output.dir;
-        vocabulary.save(dir)?;
-        let metrics = Metrics::open(&dir.join("metrics.jsonl"), state.step)?;
+        if size > 1 {
+            communicator.agree("runs", hash_text(&format!("{state:?}")))?;
+            communicator.agree("weights", hash_parameters(&parameters)?)?;
+        }
+        let mut metrics = None;
+        if communicator.rank() == 0 {
+            vocabulary.save(dir)?;
+            metrics = Some(Metrics::open(&dir.join("metrics.jsonl"), state.step)?);
+        }
+        let exchange = Exchange::new(parameters.len());
         let schedule = recipe.schedule(steps);
         let recipe = recipe.clone();
         Ok(Self {
@@ -154,6 +191,8 @@ impl Trainer {
             checkpoints,
             metrics,
             state,
+            communicator,
+            exchange,
         })
     }
 
@@ -191,24 +230,45 @@ impl Trainer {
             let (step, steps) = (record.step, self.steps);
             let eta = started.elapsed().mul_f64((steps - step) as f64 / (step - first) as f64);
             observe(Event::Update { record: &record, steps, eta });
-            self.metrics.write(&Record::Train(record))?;
+            self.log(&Record::Train(record))?;
 
             let is_last = step == steps;
             if is_last || step.is_multiple_of(self.recipe.train.eval_every) {
                 let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
-                self.metrics.write(&Record::Evaluation(record))?;
+                self.log(&Record::Evaluation(record))?;
             }
-            let interrupted = interrupted.load(Ordering::Relaxed);
+            let interrupted = self.communicator.any(interrupted.load(Ordering::Relaxed))?;
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
-            if is_last || is_due || interrupted || self.is_out_of_patience() {
-                self.metrics.sync()?;
+            let is_saved = is_last || is_due || interrupted || self.is_out_of_patience();
+            if is_saved || step.is_multiple_of(AGREE_EVERY) {
+                self.agree()?;
+            }
+            if is_saved && let Some(metrics) = &mut self.metrics {
+                metrics.sync()?;
                 let path = self.checkpoints.save(&self.state, &self.parameters, &self.optimizer)?;
                 observe(Event::Saved(&path));
             }
             if interrupted && !is_last {
                 return Ok(Outcome::Interrupted);
             }
+        }
+    }
+
+    /// Ends a run that has come to its [`Outcome`]: waits for the other ranks. A rank that ends without it has failed.
+    pub fn leave(mut self) -> Result<()> {
+        self.communicator.leave()
+    }
+
+    fn log(&mut self, record: &Record) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(record))
+    }
+
+    /// Makes sure that all ranks hold the same weights.
+    fn agree(&mut self) -> Result<()> {
+        match self.communicator.size() {
+            1 => Ok(()),
+            _ => self.communicator.agree("weights", hash_parameters(&self.parameters)?),
         }
     }
 
@@ -227,16 +287,25 @@ impl Trainer {
         let batches: Vec<Batch> =
             (0..self.recipe.train.gradient_accumulation).map(|_| self.batches.draw()).collect();
         let items = batches.iter().map(Batch::items).sum();
-        let (mut loss, mut terms) = (0., BTreeMap::new());
-        let mut gradients = Gradients::new(&self.parameters);
-        for batch in &batches {
-            for Part { name, value, weight } in task.pass(batch, items, &mut gradients)? {
+        let (rank, size) = (self.communicator.rank(), self.communicator.size());
+        let (mut loss, mut terms) = (0., BTreeMap::<String, f64>::new());
+        let communicator = self.communicator.as_mut();
+        let mut gradients =
+            Gradients::new(&self.parameters).over_ranks(&mut self.exchange, communicator);
+        for (index, batch) in batches.iter().enumerate() {
+            gradients.begin_pass(index + 1 == batches.len());
+            let share = batch.share(rank, size);
+            for Part { name, value, weight } in task.pass(&share, items, &mut gradients)? {
                 loss += weight * value;
                 *terms.entry(name.to_owned()).or_default() += value;
             }
-            self.check_finite(step, "loss", loss)?;
         }
         let gradients = gradients.finish()?;
+        let values: Vec<f64> = [loss].into_iter().chain(terms.values().copied()).collect();
+        let values = self.communicator.sum(&values)?;
+        let loss = values[0];
+        terms.values_mut().zip(&values[1..]).for_each(|(term, sum)| *term = *sum);
+        self.check_finite(step, "loss", loss)?;
         let grad_norm = global_norm(&gradients)?;
         self.check_finite(step, "gradient norm", grad_norm)?;
         let rates = self.schedule.at(self.state.step);
@@ -270,19 +339,25 @@ impl Trainer {
     fn evaluate(&mut self, task: &dyn Task) -> Result<(EvaluationRecord, bool)> {
         let started = Instant::now();
         let step = self.state.step;
-        let (mut nats, mut tokens) = (0., 0);
-        for batch in validation_windows(&self.validation, self.recipe.cut()) {
+        let (rank, size) = (self.communicator.rank(), self.communicator.size());
+        let (mut nats, mut tokens) = (0., 0.);
+        let windows = validation_windows(&self.validation, self.recipe.cut());
+        for batch in windows.skip(rank).step_by(size) {
             let predictions = task.evaluate(&batch)?;
             nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
-            tokens += predictions.len();
+            tokens += predictions.len() as f64;
         }
+        let sums = self.communicator.sum(&[nats, tokens])?;
+        let (nats, tokens) = (sums[0], sums[1] as usize);
         let nats_per_byte = nats / self.validation.bytes() as f64;
         self.check_finite(step, "held-out loss", nats_per_byte)?;
         let is_best = self.state.best.is_none_or(|best| nats_per_byte < best.nats_per_byte);
         if is_best {
             self.state.best = Some(Best { step, nats_per_byte });
             self.state.evaluations_since_best = 0;
-            self.checkpoints.save_best(&self.parameters)?;
+            if rank == 0 {
+                self.checkpoints.save_best(&self.parameters)?;
+            }
         } else {
             self.state.evaluations_since_best += 1;
         }
