@@ -354,7 +354,7 @@ fn two_ranks_equal_one_with_twice_the_batch() {
             assert_eq!((weights, *outcome), (&ranks[0].0, Outcome::Finished));
         }
         for (a, b) in model.weights().iter().flatten().zip(ranks[0].0.iter().flatten()) {
-            assert!((a - b).abs() < 1e-4, "{a} {b}"); // the sign of a tiny gradient decides an early update
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
         let (one, many) = (untimed_metrics(&one), untimed_metrics(&many));
         assert_eq!(one.len(), many.len());

@@ -9,6 +9,7 @@ use std::{
 use bitnet_train::{
     batch::Batches,
     dataset::Dataset,
+    distributed,
     experiment::{self, Summary},
     metrics::{EvaluationRecord, TrainRecord},
     recipe::Recipe,
@@ -45,7 +46,11 @@ itself. A vocabulary is trained on the training text unless data.tokenizer names
 The output folder gets checkpoints (step-N), metrics.jsonl, and at the end the weights of the best evaluation as two \
 models in the Hub's layout: packed/ (2-bit codes) and latent/ (f32 masters). A run that was interrupted or killed goes \
 on with --resume, from its newest checkpoint, to the same bits as an uninterrupted one. Ctrl-C saves a checkpoint and \
-ends with status 130."
+ends with status 130.
+
+Built with `--features mpi`, `mpirun -n N bitnet train qat RECIPE` trains on N processes: train.batch_size counts the \
+windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 60` \
+to let Ctrl-C save a large model; a job that lost a process goes on with --resume."
 )]
 pub struct QatArgs {
     /// The recipe, a TOML file
@@ -102,14 +107,22 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     if args.dry_run {
         return dry_run(&recipe, args.json);
     }
+    let communicator = distributed::connect()?;
+    let (is_first, ranks) = (communicator.rank() == 0, communicator.size());
     let interrupted = interrupt::flag()?;
     let mut display = Display::new(global);
+    display.is_quiet |= !is_first;
     let mut observe = |event: Event| display.show(event);
-    let summary = experiment::run(&recipe, args.resume, &mut observe, &interrupted)?;
+    let summary =
+        experiment::run_as(communicator, &recipe, args.resume, &mut observe, &interrupted)?;
     display.finish();
+    if !is_first {
+        // Also when interrupted: at the first failure `mpirun` would end rank 0, which has to report.
+        return Ok(());
+    }
     report(&recipe, &summary, args.json)?;
     if summary.outcome == Outcome::Interrupted {
-        let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command());
+        let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command(ranks));
         interrupt::exit();
     }
     Ok(())
@@ -137,8 +150,8 @@ impl QatArgs {
     }
 }
 
-/// This process's command line, with `--resume`.
-fn resume_command() -> String {
+/// The command line of this process, one of `ranks`, with `--resume`.
+fn resume_command(ranks: usize) -> String {
     let quote = |arg: String| {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
         match !arg.is_empty() && arg.chars().all(is_plain) {
@@ -151,7 +164,8 @@ fn resume_command() -> String {
     if !args.iter().any(|arg| arg == "--resume") {
         args.push("--resume".into());
     }
-    args.join(" ")
+    let command = args.join(" ");
+    if ranks > 1 { format!("mpirun -n {ranks} {command}") } else { command }
 }
 
 /// Updates and evaluations on stderr: a bar on a terminal, else a line now and then.
