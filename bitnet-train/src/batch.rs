@@ -87,6 +87,18 @@ impl Batch {
         self.inputs.len() / self.sequence_length
     }
 
+    /// The rows of `rank` of `size`, where every rank has equally many.
+    pub fn share(&self, rank: usize, size: usize) -> Self {
+        let tokens = self.inputs.len() / self.sequence_length / size * self.sequence_length;
+        let range = rank * tokens..(rank + 1) * tokens;
+        Self {
+            inputs: self.inputs[range.clone()].to_vec(),
+            labels: self.labels[range.clone()].to_vec(),
+            starts: self.starts.get(range).unwrap_or_default().to_vec(),
+            sequence_length: self.sequence_length,
+        }
+    }
+
     /// Number of labels that count.
     pub fn items(&self) -> usize {
         self.labels.iter().filter(|&&label| label != IGNORED).count()

@@ -105,6 +105,19 @@ pub enum Error {
         /// The newest checkpoint from before the trouble.
         last_good: Option<PathBuf>,
     },
+    /// The ranks of a job no longer hold the same.
+    #[error(
+        "rank {rank} and rank 0 have different {what}; ranks need the same program, recipe, files and kind of processor"
+    )]
+    Disagreement {
+        /// What differs: `runs` (recipe, data or checkpoint) or `weights`.
+        what: &'static str,
+        /// The first rank that differs.
+        rank: usize,
+    },
+    /// The ranks of a job cannot work together.
+    #[error("distributed training: {0}")]
+    Distributed(String),
     /// An argument of a call is out of range.
     #[error("{0}")]
     Input(String),

@@ -14,6 +14,7 @@ pub mod codes;
 pub mod dataset;
 pub mod detector;
 pub mod distill;
+pub mod distributed;
 mod error;
 pub mod experiment;
 pub mod head_loss;

@@ -2,7 +2,11 @@
 
 use candle_core::{Tensor, Var, backprop::GradStore};
 
-use crate::{Error, Result, batch::Batch};
+use crate::{
+    Error, Result,
+    batch::Batch,
+    distributed::{Communicator, Exchange},
+};
 
 /// A network with its objective, as the trainer sees it.
 pub trait Task {
@@ -54,22 +58,47 @@ pub struct Prediction {
 pub struct Gradients<'a> {
     parameters: &'a [(String, Var)],
     sums: Vec<Option<Tensor>>,
+    /// Over the ranks of a job too, if there are several.
+    job: Option<(&'a mut Exchange, &'a mut dyn Communicator)>,
 }
 
 impl<'a> Gradients<'a> {
     /// No gradient yet for any of `parameters`.
     pub fn new(parameters: &'a [(String, Var)]) -> Self {
-        Self { parameters, sums: vec![None; parameters.len()] }
+        Self { parameters, sums: vec![None; parameters.len()], job: None }
+    }
+
+    /// The same, summed over the ranks of a job as soon as they are complete.
+    pub fn over_ranks(
+        self,
+        exchange: &'a mut Exchange,
+        communicator: &'a mut dyn Communicator,
+    ) -> Self {
+        Self { job: (communicator.size() > 1).then_some((exchange, communicator)), ..self }
+    }
+
+    /// Begins a pass; in the last one of the update gradients become complete.
+    pub fn begin_pass(&mut self, is_last: bool) {
+        if let Some((exchange, _)) = &mut self.job {
+            exchange.begin_pass(is_last);
+        }
     }
 
     /// Adds the parameters' gradients that are in `store`, and takes them out of it.
     pub fn collect(&mut self, store: &mut GradStore) -> Result<()> {
-        for ((_, var), sum) in self.parameters.iter().zip(&mut self.sums) {
+        for (index, ((_, var), sum)) in self.parameters.iter().zip(&mut self.sums).enumerate() {
             if let Some(gradient) = store.remove(var) {
-                *sum = Some(match sum.take() {
+                let total = match sum.take() {
                     Some(sum) => (sum + gradient)?,
                     None => gradient,
-                });
+                };
+                if let Some((exchange, communicator)) = &mut self.job
+                    && exchange.arrive(index)?
+                {
+                    exchange.send(index, &total, *communicator)?;
+                } else {
+                    *sum = Some(total);
+                }
             }
         }
         Ok(())
@@ -80,6 +109,14 @@ impl<'a> Gradients<'a> {
     /// # Errors
     /// A parameter that no gradient reached.
     pub fn finish(self) -> Result<Vec<Tensor>> {
+        if let Some((exchange, communicator)) = self.job {
+            for (index, sum) in self.sums.iter().enumerate() {
+                if let Some(sum) = sum {
+                    exchange.send(index, sum, communicator)?;
+                }
+            }
+            return exchange.finish(self.parameters, communicator);
+        }
         let pairs = self.parameters.iter().zip(self.sums);
         pairs
             .map(|((name, _), sum)| sum.ok_or_else(|| Error::NoGradient { name: name.clone() }))

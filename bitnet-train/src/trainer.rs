@@ -16,11 +16,12 @@ use candle_core::Var;
 
 use crate::{
     Error, Result,
-    batch::{Batch, Batches, validation_windows},
+    batch::{Batch, Batches, Cut, validation_windows},
     checkpoint::{self, Best, Checkpoints, TrainerState},
     codes::Census,
     dataset::{Dataset, Progress, Tokens},
     detector::{Collapse, Finding, effective_number},
+    distributed::{Communicator, Exchange, Single, hash_parameters, hash_text},
     metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
@@ -72,6 +73,10 @@ pub enum Outcome {
     Interrupted,
 }
 
+/// Updates between two checks that the ranks of a job hold the same weights; they are checked before every checkpoint
+/// too.
+const AGREE_EVERY: usize = 50;
+
 /// A run of a recipe.
 #[derive(Debug)]
 pub struct Trainer {
@@ -83,9 +88,12 @@ pub struct Trainer {
     parameters: Vec<(String, Var)>,
     optimizer: AdamW,
     checkpoints: Checkpoints,
-    metrics: Metrics,
+    /// Of rank 0, which alone writes.
+    metrics: Option<Metrics>,
     census: Census,
     state: TrainerState,
+    communicator: Box<dyn Communicator>,
+    exchange: Exchange,
 }
 
 impl Trainer {
@@ -96,14 +104,31 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
     ) -> Result<Self> {
+        Self::open(recipe, dataset, parameters, false, Box::new(Single::default()))
+    }
+
+    /// A run from its beginning, or with `resume` from its newest checkpoint, as the rank of a job that `communicator` is.
+    /// An update takes `train.batch_size` windows of every rank.
+    pub fn open(
+        recipe: &Recipe,
+        dataset: Dataset,
+        parameters: Vec<(String, Var)>,
+        resume: bool,
+        mut communicator: Box<dyn Communicator>,
+    ) -> Result<Self> {
+        // Opening clears away what a killed process left half-written, and the other ranks must not see that.
+        if communicator.rank() == 0 {
+            checkpoints(recipe)?;
+        }
+        communicator.barrier()?;
         let checkpoints = checkpoints(recipe)?;
-        if let Some(path) = checkpoints.latest()? {
+        if let (false, Some(path)) = (resume, checkpoints.latest()?) {
             let reason =
                 "is a checkpoint of an earlier run; resume it, or choose another `output.dir`"
                     .into();
             return Err(Error::Checkpoint { path, reason });
         }
-        Self::new(recipe, dataset, parameters, checkpoints)
+        Self::new(recipe, dataset, parameters, checkpoints, communicator)
     }
 
     /// A run from its newest checkpoint, or from its beginning if there is none yet. A checkpoint of another recipe
@@ -113,7 +138,7 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
     ) -> Result<Self> {
-        Self::new(recipe, dataset, parameters, checkpoints(recipe)?)
+        Self::open(recipe, dataset, parameters, true, Box::new(Single::default()))
     }
 
     fn new(
@@ -121,7 +146,9 @@ impl Trainer {
         dataset: Dataset,
         parameters: Vec<(String, Var)>,
         checkpoints: Checkpoints,
+        mut communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
+        let size = communicator.size();
         let Dataset { vocabulary, train, validation } = dataset;
         if parameters.is_empty() {
             return Err(Error::Input("the model has no trainable parameter".into()));
@@ -135,10 +162,12 @@ impl Trainer {
             evaluations_since_best: 0,
             divergence: Default::default(),
             collapse: Default::default(),
-            recipe: recipe.identity()?,
+            recipe: recipe.identity(size)?,
             dataset: [train.fingerprint(), validation.fingerprint()],
         };
-        let mut batches = Batches::new(train, recipe.cut(), recipe.train.seed)?;
+        let cut = recipe.cut();
+        let batch_size = cut.batch_size.saturating_mul(size);
+        let mut batches = Batches::new(train, Cut { batch_size, ..cut }, recipe.train.seed)?;
         let steps = recipe.steps(batches.per_epoch())?;
         let mut census = Census::default();
         if let Some(path) = checkpoints.latest()? {
@@ -158,9 +187,18 @@ impl Trainer {
             state = saved;
         }
         let dir = &recipe.output.dir;
-        vocabulary.save(dir)?;
-        write_atomic(&dir.join(RECIPE), recipe.to_toml()?.as_bytes())?;
-        let metrics = Metrics::open(dir, state.step, recipe.output.tensorboard)?;
+        if size > 1 {
+            communicator.agree("runs", hash_text(&format!("{state:?}")))?;
+            communicator.agree("weights", hash_parameters(&parameters)?)?;
+        }
+        let mut metrics = None;
+        if communicator.rank() == 0 {
+            vocabulary.save(dir)?;
+            write_atomic(&dir.join(RECIPE), recipe.to_toml()?.as_bytes())?;
+            metrics = Some(Metrics::open(dir, state.step, recipe.output.tensorboard)?);
+        }
+        communicator.barrier()?; // who reads the metrics now sees none from after this step
+        let exchange = Exchange::new(parameters.len());
         let schedule = recipe.schedule(steps);
         let recipe = recipe.clone();
         Ok(Self {
@@ -175,6 +213,8 @@ impl Trainer {
             metrics,
             census,
             state,
+            communicator,
+            exchange,
         })
     }
 
@@ -213,7 +253,7 @@ impl Trainer {
             let eta = started.elapsed().mul_f64((steps - step) as f64 / (step - first) as f64);
             observe(Event::Update { record: &record, steps, eta });
             let finding = self.watch(&record);
-            self.metrics.write(&Record::Train(record))?;
+            self.log(&Record::Train(record))?;
             self.stop_for(finding, self.recipe.train.stop_on_divergence, DIVERGED)?;
 
             let is_last = step == steps;
@@ -225,15 +265,21 @@ impl Trainer {
                 let (record, is_best) = self.evaluate(task)?;
                 observe(Event::Evaluation { record: &record, is_best });
                 let finding = self.watch_predictions(task, &record);
-                self.metrics.write(&Record::Evaluation(record))?;
+                self.log(&Record::Evaluation(record))?;
                 self.stop_for(finding, self.recipe.train.stop_on_collapse, COLLAPSED)?;
             }
-            let interrupted = interrupted.load(Ordering::Relaxed);
+            let interrupted = self.communicator.any(interrupted.load(Ordering::Relaxed))?;
             let is_due = step.is_multiple_of(self.recipe.train.save_every);
-            let is_due = is_last || is_due || interrupted || self.is_out_of_patience();
+            let is_saved = is_last || is_due || interrupted || self.is_out_of_patience();
+            if is_saved || step.is_multiple_of(AGREE_EVERY) {
+                self.agree()?;
+            }
             // A trial, of which no checkpoint is kept, writes none.
-            if is_due && self.recipe.train.save_total_limit > 0 {
-                self.metrics.sync()?;
+            if is_saved
+                && self.recipe.train.save_total_limit > 0
+                && let Some(metrics) = &mut self.metrics
+            {
+                metrics.sync()?;
                 let path = self.checkpoints.save(
                     &self.state,
                     &self.parameters,
@@ -245,6 +291,23 @@ impl Trainer {
             if interrupted && !is_last {
                 return Ok(Outcome::Interrupted);
             }
+        }
+    }
+
+    /// Ends a run that has come to its [`Outcome`]: waits for the other ranks. A rank that ends without it has failed.
+    pub fn leave(mut self) -> Result<()> {
+        self.communicator.leave()
+    }
+
+    fn log(&mut self, record: &Record) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(record))
+    }
+
+    /// Makes sure that all ranks hold the same weights.
+    fn agree(&mut self) -> Result<()> {
+        match self.communicator.size() {
+            1 => Ok(()),
+            _ => self.communicator.agree("weights", hash_parameters(&self.parameters)?),
         }
     }
 
@@ -282,13 +345,17 @@ impl Trainer {
         Err(Error::WentWrong { step: self.state.step, reason, advice, last_good })
     }
 
+    /// Rank 0 counts: all hold the same.
     fn count_codes(&mut self, task: &dyn Task) -> Result<()> {
+        if self.metrics.is_none() {
+            return Ok(());
+        }
         let codes = |name: &str, latent: &[f32]| task.codes(name, latent);
         let record = self.census.take(self.state.step, &self.parameters, codes)?;
         if record.layers.is_empty() {
             return Ok(());
         }
-        self.metrics.write(&Record::Codes(record))
+        self.log(&Record::Codes(record))
     }
 
     /// One update from `gradient_accumulation` batches. The mean is over the tokens of all of them.
@@ -299,19 +366,29 @@ impl Trainer {
         let batches: Vec<Batch> =
             (0..self.recipe.train.gradient_accumulation).map(|_| self.batches.draw()).collect();
         let items = batches.iter().map(Batch::items).sum();
-        let (mut loss, mut terms, mut weights) = (0., BTreeMap::new(), BTreeMap::new());
-        let mut gradients = Gradients::new(&self.parameters);
-        for batch in &batches {
-            for Part { name, value, weight } in task.pass(batch, items, &mut gradients)? {
+        let (rank, size) = (self.communicator.rank(), self.communicator.size());
+        let (mut loss, mut weights) = (0., BTreeMap::new());
+        let mut terms = BTreeMap::<String, f64>::new();
+        let communicator = self.communicator.as_mut();
+        let mut gradients =
+            Gradients::new(&self.parameters).over_ranks(&mut self.exchange, communicator);
+        for (index, batch) in batches.iter().enumerate() {
+            gradients.begin_pass(index + 1 == batches.len());
+            let share = batch.share(rank, size);
+            for Part { name, value, weight } in task.pass(&share, items, &mut gradients)? {
                 loss += weight * value;
                 *terms.entry(name.to_owned()).or_default() += value;
                 if weight != 1. {
                     weights.insert(name.to_owned(), weight);
                 }
             }
-            self.check_finite(step, "loss", loss)?;
         }
         let gradients = gradients.finish()?;
+        let values: Vec<f64> = [loss].into_iter().chain(terms.values().copied()).collect();
+        let values = self.communicator.sum(&values)?;
+        let loss = values[0];
+        terms.values_mut().zip(&values[1..]).for_each(|(term, sum)| *term = *sum);
+        self.check_finite(step, "loss", loss)?;
         let grad_norm = global_norm(&gradients)?;
         self.check_finite(step, "gradient norm", grad_norm)?;
         let rates = self.schedule.at(self.state.step);
@@ -352,23 +429,32 @@ impl Trainer {
     fn evaluate(&mut self, task: &dyn Task) -> Result<(EvaluationRecord, bool)> {
         let started = Instant::now();
         let step = self.state.step;
-        let (mut nats, mut tokens) = (0., 0);
-        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
-        for batch in validation_windows(&self.validation, self.recipe.cut()) {
+        let (rank, size) = (self.communicator.rank(), self.communicator.size());
+        let (mut nats, mut tokens) = (0., 0.);
+        let [mut predicted, mut labels] =
+            [vec![0; self.recipe.model.vocab_size], vec![0; self.recipe.model.vocab_size]];
+        let windows = validation_windows(&self.validation, self.recipe.cut());
+        for batch in windows.skip(rank).step_by(size) {
             let predictions = task.evaluate(&batch)?;
             nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
-            tokens += predictions.len();
+            tokens += predictions.len() as f64;
             predictions.iter().for_each(|prediction| count(&mut predicted, prediction.token));
             let counted = batch.labels.iter().filter_map(|&label| u32::try_from(label).ok());
             counted.for_each(|label| count(&mut labels, label));
         }
+        let sums = self.communicator.sum(&[nats, tokens])?;
+        let (nats, tokens) = (sums[0], sums[1] as usize);
+        let (predicted, labels) =
+            (self.communicator.sum_counts(&predicted)?, self.communicator.sum_counts(&labels)?);
         let nats_per_byte = nats / self.validation.bytes() as f64;
         self.check_finite(step, "held-out loss", nats_per_byte)?;
         let is_best = self.state.best.is_none_or(|best| nats_per_byte < best.nats_per_byte);
         if is_best {
             self.state.best = Some(Best { step, nats_per_byte });
             self.state.evaluations_since_best = 0;
-            self.checkpoints.save_best(&self.parameters)?;
+            if rank == 0 {
+                self.checkpoints.save_best(&self.parameters)?;
+            }
         } else {
             self.state.evaluations_since_best += 1;
         }
@@ -383,13 +469,11 @@ impl Trainer {
     }
 }
 
-/// Counts one more `token`.
-fn count(counts: &mut Vec<u64>, token: u32) {
-    let token = token as usize;
-    if counts.len() <= token {
-        counts.resize(token + 1, 0);
+/// Counts one more `token` of the vocabulary.
+fn count(counts: &mut [u64], token: u32) {
+    if let Some(count) = counts.get_mut(token as usize) {
+        *count += 1;
     }
-    counts[token] += 1;
 }
 
 fn checkpoints(recipe: &Recipe) -> Result<Checkpoints> {

@@ -13,9 +13,11 @@ use std::{
 use bitnet_model::{config::Config, hub::Hub};
 
 use crate::{
-    Result,
+    Error, Result,
     checkpoint::Best,
     dataset::{Dataset, Vocabulary},
+    distill::balance::Balancing,
+    distributed::{Communicator, Single},
     init::Start,
     metrics,
     recipe::Recipe,
@@ -40,18 +42,43 @@ pub struct Summary {
     pub parameters: usize,
 }
 
-/// Trains `recipe` to its end, or until `interrupted` is set. With `resume`, from the newest checkpoint
-/// in its output folder.
+/// [`run_as`] in a process of its own.
 ///
 /// # Errors
-/// [`Error::Interrupted`](crate::Error::Interrupted) before there was anything to save; a recipe whose files cannot be read or whose output folder holds another run; a loss that is no
-/// number, with the last good checkpoint.
+/// Those of [`run_as`].
 pub fn run(
     recipe: &Recipe,
     resume: bool,
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
+    run_as(Box::new(Single::default()), recipe, resume, observe, interrupted)
+}
+
+/// Trains `recipe`, as the rank of a job that `communicator` is, to its end, or until `interrupted` is set. With `resume`,
+/// from the newest checkpoint in its output folder.
+///
+/// # Errors
+/// [`Error::Interrupted`] before there was anything to save; a recipe whose files cannot be read or whose output folder
+/// holds another run; a loss that is no number, with the last good checkpoint; a rank that is gone or has other weights.
+pub fn run_as(
+    mut communicator: Box<dyn Communicator>,
+    recipe: &Recipe,
+    resume: bool,
+    observe: &mut dyn FnMut(Event),
+    interrupted: &AtomicBool,
+) -> Result<Summary> {
+    let is_first = communicator.rank() == 0;
+    let is_auto = recipe.distillation.as_ref().is_some_and(|d| d.balance == Balancing::Auto);
+    if communicator.size() > 1 && is_auto {
+        let reason =
+            "the running means of `auto` are those of one process; several ranks need `manual`";
+        return Err(Error::recipe("distillation.balance", reason));
+    }
+    // Rank 0 encodes the text; the others find it done.
+    if !is_first {
+        communicator.barrier()?;
+    }
     let mut observe_data = |progress| {
         observe(Event::Data(progress));
         match interrupted.load(Ordering::Relaxed) {
@@ -60,28 +87,25 @@ pub fn run(
         }
     };
     let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)?;
+    if is_first {
+        communicator.barrier()?;
+    }
     let vocabulary = dataset.vocabulary.clone();
     let network = Network::new(recipe, &vocabulary)?;
     let named = network.parameters.named();
-    let mut trainer = match resume {
-        true => Trainer::resume(recipe, dataset, named)?,
-        false => Trainer::start(recipe, dataset, named)?,
-    };
+    let mut trainer = Trainer::open(recipe, dataset, named, resume, communicator)?;
     if trainer.state().step > 0 {
         // What the weights of the loss follow from; the trainer has dropped later lines.
         network.balance.replay(&metrics::read(&recipe.output.dir.join("metrics.jsonl"))?);
     }
     let outcome = trainer.run(&*network.task, observe, interrupted)?;
-    if outcome != Outcome::Interrupted && trainer.state().best.is_some() {
+    if is_first && outcome != Outcome::Interrupted && trainer.state().best.is_some() {
         let files = network.start.as_ref().and_then(Start::files);
         export::export(recipe, &network.config, &vocabulary, files, &trainer.best())?;
     }
-    Ok(Summary {
-        outcome,
-        step: trainer.state().step,
-        best: trainer.state().best,
-        parameters: network.parameters.count(),
-    })
+    let (step, best) = (trainer.state().step, trainer.state().best);
+    trainer.leave()?;
+    Ok(Summary { outcome, step, best, parameters: network.parameters.count() })
 }
 
 /// The model that the recipe describes, with the special tokens of `vocabulary` where it has none of its own.

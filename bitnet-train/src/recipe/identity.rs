@@ -10,8 +10,11 @@ use crate::{Error, Result};
 impl Recipe {
     /// The part of the recipe that decides every bit of the run, for the checkpoint. Paths are not in it (the contents
     /// of the dataset are compared instead, of models the last part of the name), nor is what only decides when something is written.
-    pub(crate) fn identity(&self) -> Result<Value> {
-        let mut value = serde_json::to_value(self).map_err(|error| {
+    /// `batch_size` counts the windows of all `ranks`, so that a run may go on with other ranks and the same windows.
+    pub(crate) fn identity(&self, ranks: usize) -> Result<Value> {
+        let mut recipe = self.clone();
+        recipe.train.batch_size = recipe.train.batch_size.saturating_mul(ranks);
+        let mut value = serde_json::to_value(&recipe).map_err(|error| {
             Error::Input(format!("the recipe cannot be written as JSON: {error}"))
         })?;
         if let Some(recipe) = value.as_object_mut() {
@@ -94,7 +97,7 @@ mod tests {
         other.output.dir = "elsewhere".into();
         other.data.train[0].path = "moved.txt".into();
         other.train.save_every = 7;
-        let identity = |recipe: &Recipe| recipe.identity().unwrap();
+        let identity = |recipe: &Recipe| recipe.identity(1).unwrap();
         assert_eq!(difference(&identity(&recipe), &identity(&other)), None);
         other.optimizer.peak_lr = 2e-3;
         let found = difference(&identity(&recipe), &identity(&other)).unwrap();

@@ -33,6 +33,10 @@ number, one that has risen and stays high, and predictions that have collapsed t
 names the last good checkpoint. The latter two can be switched off (train.stop_on_divergence, train.stop_on_collapse); [train.limits] says \
 what counts.
 
+SEVERAL PROCESSES: built with `--features mpi`, `mpirun -n N bitnet train qat RECIPE` trains on N of them: train.batch_size counts the \
+windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 60` to let Ctrl-C save a \
+large model; a job that lost a process goes on with --resume.
+
 EXAMPLES
 
   What would it train, how much memory and how long would that take?

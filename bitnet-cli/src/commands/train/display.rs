@@ -44,6 +44,11 @@ impl Display {
         }
     }
 
+    /// Of the ranks of a job, the first one speaks.
+    pub fn be_quiet_unless(&mut self, is_first: bool) {
+        self.is_quiet |= !is_first;
+    }
+
     /// Shows an event.
     pub fn show(&mut self, event: Event) {
         if self.is_quiet {

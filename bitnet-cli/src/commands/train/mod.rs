@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use bitnet_train::{
-    experiment,
+    distributed, experiment,
     trainer::{Event, Outcome},
 };
 
@@ -37,13 +37,20 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         return plan::print(&recipe, &mut display, &interrupted, args.json)
             .map_err(exit_if_interrupted);
     }
+    let communicator = distributed::connect()?;
+    let (is_first, ranks) = (communicator.rank() == 0, communicator.size());
+    display.be_quiet_unless(is_first);
     let mut observe = |event: Event| display.show(event);
-    let result = experiment::run(&recipe, args.resume, &mut observe, &interrupted);
+    let result = experiment::run_as(communicator, &recipe, args.resume, &mut observe, &interrupted);
     display.finish();
     let summary = result.map_err(|error| exit_if_interrupted(error.into()))?;
+    if !is_first {
+        // Also when interrupted: at the first failure `mpirun` would end rank 0, which has to report.
+        return Ok(());
+    }
     report::print(&recipe, &summary, args.json)?;
     if summary.outcome == Outcome::Interrupted {
-        let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command());
+        let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command(ranks));
         interrupt::exit();
     }
     Ok(())
@@ -58,8 +65,8 @@ fn exit_if_interrupted(error: anyhow::Error) -> anyhow::Error {
     error
 }
 
-/// This process's command line, with `--resume`.
-fn resume_command() -> String {
+/// The command line of this process, one of `ranks`, with `--resume`.
+fn resume_command(ranks: usize) -> String {
     let quote = |arg: String| {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
         match !arg.is_empty() && arg.chars().all(is_plain) {
@@ -72,5 +79,6 @@ fn resume_command() -> String {
     if !args.iter().any(|arg| arg == "--resume") {
         args.push("--resume".into());
     }
-    args.join(" ")
+    let command = args.join(" ");
+    if ranks > 1 { format!("mpirun -n {ranks} {command}") } else { command }
 }
