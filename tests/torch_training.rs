@@ -81,7 +81,7 @@ fn batch(step: u32) -> Batch {
         for i in 0..=SEQUENCE {
             let place = (step * BATCH + row) * (SEQUENCE + 1) + i;
             let random = mix(place.wrapping_mul(0x9E37_79B1));
-            token = match i == 0 || random % 8 == 0 {
+            token = match i == 0 || random.is_multiple_of(8) {
                 true => (random >> 8) % VOCAB,
                 false => (token * 5 + 17) % VOCAB,
             };

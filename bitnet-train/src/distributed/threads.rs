@@ -35,8 +35,8 @@ pub(crate) fn threads(size: usize) -> Vec<Threads> {
 impl Threads {
     fn send(&self, values: Vec<u64>) -> Result<()> {
         let values = Arc::new(values);
-        let each = self.to.iter().enumerate();
-        each.map(|(rank, to)| to.send(values.clone()).map_err(|_| gone(rank))).collect()
+        let mut each = self.to.iter().enumerate();
+        each.try_for_each(|(rank, to)| to.send(values.clone()).map_err(|_| gone(rank)))
     }
 
     fn receive(&self) -> Result<Vec<Arc<Vec<u64>>>> {
