@@ -72,6 +72,13 @@ notebook_executes() {
     scripts/notebook.sh "${CARGO_TARGET_DIR:-target}/release/bitnet"
 }
 
+# Two processes under mpirun train as one does with twice the batch.
+two_ranks() {
+    local status=0
+    scripts/mpi.sh --only-equality || status=$?
+    ((status == 77)) || return "$status" # 77: passed over, and said so
+}
+
 step "format" cargo fmt --all --check
 step "file lengths" scripts/file_lengths.sh
 step "dependency direction" python3 scripts/layers.py
@@ -83,6 +90,7 @@ step "scripts compile" python_compiles
 step "licences, bans, sources" dependencies_are_allowed
 step "clippy" cargo clippy --workspace --all-targets -- -D warnings
 step "tests" cargo test --workspace
+step "two ranks over MPI" two_ranks
 step "documentation" documentation
 step "the README's first command" first_command
 step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
