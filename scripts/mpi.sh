@@ -101,7 +101,7 @@ $only_equality && exit
 echo "== a killed rank ends the job, and it resumes to the same bits"
 (train 2 killed) >/dev/null 2>"$scratch/killed.err" &
 job=$!
-wait_for "$scratch/killed/step-20"
+wait_for "$scratch/killed/best.safetensors"
 victim=$(pgrep -n -f "^$scratch/bitnet train")
 kill -9 "$victim"
 if wait "$job"; then fail "the job survived"; fi
@@ -113,7 +113,7 @@ same_weights two killed || fail "the resumed job has other weights"
 echo "== Ctrl-C saves once and ends all"
 (train 2 interrupted --steps 2000) >/dev/null 2>"$scratch/interrupted.err" &
 job=$!
-wait_for "$scratch/interrupted/step-20"
+wait_for "$scratch/interrupted/best.safetensors"
 kill -TERM "$(pgrep -f "^mpirun .*$scratch/interrupted")"
 if wait "$job"; then fail "the job went on"; fi
 grep "go on with" "$scratch/interrupted.err" || { cat "$scratch/interrupted.err" >&2 && fail "it did not save"; }
