@@ -3,7 +3,10 @@
 use std::thread;
 
 use super::*;
-use crate::distributed::threads::{Threads, threads};
+use crate::distributed::{
+    rank_zero_first,
+    threads::{Threads, threads},
+};
 
 /// Weights, metrics and outcome of every rank of a job of threads, which share the output folder.
 fn run_ranks(
@@ -12,9 +15,9 @@ fn run_ranks(
     interrupt: Option<usize>,
 ) -> Vec<(Vec<Vec<f32>>, Outcome)> {
     let interrupted = AtomicBool::new(false);
-    let run_rank = |communicator: Threads| {
+    let run_rank = |mut communicator: Threads| {
         let model = Bigram::new();
-        let dataset = Dataset::open(recipe).unwrap();
+        let dataset = rank_zero_first(&mut communicator, || Dataset::open(recipe)).unwrap();
         let is_last = communicator.rank() + 1 == size;
         let mut trainer =
             Trainer::open(recipe, dataset, model.parameters.clone(), true, Box::new(communicator))
@@ -126,13 +129,14 @@ fn ranks_with_other_weights_are_refused() {
         let recipe = &recipe;
         let ranks: Vec<_> = threads(2)
             .into_iter()
-            .map(|communicator| {
+            .map(|mut communicator| {
                 scope.spawn(move || {
                     let parameters = Bigram::new().parameters;
                     if communicator.rank() == 1 {
                         parameters[2].1.set(&parameters[2].1.affine(1., 1e-6).unwrap()).unwrap();
                     }
-                    let dataset = Dataset::open(recipe).unwrap();
+                    let dataset =
+                        rank_zero_first(&mut communicator, || Dataset::open(recipe)).unwrap();
                     let opened =
                         Trainer::open(recipe, dataset, parameters, false, Box::new(communicator));
                     opened.unwrap_err().to_string()

@@ -95,6 +95,25 @@ pub trait Communicator: Debug + Send {
     }
 }
 
+/// Calls `work` on rank 0 and, when that is done, on the others: what writes files that the others then find.
+///
+/// # Errors
+/// That of `work`; a rank that is gone.
+pub fn rank_zero_first<T>(
+    communicator: &mut dyn Communicator,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let is_first = communicator.rank() == 0;
+    if !is_first {
+        communicator.barrier()?;
+    }
+    let done = work()?;
+    if is_first {
+        communicator.barrier()?;
+    }
+    Ok(done)
+}
+
 /// The job that this process was started for: of one rank, unless `mpirun` started it.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::Best,
     dataset::{Dataset, Vocabulary},
     distill::balance::Balancing,
-    distributed::{Communicator, Single},
+    distributed::{Communicator, Single, rank_zero_first},
     init::Start,
     metrics,
     recipe::Recipe,
@@ -75,10 +75,6 @@ pub fn run_as(
             "the running means of `auto` are those of one process; several ranks need `manual`";
         return Err(Error::recipe("distillation.balance", reason));
     }
-    // Rank 0 encodes the text; the others find it done.
-    if !is_first {
-        communicator.barrier()?;
-    }
     let mut observe_data = |progress| {
         observe(Event::Data(progress));
         match interrupted.load(Ordering::Relaxed) {
@@ -86,10 +82,10 @@ pub fn run_as(
             false => ControlFlow::Continue(()),
         }
     };
-    let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)?;
-    if is_first {
-        communicator.barrier()?;
-    }
+    // Rank 0 encodes the text; the others find it done.
+    let dataset = rank_zero_first(&mut *communicator, || {
+        Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)
+    })?;
     let vocabulary = dataset.vocabulary.clone();
     let network = Network::new(recipe, &vocabulary)?;
     let named = network.parameters.named();
