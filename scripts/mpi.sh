@@ -19,7 +19,9 @@ fi
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+began=$SECONDS
 cargo build -p bitnet-cli --features mpi "$@"
+echo "   built in $((SECONDS - began)) s"
 profile=debug
 for option in "$@"; do [[ $option == --release ]] && profile=release; done
 # A copy: the next build without the feature replaces it.
@@ -46,10 +48,10 @@ validation = [{ path = "corpus.txt", documents = "line" }]
 validation_bytes = 1000
 [train]
 batch_size = 4
-steps = 60
-eval_every = 20
-save_every = 10
-save_total_limit = 10
+steps = 200
+eval_every = 50
+save_every = 20
+save_total_limit = 3
 [optimizer]
 peak_lr = 1e-3
 warmup_steps = 5
@@ -68,10 +70,10 @@ train() { # train RANKS OUTPUT OPTION...
     RAYON_NUM_THREADS=1 exec "${command[@]}"
 }
 
-same_weights() { cmp "$scratch/$1/step-60/model.safetensors" "$scratch/$2/step-60/model.safetensors"; }
+same_weights() { cmp "$scratch/$1/step-200/model.safetensors" "$scratch/$2/step-200/model.safetensors"; }
 
 wait_for() { # wait_for PATH: until it is there
-    for _ in $(seq 600); do [[ -e $1 ]] && return; sleep 0.1; done
+    for _ in $(seq 3000); do [[ -e $1 ]] && return; sleep 0.02; done
     fail "$1 was not written"
 }
 
@@ -97,14 +99,14 @@ victim=$(pgrep -n -f "^$scratch/bitnet train")
 kill -9 "$victim"
 if wait "$job"; then fail "the job survived"; fi
 grep -m 1 -i "signal 9" "$scratch/killed.err" || fail "no message about the killed rank"
-[[ ! -e $scratch/killed/step-60 ]] || fail "the rank was killed too late"
+[[ ! -e $scratch/killed/step-200 ]] || fail "the rank was killed too late"
 (train 2 killed --resume) >/dev/null 2>&1 || fail "the job does not resume"
 same_weights two killed || fail "the resumed job has other weights"
 
 echo "== Ctrl-C saves once and ends all"
 (train 2 interrupted) >/dev/null 2>"$scratch/interrupted.err" &
 job=$!
-wait_for "$scratch/interrupted/step-10"
+wait_for "$scratch/interrupted/step-20"
 kill -TERM "$(pgrep -f "^mpirun .*$scratch/interrupted")"
 if wait "$job"; then fail "the job went on"; fi
 grep "go on with" "$scratch/interrupted.err" || { cat "$scratch/interrupted.err" >&2 && fail "it did not save"; }
