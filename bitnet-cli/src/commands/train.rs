@@ -49,8 +49,8 @@ on with --resume, from its newest checkpoint, to the same bits as an uninterrupt
 ends with status 130.
 
 Built with `--features mpi`, `mpirun -n N bitnet train qat RECIPE` trains on N processes: train.batch_size counts the \
-windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 60` \
-to let Ctrl-C save a large model; a job that lost a process goes on with --resume."
+windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 10` \
+for a model that Ctrl-C cannot save in a second; a job that lost a process goes on with --resume."
 )]
 pub struct QatArgs {
     /// The recipe, a TOML file
