@@ -69,8 +69,8 @@ train() { # train RANKS OUTPUT OPTION...
     shift 2
     local command=("$scratch/bitnet" train qat "$scratch/recipe.toml" --output "$output" "$@")
     if ((ranks > 1)); then
-        # As root, and on fewer processors than ranks; the time is for what SIGTERM makes the ranks save.
-        command=(mpirun --allow-run-as-root --oversubscribe --bind-to none --mca odls_base_sigkill_timeout 30 -n "$ranks" "${command[@]}")
+        # As root, and on fewer processors than ranks; mpirun waits this long before it tells the ranks to end, and again until it kills them.
+        command=(mpirun --allow-run-as-root --oversubscribe --bind-to none --mca odls_base_sigkill_timeout 2 -n "$ranks" "${command[@]}")
     fi
     RAYON_NUM_THREADS=1 exec "${command[@]}"
 }
@@ -116,7 +116,10 @@ job=$!
 wait_for "$scratch/interrupted/best.safetensors"
 kill -TERM "$(pgrep -f "^mpirun .*$scratch/interrupted")"
 if wait "$job"; then fail "the job went on"; fi
-grep "go on with" "$scratch/interrupted.err" || { cat "$scratch/interrupted.err" >&2 && fail "it did not save"; }
+# The last word of the ranks may be lost with mpirun: what counts is that no update is.
+last=$(grep '"kind":"train"' "$scratch/interrupted/metrics.jsonl" | wc -l)
+[[ -d $scratch/interrupted/step-$last ]] || fail "the last update, $last, was not saved"
+echo "   saved after update $last"
 (train 2 interrupted --steps 2000 --resume) >/dev/null 2>&1 || fail "the job does not resume"
 [[ -e $scratch/interrupted/step-2000 ]] || fail "the resumed job did not come to its end"
 echo "   ok, $SECONDS s"

@@ -132,24 +132,31 @@ fn run(fixture: &serde_json::Value, name: &str) -> Vec<[f64; 2]> {
     losses.into_iter().zip(norms).map(|(loss, norm)| [loss, norm]).collect()
 }
 
+/// The root of the mean of squares.
+fn rms(differences: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = differences.len() as f64;
+    (differences.map(|difference| difference * difference).sum::<f64>() / count).sqrt()
+}
+
+/// Losses stay within 3 × what torch's runs with one and with two threads are apart, over every ten steps.
+///
+/// Not at every single step: a last bit that flips one activation code moves a loss by 1e-5 to 1e-3 and AdamW, whose first
+/// updates are signs, by more. Torch's two runs are equal to a last bit for three steps and 3e-3 apart after nine; f64 leaves
+/// f32 at step 3. Where another correct implementation meets its first flip is chance.
 #[test]
 fn fifty_steps_follow_torch() {
     let text = std::fs::read_to_string(fixture::root().join("torch_training.json")).unwrap();
     let fixture: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let [one, two, exact] = ["one_thread", "two_threads", "f64"].map(|name| run(&fixture, name));
+    let [one, two] = ["one_thread", "two_threads"].map(|name| run(&fixture, name));
     let ours = train();
-    let mut spread = 0f64;
-    for step in 0..STEPS as usize {
-        let off = |runs: &[[f64; 2]]| (ours[step][0] - runs[step][0]).abs();
-        spread = spread.max((one[step][0] - two[step][0]).abs());
-        println!(
-            "{step:2}: {:.7}, off by {:.1e}, {:.1e}, from f64 {:.1e}; torch by {spread:.1e}, {:.1e}; norm {:.1e}",
-            ours[step][0],
-            off(&one),
-            off(&two),
-            off(&exact),
-            (one[step][0] - exact[step][0]).abs(),
-            (ours[step][1] / one[step][1] - 1.).abs()
-        );
+    for (step, (ours, one)) in ours.iter().zip(&one).take(2).enumerate() {
+        // Before anything flips: a few roundings of a loss of 5.6 in f32, and of a norm.
+        assert!((ours[0] - one[0]).abs() < 2e-6, "step {step}: {ours:?}, torch {one:?}");
+        assert!((ours[1] / one[1] - 1.).abs() < 2e-6, "step {step}: {ours:?}, torch {one:?}");
+    }
+    for steps in (0..STEPS as usize).step_by(10).map(|first| first..first + 10) {
+        let off = rms(steps.clone().map(|step| ours[step][0] - one[step][0]));
+        let apart = rms(steps.clone().map(|step| one[step][0] - two[step][0]));
+        assert!(off <= 3. * apart, "steps {steps:?}: {off:.1e}, torch's runs {apart:.1e}");
     }
 }

@@ -34,8 +34,8 @@ names the last good checkpoint. The latter two can be switched off (train.stop_o
 what counts.
 
 SEVERAL PROCESSES: built with `--features mpi`, `mpirun -n N bitnet train qat RECIPE` trains on N of them: train.batch_size counts the \
-windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 60` to let Ctrl-C save a \
-large model; a job that lost a process goes on with --resume.
+windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 10` for a \
+model that Ctrl-C cannot save in a second; a job that lost a process goes on with --resume.
 
 EXAMPLES
 
