@@ -239,8 +239,13 @@ impl TernaryWeight {
             }
     }
 
+    /// How the tiles hold codes.
+    pub fn format(&self) -> TileFormat {
+        self.format
+    }
+
     /// The tiles of output rows `16·index ..`.
-    fn band(&self, index: usize) -> &[Tile] {
+    pub(crate) fn band(&self, index: usize) -> &[Tile] {
         let width = self.in_features.div_ceil(self.format.cols());
         &self.tiles[index * width..][..width]
     }

@@ -112,7 +112,7 @@ impl HeadLoss {
             if self.trains_weight {
                 let (a, b) =
                     (Factor::index_inner(vocab, &logits, plain), Factor::index_inner(k, &x, plain));
-                gemm_add((vocab, k, count), a, b, self.precision, &mut gradients.weight);
+                gemm_add((vocab, k, count), a, b, 1., self.precision, &mut gradients.weight);
             }
         }
         ((nats / self.items as f64) as f32, gradients)

@@ -13,7 +13,7 @@ use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{
     config::{Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
-    ops::{dense_matmul, ternary_matmul},
+    ops::{TernaryProduct, dense_matmul, gemm::Precision, ternary_matmul, ternary_matmul_each},
     packed::{PackedError, PackedSource},
     pages::Arena,
     quant::{ActivationQuantizer, Quantizer},
@@ -28,6 +28,7 @@ pub struct BitLinear {
     weights: Arc<[TernaryWeight]>,
     input: ActivationQuantizer,
     input_norm: Option<RmsNorm>,
+    backward: Precision,
 }
 
 impl BitLinear {
@@ -37,27 +38,39 @@ impl BitLinear {
         input: impl Into<ActivationQuantizer>,
         input_norm: Option<RmsNorm>,
     ) -> Self {
-        Self { weights: Arc::new([weight]), input: input.into(), input_norm }
+        let (input, backward) = (input.into(), Precision::F32);
+        Self { weights: Arc::new([weight]), input, input_norm, backward }
     }
 
     /// The packed weights.
     pub fn weights(&self) -> &[TernaryWeight] {
         &self.weights
     }
+
+    /// The input as it is multiplied.
+    fn input(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.input_norm {
+            Some(norm) => self.input.rotate(&norm.forward(x)?),
+            None => self.input.rotate(x),
+        }
+    }
+
+    fn product(&self) -> TernaryProduct {
+        TernaryProduct { input: self.input.codes, backward: self.backward }
+    }
 }
 
 impl Module for BitLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = match &self.input_norm {
-            Some(norm) => &norm.forward(x)?,
-            None => x,
-        };
-        ternary_matmul(&self.input.rotate(x)?, &self.weights, self.input.codes)
+        ternary_matmul(&self.input(x)?, &self.weights, self.product())
     }
 }
 
 impl Projections for BitLinear {
     fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        if x.track_op() {
+            return ternary_matmul_each(&self.input(x)?, &self.weights, self.product());
+        }
         let y = Module::forward(self, x)?;
         let mut first = 0;
         let parts = self.weights.iter().map(|weight| {
@@ -75,6 +88,7 @@ pub struct BitLinears {
     quantization: Quantization,
     format: TileFormat,
     codes: Option<Arc<dyn PackedSource>>,
+    backward: Precision,
     arena: Arena,
     /// Of the weights loaded so far.
     bytes: AtomicUsize,
@@ -84,12 +98,18 @@ impl BitLinears {
     /// Loads projections quantized like this, into memory of large pages.
     pub fn new(quantization: Quantization) -> Self {
         let (format, arena) = (TileFormat::default(), Arena::default());
-        Self { quantization, format, codes: None, arena, bytes: AtomicUsize::new(0) }
+        let (backward, bytes) = (Precision::F32, AtomicUsize::new(0));
+        Self { quantization, format, codes: None, backward, arena, bytes }
     }
 
     /// With weights in memory in this format; results do not depend on it.
     pub fn with_format(self, format: TileFormat) -> Self {
         Self { format, ..self }
+    }
+
+    /// With products of the backward pass in this precision.
+    pub fn with_backward(self, backward: Precision) -> Self {
+        Self { backward, ..self }
     }
 
     /// The same factory, which reads packed codes piece by piece from `codes` and not as tensors.
@@ -194,7 +214,8 @@ impl LinearFactory for BitLinears {
             return Ok(Arc::new(self.load_partly_quantized(spec, vb)?));
         };
         let input_norm = self.load_input_norm(spec, &vb)?;
-        Ok(Arc::new(BitLinear::new(self.load_weight(spec, vb)?, input, input_norm)))
+        let weights = Arc::new([self.load_weight(spec, vb)?]);
+        Ok(Arc::new(BitLinear { weights, input, input_norm, backward: self.backward }))
     }
 
     /// One [`BitLinear`]: the input is quantized once and the matrices are one parallel region. Norms of their own, or
@@ -207,7 +228,7 @@ impl LinearFactory for BitLinears {
         };
         let weights = specs.iter().map(|&spec| self.load_weight(spec, vb.pp(spec.name)));
         let weights = weights.collect::<Result<Vec<_>>>()?.into();
-        Ok(Arc::new(BitLinear { weights, input, input_norm: None }))
+        Ok(Arc::new(BitLinear { weights, input, input_norm: None, backward: self.backward }))
     }
 
     fn weight_bytes(&self) -> Option<usize> {

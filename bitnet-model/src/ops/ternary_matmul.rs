@@ -3,17 +3,45 @@
 //! Candle has no i8 dtype, so quantized activations cannot travel between ops: one op quantizes,
 //! multiplies in integers and rescales.
 
-use std::sync::Arc;
-
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
-
-use crate::{
-    kernels::{self, tile::ROWS},
-    quant::ActivationCodes,
-    storage::{contiguous, with_slice},
-    weights::{TernaryWeight, ternary_product},
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
 };
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
+
+use super::gemm::{Factor, Precision, TernaryRows, gemm, gemm_add, plain};
+use crate::{
+    activations::QuantizedActivations,
+    kernels,
+    quant::{ActivationCodes, Rounding},
+    storage::{contiguous, with_slice},
+    weights::{TernaryWeight, matmul},
+};
+
+/// How a [`ternary_matmul`] quantizes its input, and multiplies backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TernaryProduct {
+    /// The input's quantizer.
+    pub input: ActivationCodes,
+    /// Of the product of the backward pass: in bfloat16 the incoming gradients are rounded, ternary weights are what they
+    /// are.
+    pub backward: Precision,
+}
+
+impl From<ActivationCodes> for TernaryProduct {
+    /// With gradients in single precision.
+    fn from(input: ActivationCodes) -> Self {
+        Self { input, backward: Precision::F32 }
+    }
+}
+
+impl From<Rounding> for TernaryProduct {
+    /// int8, with gradients in single precision.
+    fn from(rounding: Rounding) -> Self {
+        ActivationCodes::from(rounding).into()
+    }
+}
 
 /// `x` (…, in_features) f32, quantized to integers per row, times the transposes of `weights`, matrices of the same inputs
 /// stacked on one another: (…, Σ out_features) f32. The gradient passes straight through the quantization of `x`; the
@@ -21,32 +49,55 @@ use crate::{
 pub fn ternary_matmul(
     x: &Tensor,
     weights: &Arc<[TernaryWeight]>,
-    quantizer: impl Into<ActivationCodes>,
+    product: impl Into<TernaryProduct>,
 ) -> Result<Tensor> {
-    let quantizer = quantizer.into();
-    let mut shape = x.dims().to_vec();
-    let in_features = shape.last().copied().unwrap_or(0);
+    check(x, weights)?;
+    let (input, part) = (Arc::default(), 0..weights.len());
+    x.apply_op1(TernaryMatmul { weights: weights.clone(), part, product: product.into(), input })
+}
+
+/// As [`ternary_matmul`], one result (…, out_features) for each of `weights`. Their gradients are whole tensors, where
+/// views into a stacked result would each have one of its size.
+pub fn ternary_matmul_each(
+    x: &Tensor,
+    weights: &Arc<[TernaryWeight]>,
+    product: impl Into<TernaryProduct>,
+) -> Result<Vec<Tensor>> {
+    check(x, weights)?;
+    let (product, input) = (product.into(), Arc::<OnceLock<_>>::default());
+    let each = (0..weights.len()).map(|index| {
+        let (weights, part, input) = (weights.clone(), index..index + 1, input.clone());
+        x.apply_op1(TernaryMatmul { weights, part, product, input })
+    });
+    each.collect()
+}
+
+fn check(x: &Tensor, weights: &[TernaryWeight]) -> Result<()> {
+    let in_features = x.dim(D::Minus1)?;
     if let Some(weight) = weights.iter().find(|weight| weight.in_features() != in_features) {
         let (rows, cols) = (weight.out_features(), weight.in_features());
         bail!("ternary-matmul: x {:?} does not fit a weight of {rows} × {cols}", x.shape());
     }
-    if let Some(last) = shape.last_mut() {
-        *last = weights.iter().map(TernaryWeight::out_features).sum();
-    }
-    x.reshape(((), in_features))?
-        .apply_op1(TernaryMatmul { weights: weights.clone(), quantizer })?
-        .reshape(shape)
+    Ok(())
 }
 
 /// The op behind [`ternary_matmul`].
 struct TernaryMatmul {
     weights: Arc<[TernaryWeight]>,
-    quantizer: ActivationCodes,
+    /// Those that are multiplied.
+    part: Range<usize>,
+    product: TernaryProduct,
+    /// The integers of `x`, made by the first op that needs them.
+    input: Arc<OnceLock<QuantizedActivations>>,
 }
 
 impl TernaryMatmul {
+    fn weights(&self) -> &[TernaryWeight] {
+        &self.weights[self.part.clone()]
+    }
+
     fn out_features(&self) -> usize {
-        self.weights.iter().map(TernaryWeight::out_features).sum()
+        self.weights().iter().map(TernaryWeight::out_features).sum()
     }
 }
 
@@ -56,37 +107,37 @@ impl CustomOp1 for TernaryMatmul {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (tokens, _) = layout.shape().dims2()?;
+        let mut shape = layout.dims().to_vec();
+        let in_features = shape.last().copied().unwrap_or(0);
+        if let Some(last) = shape.last_mut() {
+            *last = self.out_features();
+        }
         let x = contiguous::<f32>(x, layout)?;
-        let y = ternary_product(&x, &self.weights, self.quantizer);
-        Ok((CpuStorage::F32(y), (tokens, self.out_features()).into()))
+        let format = self.weights().first().map_or_else(Default::default, TernaryWeight::format);
+        let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, format);
+        let y = matmul(kernels::active(), self.input.get_or_init(quantize), self.weights());
+        Ok((CpuStorage::F32(y), shape.into()))
     }
 
-    /// `dx = Σ dy·W`: sixteen rows of W are decoded at a time, never a whole matrix.
+    /// `dx = Σ scale · dy·codes`: of a matrix a block of rows is decoded at a time.
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        /// Tokens whose gradients share one decoded block.
-        const TOKENS: usize = 64;
-        let (n, (_, k)) = (self.out_features(), x.dims2()?);
-        let kernel = kernels::active();
-        let dx = with_slice::<f32, _>(dy, |dy| {
-            let mut dx = vec![0f32; x.elem_count()];
-            dx.par_chunks_mut(TOKENS * k).zip(dy.par_chunks(TOKENS * n)).for_each(|(dx, dy)| {
-                let mut block = vec![0f32; ROWS * k];
-                let mut first = 0;
-                for weight in self.weights.iter() {
-                    for band in 0..weight.out_features().div_ceil(ROWS) {
-                        let rows = ROWS.min(weight.out_features() - band * ROWS);
-                        weight.decode_band(band, &mut block[..rows * k]);
-                        for (dx, dy) in dx.chunks_mut(k).zip(dy.chunks(n)) {
-                            for (row, dy) in block[..rows * k].chunks(k).zip(&dy[first..]) {
-                                kernel.axpy(*dy, row, dx);
-                            }
-                        }
-                        first += rows;
-                    }
+        let (n, k) = (self.out_features(), x.dim(D::Minus1)?);
+        let tokens = x.elem_count() / k.max(1);
+        let mut dx = vec![0f32; tokens * k];
+        with_slice::<f32, _>(dy, |dy| {
+            let mut first = 0;
+            for weight in self.weights() {
+                let rows = weight.out_features();
+                let shape = (tokens, k, rows);
+                let dy = Factor::depth_inner(n, &dy[first.min(dy.len())..], plain);
+                let (w, scale) = (TernaryRows(weight), weight.scale());
+                match first {
+                    0 => gemm(shape, dy, w, scale, self.product.backward, &mut dx),
+                    _ => gemm_add(shape, dy, w, scale, self.product.backward, &mut dx),
                 }
-            });
-            Ok(dx)
+                first += rows;
+            }
+            Ok(())
         })?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }

@@ -2,8 +2,11 @@
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::{KvType, attention, dense_matmul, gated, rms_norm, rope, self_attention};
-use crate::config::Activation;
+use super::{
+    KvType, attention, dense_matmul, gated, rms_norm, rope, self_attention, ternary_matmul,
+    ternary_matmul_each,
+};
+use crate::{config::Activation, kernels::TileFormat, quant::Rounding, weights::TernaryWeight};
 
 fn random(shape: &[usize]) -> Var {
     Var::randn(0f32, 1., shape, &Device::Cpu).unwrap()
@@ -97,6 +100,35 @@ fn dense_matmul_equals_candles() {
     let bf16 = weight.as_detached_tensor().to_dtype(DType::BF16).unwrap();
     let widened = bf16.to_dtype(DType::F32).unwrap();
     assert_same(&[&x], || dense_matmul(&x, &bf16), || x.matmul(&widened.t()?));
+}
+
+#[test]
+fn ternary_matmul_passes_gradients_straight_through() {
+    let x = random(&[2, 9, 40]);
+    let latents = [24, 8, 17].map(|rows| flat(&random(&[rows, 40])));
+    let weights: std::sync::Arc<[TernaryWeight]> = latents
+        .iter()
+        .map(|latent| {
+            let shape = (latent.len() / 40, 40);
+            TernaryWeight::from_latent(latent, shape, Rounding::HalfEven, TileFormat::TwoBit)
+        })
+        .collect();
+    let dense = weights.iter().flat_map(|weight| weight.dequantize());
+    let dense = Tensor::from_iter(dense, &Device::Cpu).unwrap().reshape(((), 40)).unwrap();
+    let stacked = ternary_matmul(&x, &weights, Rounding::HalfEven).unwrap();
+    let each = ternary_matmul_each(&x, &weights, Rounding::HalfEven).unwrap();
+    assert_eq!(flat(&stacked), flat(&Tensor::cat(&each, D::Minus1).unwrap()));
+    let gradient = |y: &Tensor| {
+        let upstream = (y.detach() * 2.).unwrap();
+        (y * upstream).unwrap().sum_all().unwrap().backward().unwrap().remove(&x).unwrap()
+    };
+    let expected = (&stacked * 2.).unwrap().broadcast_matmul(&dense).unwrap();
+    for found in [gradient(&stacked), gradient(&Tensor::cat(&each, D::Minus1).unwrap())] {
+        let scale = flat(&expected).iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (found, expected) in flat(&found).iter().zip(flat(&expected)) {
+            assert!((found - expected).abs() <= 1e-5 * scale, "{found} is not {expected}");
+        }
+    }
 }
 
 #[test]

@@ -209,7 +209,7 @@ impl Queries<'_> {
             Factor::index_inner(self.stride, q, plain),
             Factor::index_inner(self.stride, dy, plain),
         );
-        gemm_add(shape, Factor::index_inner(keys, &ds, plain), queries, F32, dk);
-        gemm_add(shape, Factor::index_inner(keys, &p, plain), upstream, F32, dv);
+        gemm_add(shape, Factor::index_inner(keys, &ds, plain), queries, 1., F32, dk);
+        gemm_add(shape, Factor::index_inner(keys, &p, plain), upstream, 1., F32, dv);
     }
 }
