@@ -26,6 +26,7 @@
 //! # }
 //! ```
 pub mod activations;
+pub mod adapter;
 pub mod calibration;
 pub mod checkpoint;
 pub mod config;

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// The text of a configuration file.
-pub(super) fn read_text(path: &Path) -> Result<String> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     let mut text = String::new();
     let file = File::open(path).map_err(Error::io(path))?;
     file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(Error::io(path))?;
@@ -22,7 +22,7 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
 }
 
 /// Parses the text of a file as one JSON object.
-pub(super) fn parse_object(path: &Path, json: &str) -> Result<Map<String, Value>> {
+pub(crate) fn parse_object(path: &Path, json: &str) -> Result<Map<String, Value>> {
     serde_json::from_str(json).map_err(|e| Error::Checkpoint {
         path: path.into(),
         reason: format!("not a JSON object: {e}"),
@@ -31,7 +31,7 @@ pub(super) fn parse_object(path: &Path, json: &str) -> Result<Map<String, Value>
 
 /// A JSON object of a file. A null field is an absent one.
 #[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     path: &'a Path,
     /// `quantization_config.` in front of nested names.
     prefix: &'a str,
@@ -72,6 +72,11 @@ impl<'a> Fields<'a> {
     pub fn object(&self, name: &str, prefix: &'static str) -> Result<Option<Fields<'a>>> {
         let object = self.typed(name, "an object", Value::as_object)?;
         Ok(object.map(|object| Fields { path: self.path, prefix, object }))
+    }
+
+    /// The names and values of this object.
+    pub fn entries(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+        self.object.iter().map(|(name, value)| (name.as_str(), value))
     }
 
     pub fn token_id(&self, name: &str) -> Result<Option<u32>> {

@@ -11,7 +11,7 @@
 //! for the geometry, which must be stated. What would change the numbers and is not implemented is
 //! an error, never ignored.
 
-mod fields;
+pub(crate) mod fields;
 mod generation;
 mod json;
 mod parse;

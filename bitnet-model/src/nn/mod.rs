@@ -8,6 +8,7 @@ mod embedding;
 mod feed_forward;
 mod linear;
 mod lm_head;
+mod lora_linear;
 mod rms_norm;
 mod rope;
 mod screened_head;
@@ -22,6 +23,7 @@ pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projectio
 pub use lm_head::{
     Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead, Rescored,
 };
+pub use lora_linear::{LoraLinear, LoraProjections, LowRank};
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};
 pub use screened_head::ScreenedHead;
