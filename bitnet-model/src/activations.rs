@@ -1,5 +1,7 @@
 //! `QuantizedActivations`: rows of activations as integers, ready for the products with ternary weights.
 
+use std::sync::{Arc, OnceLock};
+
 use crate::{
     kernels::{self, Kernel, tile::TileFormat},
     quant::{ActivationCodes, Rounding},
@@ -16,6 +18,25 @@ pub struct QuantizedActivations {
     /// `a` of each row: a code is `round(x · a)`.
     factors: Vec<f32>,
     padded: usize,
+}
+
+/// The integers of an input, made by the first product that needs them and shared by all that have the same input.
+#[derive(Clone, Debug, Default)]
+pub struct SharedActivations(Arc<OnceLock<QuantizedActivations>>);
+
+impl SharedActivations {
+    /// What was made before, or what `quantize` makes now.
+    pub fn get_or_quantize(
+        &self,
+        quantize: impl FnOnce() -> QuantizedActivations,
+    ) -> &QuantizedActivations {
+        self.0.get_or_init(quantize)
+    }
+
+    /// What was made before.
+    pub fn get(&self) -> Option<&QuantizedActivations> {
+        self.0.get()
+    }
 }
 
 impl QuantizedActivations {

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use bitnet_model::{
     kernels::{self, Loop, vectorized},
-    ops::gemm::{Factor, Precision, gemm, gemm_add, plain},
+    ops::gemm::{Bf16Factor, Factor, Operand, Precision, gemm, gemm_add, plain},
     storage::contiguous,
     threads,
 };
@@ -67,25 +67,33 @@ struct Gradients {
     weight: Vec<f32>,
 }
 
-/// Logits of a slice: 32 MiB, which is more rows than a product needs to be fast.
-const SLICE: usize = 8 << 20;
-/// Rows of a slice, at least and at most.
+/// Logits of a slice, about: 64 MiB, which is more rows than a product needs to be fast, and enough for a large head to be
+/// read only a few times.
+const SLICE: usize = 16 << 20;
+/// Rows of a slice, at least and about at most.
 const ROWS: (usize, usize) = (64, 512);
+
+/// Rows of each of the slices that `rows` are cut into: equal parts.
+fn slice_rows(rows: usize, vocab: usize) -> usize {
+    let most = (SLICE / vocab.max(1)).clamp(ROWS.0, ROWS.1);
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
+}
 
 impl HeadLoss {
     /// The loss and its gradients for the `hidden` states (rows, k) and the head `weight` (vocab, k).
-    fn run<T: Copy + Sync>(
+    ///
+    /// The head comes twice: with the hidden dimension as depth, and with the vocabulary.
+    fn run(
         &self,
         hidden: &[f32],
-        weight: &[T],
+        (by_hidden, by_vocab): (impl Operand + Copy, impl Operand + Copy),
         (vocab, k): (usize, usize),
-        widen: impl Fn(T, usize) -> f32 + Sync + Copy,
     ) -> (f32, Gradients) {
         let mut gradients = Gradients {
             hidden: vec![0.; hidden.len()],
-            weight: vec![0.; if self.trains_weight { weight.len() } else { 0 }],
+            weight: vec![0.; if self.trains_weight { vocab * k } else { 0 }],
         };
-        let size = (SLICE / vocab.max(1)).clamp(ROWS.0, ROWS.1);
+        let size = slice_rows(self.rows.len(), vocab);
         let mut nats = 0f64;
         for (rows, targets) in self.rows.chunks(size).zip(self.targets.chunks(size)) {
             let count = rows.len();
@@ -94,8 +102,8 @@ impl HeadLoss {
                 x.copy_from_slice(&hidden[row * k..][..k]);
             }
             let mut logits = vec![0f32; count * vocab];
-            let (a, b) = (Factor::depth_inner(k, &x, plain), Factor::depth_inner(k, weight, widen));
-            gemm((count, vocab, k), a, b, 1., self.precision, &mut logits);
+            let a = Factor::depth_inner(k, &x, plain);
+            gemm((count, vocab, k), a, by_hidden, 1., self.precision, &mut logits);
             let mut losses = vec![0f64; count];
             let pair = ((&mut logits[..], vocab), (&mut losses[..], 1));
             threads::for_each_chunk_pair(pair.0, pair.1, |i, row, loss| {
@@ -103,9 +111,8 @@ impl HeadLoss {
             });
             nats += losses.iter().sum::<f64>();
             let mut dx = vec![0f32; count * k];
-            let (a, b) =
-                (Factor::depth_inner(vocab, &logits, plain), Factor::index_inner(k, weight, widen));
-            gemm((count, k, vocab), a, b, 1., self.precision, &mut dx);
+            let a = Factor::depth_inner(vocab, &logits, plain);
+            gemm((count, k, vocab), a, by_vocab, 1., self.precision, &mut dx);
             for (dx, row) in dx.chunks(k).zip(rows) {
                 gradients.hidden[row * k..][..k].copy_from_slice(dx);
             }
@@ -180,11 +187,14 @@ impl CustomOp2 for HeadLoss {
         let (loss, gradients) = match weight {
             CpuStorage::BF16(_) => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
-                self.run(&hidden, &weight, shape, |w, _| {
-                    f32::from_bits(u32::from(w.to_bits()) << 16)
-                })
+                let by_hidden = Bf16Factor::depth_inner(k, &weight);
+                self.run(&hidden, (by_hidden, Bf16Factor::index_inner(k, &weight)), shape)
             }
-            _ => self.run(&hidden, &contiguous::<f32>(weight, weight_layout)?, shape, plain),
+            _ => {
+                let weight = contiguous::<f32>(weight, weight_layout)?;
+                let by_hidden = Factor::depth_inner(k, &weight, plain);
+                self.run(&hidden, (by_hidden, Factor::index_inner(k, &weight, plain)), shape)
+            }
         };
         *self.gradients.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradients);
         Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
@@ -235,7 +245,7 @@ mod tests {
     fn it_is_the_head_and_the_cross_entropy() {
         let device = Device::Cpu;
         // More rows than a slice has, and some that do not count.
-        let (batch, seq, k, vocab) = (2, 300, 24, 40);
+        let (batch, seq, k, vocab) = (2, 400, 24, 40);
         let waves =
             |count: usize, step: f32| Vec::from_iter((0..count).map(|i| (i as f32 * step).sin()));
         let hidden = Var::from_vec(waves(batch * seq * k, 0.37), (batch, seq, k), &device).unwrap();

@@ -13,7 +13,8 @@ use crate::{
     Error, Result,
     batch::Batch,
     codes::codes,
-    loss::predictions,
+    lora::Step,
+    loss::{IGNORED, predictions},
     objective::{Objective, Output, Term},
     task::{Gradients, Part, Prediction, Task},
 };
@@ -25,6 +26,28 @@ pub struct LanguageModel {
     objective: Box<dyn Objective>,
     recompute: bool,
     quantizer: Option<WeightQuantizer>,
+    noise: Option<EmbeddingNoise>,
+}
+
+/// NEFTune (arXiv:2310.05914): what is added to the embedded tokens of a training step, uniform within
+/// `±alpha/√(sequence length · hidden size)`.
+#[derive(Clone, Debug)]
+pub struct EmbeddingNoise {
+    /// Its size; 5 to 15 in the paper.
+    pub alpha: f64,
+    /// The step it follows.
+    pub step: Step,
+}
+
+impl EmbeddingNoise {
+    fn add_to(&self, embedded: Tensor) -> Result<Tensor> {
+        let (_, seq, hidden_size) = embedded.dims3()?;
+        let Some(stream) = self.step.stream("embedding") else { return Ok(embedded) };
+        let size = (self.alpha / ((seq * hidden_size) as f64).sqrt()) as f32;
+        let mut noise = vec![0f32; embedded.elem_count()];
+        stream.add_uniform(size, hidden_size, &mut noise);
+        Ok((&embedded + Tensor::from_vec(noise, embedded.shape(), embedded.device())?)?)
+    }
 }
 
 /// The last part of the names of quantized matrices.
@@ -34,7 +57,7 @@ const PROJECTIONS: [&str; 7] =
 impl LanguageModel {
     /// `model` is loaded from the variables that are trained, `frozen` shares their memory and records nothing.
     pub fn new(model: Model, frozen: Model, objective: Box<dyn Objective>) -> Self {
-        Self { model, frozen, objective, recompute: false, quantizer: None }
+        Self { model, frozen, objective, recompute: false, quantizer: None, noise: None }
     }
 
     /// Whether blocks are computed again in the backward pass, which takes a third more time and saves most of the
@@ -47,6 +70,11 @@ impl LanguageModel {
     pub fn quantizer(self, quantizer: Option<WeightQuantizer>) -> Self {
         Self { quantizer, ..self }
     }
+
+    /// With noise on the embedded tokens of training steps.
+    pub fn noise(self, noise: Option<EmbeddingNoise>) -> Self {
+        Self { noise, ..self }
+    }
 }
 
 impl Task for LanguageModel {
@@ -56,44 +84,54 @@ impl Task for LanguageModel {
         let angles = self.model.document_angles(&tokens, &batch.starts)?;
         let context = || Context::Own(&batch.starts);
         let embedded = self.model.embed(&tokens)?;
-        let mut inputs: Vec<(Var, Option<Tensor>)> = Vec::new();
+        let mut inputs: Vec<(Input, Option<Tensor>)> = Vec::new();
         let mut x = embedded.detach();
+        if let Some(noise) = &self.noise {
+            x = noise.add_to(x)?;
+        }
         let blocks = self.model.blocks().iter().zip(self.frozen.blocks());
         for (block, frozen) in blocks {
-            let input = Var::from_tensor(&x)?;
+            let input = match inputs.is_empty() && !embedded.track_op() {
+                true => Input::Constant(x.clone()),
+                false => Input::Variable(Var::from_tensor(&x)?),
+            };
             let output = match self.recompute {
                 true => {
                     x = frozen.forward(&x, &angles, context())?;
                     None
                 }
                 false => {
-                    let output = block.forward(&input, &angles, context())?;
+                    let output = block.forward(input.tensor(), &angles, context())?;
                     x = output.detach();
                     Some(output)
                 }
             };
             inputs.push((input, output));
         }
-        let last = Var::from_tensor(&x)?;
+        let last = Input::Variable(Var::from_tensor(&x)?);
         drop(x);
-        let hidden = self.model.norm(&last)?;
+        let hidden = self.model.norm(last.tensor())?;
         let output = Output { model: &self.model, hidden: &hidden, batch, items };
         let mut parts = Vec::new();
         let loss = total(self.objective.of_output(output)?, None, &mut parts)?;
         drop(hidden);
         let mut dy = backward(loss, &last, gradients)?;
+        drop(last);
         for (layer, (input, output)) in inputs.into_iter().enumerate().rev() {
             let output = match output {
                 Some(output) => output,
-                None => self.model.blocks()[layer].forward(&input, &angles, context())?,
+                None => self.model.blocks()[layer].forward(input.tensor(), &angles, context())?,
             };
-            let through = output.apply_op1(Seed { dy })?;
+            let Some(upstream) = dy else { break };
+            let through = output.apply_op1(Seed { dy: upstream })?;
             drop(output);
             let terms = self.objective.of_block(layer, batch, items)?;
             let loss = total(terms, Some(through), &mut parts)?;
             dy = backward(loss, &input, gradients)?;
         }
-        gradients.collect(&mut embedded.apply_op1(Seed { dy })?.backward()?)?;
+        if let Some(dy) = dy {
+            gradients.collect(&mut embedded.apply_op1(Seed { dy })?.backward()?)?;
+        }
         Ok(parts)
     }
 
@@ -103,10 +141,40 @@ impl Task for LanguageModel {
         self.quantizer.filter(|_| is_projection).map(|quantizer| codes(latent, quantizer))
     }
 
+    /// Of a large vocabulary there is never a logit for every token at once.
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
+        /// Logits at a time: 64 MiB.
+        const LOGITS: usize = 16 << 20;
         let tokens = tokens(batch, &self.frozen)?;
-        let logits = self.frozen.logits(&self.frozen.document_states(&tokens, &batch.starts)?)?;
-        predictions(&logits.flatten_to(candle_core::D::Minus2)?, &batch.labels)
+        let states = self.frozen.document_states(&tokens, &batch.starts)?.flatten_to(1)?;
+        let counts = |(row, label): (usize, &i64)| (*label != IGNORED).then_some(row as u32);
+        let rows: Vec<u32> = batch.labels.iter().enumerate().filter_map(counts).collect();
+        let size = (LOGITS / self.frozen.config().vocab_size.max(1)).max(1);
+        let mut all = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(size) {
+            let labels: Vec<i64> = rows.iter().map(|&row| batch.labels[row as usize]).collect();
+            let rows = Tensor::from_slice(rows, rows.len(), states.device())?;
+            let logits = self.frozen.logits(&states.index_select(&rows, 0)?)?;
+            all.extend(predictions(&logits, &labels)?);
+        }
+        Ok(all)
+    }
+}
+
+/// What a block is computed from.
+enum Input {
+    /// Its gradient is wanted.
+    Variable(Var),
+    /// Nothing before it is trained.
+    Constant(Tensor),
+}
+
+impl Input {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Variable(var) => var,
+            Self::Constant(tensor) => tensor,
+        }
     }
 }
 
@@ -129,11 +197,17 @@ fn total(terms: Vec<Term>, seed: Option<Tensor>, parts: &mut Vec<Part>) -> Resul
     total.ok_or_else(|| Error::Input("an objective without a term".into()))
 }
 
-/// Collects the parameters' gradients of `loss` and returns that of `input`.
-fn backward(loss: Tensor, input: &Var, gradients: &mut Gradients) -> Result<Tensor> {
+/// Collects the parameters' gradients of `loss` and returns that of `input`, if it is a variable.
+fn backward(loss: Tensor, input: &Input, gradients: &mut Gradients) -> Result<Option<Tensor>> {
     let mut store = loss.backward()?;
     drop(loss);
-    let dy = store.remove(input).ok_or_else(|| Error::NoGradient { name: "block input".into() })?;
+    let dy = match input {
+        Input::Variable(var) => {
+            let missing = || Error::NoGradient { name: "block input".into() };
+            Some(store.remove(var).ok_or_else(missing)?)
+        }
+        Input::Constant(_) => None,
+    };
     gradients.collect(&mut store)?;
     Ok(dy)
 }

@@ -20,6 +20,7 @@ pub mod experiment;
 pub mod head_loss;
 pub mod init;
 pub mod language_model;
+pub mod lora;
 pub mod loss;
 pub mod metrics;
 pub mod objective;

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, Normal};
+use rand_distr::{Distribution, Normal, Uniform};
 
 /// Named variables, made as a model asks for them: each starts from its own stream of the seed, so a
 /// value depends on seed and name alone and not on the order of construction.
@@ -34,6 +34,18 @@ impl Parameters {
         let var = Var::from_tensor(&value.to_dtype(DType::F32)?.contiguous()?)?;
         self.lock().insert(name.to_string(), var);
         Ok(())
+    }
+
+    /// The variable `name`; if there is none yet, one that starts from the value that `make` gives, converted to f32.
+    pub fn get_or_insert(&self, name: &str, make: impl FnOnce() -> Result<Tensor>) -> Result<Var> {
+        if let Some(var) = self.lock().get(name) {
+            return Ok(var.clone());
+        }
+        self.insert(name, &make()?)?;
+        match self.lock().get(name) {
+            Some(var) => Ok(var.clone()),
+            None => bail!("parameter `{name}` is gone"),
+        }
     }
 
     /// All variables, sorted by name.
@@ -78,7 +90,11 @@ impl Parameters {
                 let inputs = shape.dims().last().copied().unwrap_or(1).max(1);
                 self.normal(name, shape, 0., (inputs as f64).powf(-0.5))?
             }
-            other => bail!("parameter `{name}`: no rule for the initialization {other:?}"),
+            Init::Uniform { lo, up } => {
+                let uniform =
+                    Uniform::new(lo as f32, up as f32).map_err(candle_core::Error::wrap)?;
+                self.sample(name, shape, uniform)
+            }
         };
         let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
         vars.insert(name.to_string(), var.clone());
@@ -86,14 +102,18 @@ impl Parameters {
     }
 
     fn normal(&self, name: &str, shape: &Shape, mean: f64, stdev: f64) -> Result<Vec<f32>> {
+        let normal = Normal::new(mean as f32, stdev as f32).map_err(candle_core::Error::wrap)?;
+        Ok(self.sample(name, shape, normal))
+    }
+
+    fn sample(&self, name: &str, shape: &Shape, values: impl Distribution<f32>) -> Vec<f32> {
         // FNV-1a: the same stream for the same name, whatever the compiler.
         let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
         });
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(stream);
-        let normal = Normal::new(mean as f32, stdev as f32).map_err(candle_core::Error::wrap)?;
-        Ok((0..shape.elem_count()).map(|_| normal.sample(&mut rng)).collect())
+        (0..shape.elem_count()).map(|_| values.sample(&mut rng)).collect()
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use bitnet_model::{
+    activations::SharedActivations,
     nn::{LinearFactory, LinearSpec, Projection, Projections},
     ops::{dense_matmul, gemm::Precision},
     quant::{ActivationQuantizer, Quantizer, Rounding, Scheme, WeightQuantizer},
@@ -12,7 +13,7 @@ use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
 use crate::{
-    qat_matmul::{QatProduct, SharedInput, qat_matmul},
+    qat_matmul::{QatProduct, qat_matmul},
     warmup::Lambda,
 };
 
@@ -67,7 +68,7 @@ impl QatLinear {
     }
 
     /// `x` (…, in_features), rotated, → (…, out_features). Its integers are `shared` with other projections.
-    fn product(&self, x: &Tensor, shared: &SharedInput) -> Result<Tensor> {
+    fn product(&self, x: &Tensor, shared: &SharedActivations) -> Result<Tensor> {
         let (Quantizers { weight, input }, lambda) = (self.quantizers, self.lambda.get());
         if let (Some(weight), Some(input)) = (weight, input)
             && lambda == 1.
@@ -88,7 +89,7 @@ impl QatLinear {
 
 impl Module for QatLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.product(&self.rotate(x)?, &SharedInput::default())
+        self.product(&self.rotate(x)?, &SharedActivations::default())
     }
 }
 
@@ -98,7 +99,7 @@ struct QatProjections(Vec<QatLinear>);
 impl Projections for QatProjections {
     fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let Some(first) = self.0.first() else { return Ok(Vec::new()) };
-        let (x, shared) = (first.rotate(x)?, SharedInput::default());
+        let (x, shared) = (first.rotate(x)?, SharedActivations::default());
         self.0.iter().map(|projection| projection.product(&x, &shared)).collect()
     }
 }

@@ -1,9 +1,9 @@
 //! The product of quantization-aware training: integers forward, straight through backward.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use bitnet_model::{
-    activations::QuantizedActivations,
+    activations::{QuantizedActivations, SharedActivations},
     kernels::TileFormat,
     ops::gemm::{Factor, Precision, gemm, plain},
     quant::{ActivationCodes, WeightCodes, WeightQuantizer},
@@ -11,10 +11,6 @@ use bitnet_model::{
     weights::TernaryWeight,
 };
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-
-/// The integers of an input, made by the first product that needs them and shared by all that have the same input.
-#[derive(Clone, Debug, Default)]
-pub struct SharedInput(Arc<OnceLock<QuantizedActivations>>);
 
 /// How a [`qat_matmul`] quantizes, and multiplies backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +33,7 @@ pub fn qat_matmul(
     x: &Tensor,
     latent: &Tensor,
     product: QatProduct,
-    input: &SharedInput,
+    input: &SharedActivations,
 ) -> Result<Tensor> {
     let op = QatMatmul { product, input: input.clone(), codes: OnceLock::new() };
     x.apply_op2(latent, op)
@@ -45,7 +41,7 @@ pub fn qat_matmul(
 
 struct QatMatmul {
     product: QatProduct,
-    input: SharedInput,
+    input: SharedActivations,
     /// Of the latent, left by the forward pass for the backward pass.
     codes: OnceLock<WeightCodes>,
 }
@@ -74,7 +70,7 @@ impl CustomOp2 for QatMatmul {
         }
         let x = contiguous::<f32>(x, x_layout)?;
         let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, FORMAT);
-        let y = weight.product(self.input.0.get_or_init(quantize));
+        let y = weight.product(self.input.get_or_quantize(quantize));
         Ok((CpuStorage::F32(y), y_shape.into()))
     }
 
@@ -85,7 +81,7 @@ impl CustomOp2 for QatMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (Some(input), Some(codes)) = (self.input.0.get(), self.codes.get()) else {
+        let (Some(input), Some(codes)) = (self.input.get(), self.codes.get()) else {
             bail!("{} went backward before forward", self.name())
         };
         let ((n, k), tokens) = (latent.dims2()?, input.tokens());

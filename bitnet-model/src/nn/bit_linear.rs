@@ -11,9 +11,10 @@ use candle_nn::VarBuilder;
 
 use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
 use crate::{
+    activations::SharedActivations,
     config::{Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
-    ops::{TernaryProduct, dense_matmul, gemm::Precision, ternary_matmul, ternary_matmul_each},
+    ops::{TernaryProduct, dense_matmul, gemm::Precision, ternary_matmul, ternary_matmul_part},
     packed::{PackedError, PackedSource},
     pages::Arena,
     quant::{ActivationQuantizer, Quantizer},
@@ -43,8 +44,13 @@ impl BitLinear {
     }
 
     /// The packed weights.
-    pub fn weights(&self) -> &[TernaryWeight] {
+    pub fn weights(&self) -> &Arc<[TernaryWeight]> {
         &self.weights
+    }
+
+    /// Whether the input is quantized as it comes, neither normalized nor rotated before.
+    pub fn takes_input_as_it_is(&self) -> bool {
+        self.input_norm.is_none() && !self.input.hadamard
     }
 
     /// The input as it is multiplied.
@@ -55,7 +61,8 @@ impl BitLinear {
         }
     }
 
-    fn product(&self) -> TernaryProduct {
+    /// How it multiplies.
+    pub fn product(&self) -> TernaryProduct {
         TernaryProduct { input: self.input.codes, backward: self.backward }
     }
 }
@@ -69,7 +76,10 @@ impl Module for BitLinear {
 impl Projections for BitLinear {
     fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         if x.track_op() {
-            return ternary_matmul_each(&self.input(x)?, &self.weights, self.product());
+            let (x, input) = (self.input(x)?, SharedActivations::default());
+            let part =
+                |index| ternary_matmul_part(&x, &self.weights, index, self.product(), &input);
+            return (0..self.weights.len()).map(part).collect();
         }
         let y = Module::forward(self, x)?;
         let mut first = 0;
@@ -206,29 +216,42 @@ impl BitLinears {
         .into_pages(&self.arena)
         .map_err(candle_core::Error::wrap)
     }
+
+    /// Projections of one input, each with the builder at its name, as one [`BitLinear`]; `None` if weights or inputs are not
+    /// quantized, or if norms of their own keep several apart.
+    ///
+    /// # Errors
+    /// As [`LinearFactory::linear`].
+    pub fn stacked(&self, parts: &[(LinearSpec, VarBuilder)]) -> Result<Option<BitLinear>> {
+        let Some((spec, vb)) = parts.first() else { return Ok(None) };
+        let Some(input) = self.integer_input(spec.name) else { return Ok(None) };
+        if parts.len() > 1 && self.quantization.input_norm_eps.is_some() {
+            return Ok(None);
+        }
+        let input_norm = self.load_input_norm(*spec, vb)?;
+        let weights = parts.iter().map(|(spec, vb)| self.load_weight(*spec, vb.clone()));
+        let weights = weights.collect::<Result<Vec<_>>>()?.into();
+        Ok(Some(BitLinear { weights, input, input_norm, backward: self.backward }))
+    }
 }
 
 impl LinearFactory for BitLinears {
     fn linear(&self, spec: LinearSpec, vb: VarBuilder) -> Result<Projection> {
-        let Some(input) = self.integer_input(spec.name) else {
-            return Ok(Arc::new(self.load_partly_quantized(spec, vb)?));
-        };
-        let input_norm = self.load_input_norm(spec, &vb)?;
-        let weights = Arc::new([self.load_weight(spec, vb)?]);
-        Ok(Arc::new(BitLinear { weights, input, input_norm, backward: self.backward }))
+        Ok(match self.stacked(&[(spec, vb.clone())])? {
+            Some(linear) => Arc::new(linear),
+            None => Arc::new(self.load_partly_quantized(spec, vb)?),
+        })
     }
 
     /// One [`BitLinear`]: the input is quantized once and the matrices are one parallel region. Norms of their own, or
     /// inputs that stay as they are, keep projections apart.
     fn linears(&self, specs: &[LinearSpec], vb: &VarBuilder) -> Result<Arc<dyn Projections>> {
-        let input = specs.first().and_then(|spec| self.integer_input(spec.name));
-        let (Some(input), None) = (input, self.quantization.input_norm_eps) else {
-            let each = specs.iter().map(|&spec| self.linear(spec, vb.pp(spec.name)));
-            return Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?));
-        };
-        let weights = specs.iter().map(|&spec| self.load_weight(spec, vb.pp(spec.name)));
-        let weights = weights.collect::<Result<Vec<_>>>()?.into();
-        Ok(Arc::new(BitLinear { weights, input, input_norm: None, backward: self.backward }))
+        let parts = Vec::from_iter(specs.iter().map(|&spec| (spec, vb.pp(spec.name))));
+        if let Some(linear) = self.stacked(&parts)? {
+            return Ok(Arc::new(linear));
+        }
+        let each = parts.into_iter().map(|(spec, vb)| self.linear(spec, vb));
+        Ok(Arc::new(each.collect::<Result<Vec<Projection>>>()?))
     }
 
     fn weight_bytes(&self) -> Option<usize> {

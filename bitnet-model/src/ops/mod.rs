@@ -24,7 +24,7 @@ pub use dense_matmul::dense_matmul;
 pub use gated::gated;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
-pub use ternary_matmul::{TernaryProduct, ternary_matmul, ternary_matmul_each};
+pub use ternary_matmul::{TernaryProduct, ternary_matmul, ternary_matmul_part};
 
 /// Elements below which another thread is not worth calling (a region of [`threads`] is about a microsecond).
 pub(crate) const PARALLEL_ELEMENTS: usize = 1 << 14;

@@ -3,16 +3,13 @@
 //! Candle has no i8 dtype, so quantized activations cannot travel between ops: one op quantizes,
 //! multiplies in integers and rescales.
 
-use std::{
-    ops::Range,
-    sync::{Arc, OnceLock},
-};
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
 use super::gemm::{Factor, Precision, TernaryRows, gemm, gemm_add, plain};
 use crate::{
-    activations::QuantizedActivations,
+    activations::{QuantizedActivations, SharedActivations},
     kernels,
     quant::{ActivationCodes, Rounding},
     storage::{contiguous, with_slice},
@@ -51,34 +48,35 @@ pub fn ternary_matmul(
     weights: &Arc<[TernaryWeight]>,
     product: impl Into<TernaryProduct>,
 ) -> Result<Tensor> {
-    check(x, weights)?;
-    let (input, part) = (Arc::default(), 0..weights.len());
-    x.apply_op1(TernaryMatmul { weights: weights.clone(), part, product: product.into(), input })
+    product_of(x, weights, 0..weights.len(), product.into(), &SharedActivations::default())
 }
 
-/// As [`ternary_matmul`], one result (…, out_features) for each of `weights`. Their gradients are whole tensors, where
-/// views into a stacked result would each have one of its size.
-pub fn ternary_matmul_each(
+/// As [`ternary_matmul`], by matrix `index` of `weights` alone: (…, out_features). Several products of one input share its
+/// integers, and their gradients are whole tensors, where views into a stacked result would each have one of its size.
+pub fn ternary_matmul_part(
     x: &Tensor,
     weights: &Arc<[TernaryWeight]>,
+    index: usize,
     product: impl Into<TernaryProduct>,
-) -> Result<Vec<Tensor>> {
-    check(x, weights)?;
-    let (product, input) = (product.into(), Arc::<OnceLock<_>>::default());
-    let each = (0..weights.len()).map(|index| {
-        let (weights, part, input) = (weights.clone(), index..index + 1, input.clone());
-        x.apply_op1(TernaryMatmul { weights, part, product, input })
-    });
-    each.collect()
+    input: &SharedActivations,
+) -> Result<Tensor> {
+    product_of(x, weights, index..index + 1, product.into(), input)
 }
 
-fn check(x: &Tensor, weights: &[TernaryWeight]) -> Result<()> {
+fn product_of(
+    x: &Tensor,
+    weights: &Arc<[TernaryWeight]>,
+    part: Range<usize>,
+    product: TernaryProduct,
+    input: &SharedActivations,
+) -> Result<Tensor> {
     let in_features = x.dim(D::Minus1)?;
     if let Some(weight) = weights.iter().find(|weight| weight.in_features() != in_features) {
         let (rows, cols) = (weight.out_features(), weight.in_features());
         bail!("ternary-matmul: x {:?} does not fit a weight of {rows} × {cols}", x.shape());
     }
-    Ok(())
+    let (weights, input) = (weights.clone(), input.clone());
+    x.apply_op1(TernaryMatmul { weights, part, product, input })
 }
 
 /// The op behind [`ternary_matmul`].
@@ -87,8 +85,7 @@ struct TernaryMatmul {
     /// Those that are multiplied.
     part: Range<usize>,
     product: TernaryProduct,
-    /// The integers of `x`, made by the first op that needs them.
-    input: Arc<OnceLock<QuantizedActivations>>,
+    input: SharedActivations,
 }
 
 impl TernaryMatmul {
@@ -115,30 +112,37 @@ impl CustomOp1 for TernaryMatmul {
         let x = contiguous::<f32>(x, layout)?;
         let format = self.weights().first().map_or_else(Default::default, TernaryWeight::format);
         let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, format);
-        let y = matmul(kernels::active(), self.input.get_or_init(quantize), self.weights());
+        let y = matmul(kernels::active(), self.input.get_or_quantize(quantize), self.weights());
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
-    /// `dx = Σ scale · dy·codes`: of a matrix a block of rows is decoded at a time.
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (n, k) = (self.out_features(), x.dim(D::Minus1)?);
-        let tokens = x.elem_count() / k.max(1);
-        let mut dx = vec![0f32; tokens * k];
+        let mut dx = vec![0f32; x.elem_count()];
         with_slice::<f32, _>(dy, |dy| {
-            let mut first = 0;
-            for weight in self.weights() {
-                let rows = weight.out_features();
-                let shape = (tokens, k, rows);
-                let dy = Factor::depth_inner(n, &dy[first.min(dy.len())..], plain);
-                let (w, scale) = (TernaryRows(weight), weight.scale());
-                match first {
-                    0 => gemm(shape, dy, w, scale, self.product.backward, &mut dx),
-                    _ => gemm_add(shape, dy, w, scale, self.product.backward, &mut dx),
-                }
-                first += rows;
-            }
+            backward_x(dy, self.weights(), self.product.backward, &mut dx);
             Ok(())
         })?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// `dx = Σ scale · dy·codes` for `dy` (tokens, Σ out_features) of stacked matrices; `dx` (tokens, in_features) is
+/// overwritten. A block of rows of a matrix is decoded at a time.
+///
+/// # Panics
+/// If a slice has another size.
+pub fn backward_x(dy: &[f32], weights: &[TernaryWeight], precision: Precision, dx: &mut [f32]) {
+    let n: usize = weights.iter().map(TernaryWeight::out_features).sum();
+    let tokens = dy.len().checked_div(n).unwrap_or(0);
+    let mut first = 0;
+    for weight in weights {
+        let (rows, k) = (weight.out_features(), weight.in_features());
+        let dy = Factor::depth_inner(n, &dy[first.min(dy.len())..], plain);
+        let (shape, w, scale) = ((tokens, k, rows), TernaryRows(weight), weight.scale());
+        match first {
+            0 => gemm(shape, dy, w, scale, precision, dx),
+            _ => gemm_add(shape, dy, w, scale, precision, dx),
+        }
+        first += rows;
     }
 }

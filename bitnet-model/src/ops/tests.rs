@@ -4,9 +4,12 @@ use candle_core::{D, DType, Device, Tensor, Var};
 
 use super::{
     KvType, attention, dense_matmul, gated, rms_norm, rope, self_attention, ternary_matmul,
-    ternary_matmul_each,
+    ternary_matmul_part,
 };
-use crate::{config::Activation, kernels::TileFormat, quant::Rounding, weights::TernaryWeight};
+use crate::{
+    activations::SharedActivations, config::Activation, kernels::TileFormat, quant::Rounding,
+    weights::TernaryWeight,
+};
 
 fn random(shape: &[usize]) -> Var {
     Var::randn(0f32, 1., shape, &Device::Cpu).unwrap()
@@ -116,7 +119,9 @@ fn ternary_matmul_passes_gradients_straight_through() {
     let dense = weights.iter().flat_map(|weight| weight.dequantize());
     let dense = Tensor::from_iter(dense, &Device::Cpu).unwrap().reshape(((), 40)).unwrap();
     let stacked = ternary_matmul(&x, &weights, Rounding::HalfEven).unwrap();
-    let each = ternary_matmul_each(&x, &weights, Rounding::HalfEven).unwrap();
+    let input = SharedActivations::default();
+    let part = |index| ternary_matmul_part(&x, &weights, index, Rounding::HalfEven, &input);
+    let each: Vec<Tensor> = (0..3).map(|index| part(index).unwrap()).collect();
     assert_eq!(flat(&stacked), flat(&Tensor::cat(&each, D::Minus1).unwrap()));
     let gradient = |y: &Tensor| {
         let upstream = (y.detach() * 2.).unwrap();

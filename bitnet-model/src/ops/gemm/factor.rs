@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use half::{bf16, slice::HalfFloatSliceExt};
+
 use super::{DEPTH, Operand, Panel, panels::Panels};
 
 /// A factor of a product: its values by index (row of the left factor, column of the right one) and depth.
@@ -122,4 +124,62 @@ fn lines<const N: usize, T: Copy, F: Fn(T, usize) -> f32, P: Panels>(
 #[cold]
 fn outside() -> ! {
     panic!("a factor outside its slice")
+}
+
+/// A factor of bfloat16, which needs no rounding on its way into panels of these.
+#[derive(Clone, Copy)]
+pub struct Bf16Factor<'a> {
+    order: Order,
+    stride: usize,
+    bits: &'a [u16],
+}
+
+impl<'a> Bf16Factor<'a> {
+    /// The value of index `i` at depth `d` is `data[i · stride + d]`.
+    pub fn depth_inner(stride: usize, data: &'a [bf16]) -> Self {
+        Self { order: Order::DepthInner, stride, bits: data.reinterpret_cast() }
+    }
+
+    /// The value of index `i` at depth `d` is `data[d · stride + i]`.
+    pub fn index_inner(stride: usize, data: &'a [bf16]) -> Self {
+        Self { order: Order::IndexInner, stride, bits: data.reinterpret_cast() }
+    }
+}
+
+impl Operand for Bf16Factor<'_> {
+    #[inline(always)]
+    fn pack<P: Panels>(&self, panels: &P, panel: Panel, out: &mut [P::Value]) {
+        let Panel { indices, depth, width } = panel;
+        let outs = out.chunks_mut(width).take(depth.len().div_ceil(P::PAIR));
+        match self.order {
+            Order::DepthInner => {
+                for (i, index) in indices.enumerate() {
+                    let line = &self.bits[index * self.stride..][depth.clone()];
+                    for (pair, out) in line.chunks(P::PAIR).zip(out[i..].iter_mut().step_by(width))
+                    {
+                        let high = if pair.len() == P::PAIR { pair[P::PAIR - 1] } else { 0 };
+                        *out = panels.join_bf16(pair[0], high);
+                    }
+                }
+            }
+            Order::IndexInner => {
+                let line = |d: usize| &self.bits[d * self.stride..][indices.clone()];
+                for (d, out) in depth.clone().step_by(P::PAIR).zip(outs) {
+                    let (low, last) = (line(d), d + P::PAIR - 1);
+                    match last < depth.end {
+                        true => {
+                            for ((out, low), high) in out.iter_mut().zip(low).zip(line(last)) {
+                                *out = panels.join_bf16(*low, *high);
+                            }
+                        }
+                        false => {
+                            for (out, low) in out.iter_mut().zip(low) {
+                                *out = panels.join_bf16(*low, 0);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Products of large matrices on all threads, for training: `out = scale · a·b`, blocked for the caches.
 //!
-//! Blocks of the depth are multiplied one after the other. Of each, the right factor is brought into panels once, and the
+//! Blocks of columns, and of these blocks of the depth, are multiplied one after the other. Of each, the right factor is brought into panels once, and the
 //! left one by every task for some of its rows at a time. An output is one chain of fused products for each block of the depth, the
 //! blocks added in order: its bits depend on its own operands alone.
 
@@ -15,7 +15,7 @@ mod factor;
 mod panels;
 mod ternary;
 
-pub use factor::{Factor, plain};
+pub use factor::{Bf16Factor, Factor, plain};
 use panels::{F32Panels, Panels};
 pub use ternary::TernaryRows;
 
@@ -33,6 +33,9 @@ pub enum Precision {
 const DEPTH: usize = 512;
 /// Rows whose panels are in the second-level cache together: the right panels are then used often enough.
 const ROWS: usize = 48;
+/// Columns whose panels are there at a time: the vocabulary of a large model in one piece would take as much memory as its
+/// head, and be read from there for every group of rows.
+const COLS: usize = 8192;
 /// Tasks a thread should have, for all to finish together.
 const TASKS: usize = 4;
 
@@ -81,7 +84,13 @@ pub fn gemm<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(PanelProduct { rows, cols, depth, scale, add: false }, a, b, precision, out);
+    product(
+        PanelProduct { rows, cols, depth, stride: cols, scale, add: false },
+        a,
+        b,
+        precision,
+        out,
+    );
 }
 
 /// `out[i][j] += scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -96,7 +105,13 @@ pub fn gemm_add<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(PanelProduct { rows, cols, depth, scale, add: true }, a, b, precision, out);
+    product(
+        PanelProduct { rows, cols, depth, stride: cols, scale, add: true },
+        a,
+        b,
+        precision,
+        out,
+    );
 }
 
 fn product<A: Operand, B: Operand>(
@@ -124,13 +139,12 @@ fn blocks<A: Operand, B: Operand, P: Panels>(
     panels: &P,
     out: &mut [f32],
 ) {
-    let PanelProduct { cols, depth, .. } = shape;
+    let PanelProduct { cols, depth, stride, .. } = shape;
     let widths = panels.widths();
     let panel_len = |depth: usize, width: usize| depth.div_ceil(P::PAIR) * width;
-    let mut right = vec![
-        P::Value::default();
-        cols.div_ceil(widths.cols) * panel_len(DEPTH.min(depth), widths.cols)
-    ];
+    let most_panels = COLS.min(cols).div_ceil(widths.cols);
+    let mut right =
+        vec![P::Value::default(); most_panels * panel_len(DEPTH.min(depth), widths.cols)];
     let group_rows = ROWS.next_multiple_of(widths.rows);
     let groups = shape.rows.div_ceil(group_rows);
     let threads = threads::count();
@@ -139,23 +153,25 @@ fn blocks<A: Operand, B: Operand, P: Panels>(
         0 | 1 => shape.rows.div_ceil(threads).max(1).next_multiple_of(widths.rows),
         groups => groups * group_rows,
     };
-    for start in (0..depth).step_by(DEPTH) {
-        let block = start..depth.min(start + DEPTH);
+    let starts = |len: usize, step: usize| (0..len).step_by(step);
+    for (first_col, start) in
+        starts(cols, COLS).flat_map(|col| starts(depth, DEPTH).map(move |depth| (col, depth)))
+    {
+        let (cols, block) = (COLS.min(cols - first_col), start..depth.min(start + DEPTH));
         let len = panel_len(block.len(), widths.cols);
         let right = &mut right[..cols.div_ceil(widths.cols) * len];
         threads::for_each_chunk(right, len, |panel, out| {
-            let first = panel * widths.cols;
-            let columns = first..cols.min(first + widths.cols);
-            let width = widths.cols;
-            let panel = Panel { indices: columns, depth: block.clone(), width };
+            let (first, width) = (panel * widths.cols, widths.cols);
+            let indices = first_col + first..first_col + cols.min(first + width);
+            let panel = Panel { indices, depth: block.clone(), width };
             vectorized(Pack { panels, operand: &b, panel, out });
         });
         let right = &*right;
-        threads::for_each_chunk(out, task_rows * cols, |task, out| {
+        threads::for_each_chunk(out, task_rows * stride, |task, out| {
             let len = panel_len(block.len(), widths.rows);
             let mut left = vec![P::Value::default(); group_rows / widths.rows * len];
-            for (group, out) in out.chunks_mut(group_rows * cols).enumerate() {
-                let (first, rows) = (task * task_rows + group * group_rows, out.len() / cols);
+            for (group, out) in out.chunks_mut(group_rows * stride).enumerate() {
+                let (first, rows) = (task * task_rows + group * group_rows, out.len() / stride);
                 for (panel, out) in
                     left.chunks_exact_mut(len).take(rows.div_ceil(widths.rows)).enumerate()
                 {
@@ -164,9 +180,9 @@ fn blocks<A: Operand, B: Operand, P: Panels>(
                     let panel = Panel { indices, depth: block.clone(), width: widths.rows };
                     vectorized(Pack { panels, operand: &a, panel, out });
                 }
-                let depth = block.len().div_ceil(P::PAIR);
-                let product = PanelProduct { rows, depth, add: shape.add || start > 0, ..shape };
-                panels.multiply(&left, right, product, out);
+                let (depth, add) = (block.len().div_ceil(P::PAIR), shape.add || start > 0);
+                let product = PanelProduct { rows, cols, depth, add, ..shape };
+                panels.multiply(&left, right, product, &mut out[first_col..]);
             }
         });
     }
@@ -183,7 +199,7 @@ mod tests {
     /// Of every shape and either order of both factors, the largest error and the largest bound of it.
     fn check(precision: Precision, unit: f64) {
         for (rows, cols, depth) in
-            [(1, 1, 1), (13, 37, 5), (12, 32, 512), (50, 33, 513), (97, 100, 1030)]
+            [(1, 1, 1), (13, 37, 5), (12, 32, 512), (50, 33, 513), (97, 100, 1030), (3, 8200, 6)]
         {
             let (a, b) = (values(rows * depth, 0.1), values(depth * cols, 0.7));
             let at = |order: bool, (i, d): (usize, usize), indices: usize| match order {

@@ -16,6 +16,8 @@ pub trait Panels: Sync {
     fn join(&self, low: f32, high: f32) -> Self::Value;
     /// As [`join`](Self::join), of the weights `code − 1` of two ternary codes.
     fn join_codes(&self, low: u32, high: u32) -> Self::Value;
+    /// As [`join`](Self::join), of two bfloat16.
+    fn join_bf16(&self, low: u16, high: u16) -> Self::Value;
     /// Adds the product of panels `a` and `b` to `out`, or puts it there.
     fn multiply(
         &self,
@@ -50,6 +52,11 @@ impl Panels for F32Panels {
     }
 
     #[inline(always)]
+    fn join_bf16(&self, value: u16, _: u16) -> f32 {
+        f32::from_bits(u32::from(value) << 16)
+    }
+
+    #[inline(always)]
     fn join_codes(&self, code: u32, _: u32) -> f32 {
         code as f32 - 1.
     }
@@ -81,6 +88,11 @@ impl Panels for Bf16Panels {
     #[inline(always)]
     fn join(&self, low: f32, high: f32) -> u32 {
         bf16_pair(low, high)
+    }
+
+    #[inline(always)]
+    fn join_bf16(&self, low: u16, high: u16) -> u32 {
+        u32::from(low) | u32::from(high) << 16
     }
 
     /// In halves of 16 bits: 1 is 0x3f80 = 0x4000 − 0x80, and −1 has the sign as well.

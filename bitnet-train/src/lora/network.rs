@@ -1,0 +1,145 @@
+//! A checkpoint with a trainable adapter beside it.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bitnet_model::{
+    adapter::{Adapter, AdapterConfig, Pair},
+    checkpoint::Checkpoint,
+    config::{Config, WeightForm},
+    kernels::TileFormat,
+    model::Model,
+    nn::{BitLinears, DenseLinears, LinearFactory},
+    ops::gemm::Precision,
+    pretrained::Source,
+};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{Base, LoraLinears, QatLoraLinears, WholeTensors, check_whole_modules, noise::Step};
+use crate::{Error, Result, parameters::Parameters};
+
+/// Where the pairs are added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Beside the projections: `base(x) + s·B(A x)`. The base may be packed.
+    #[default]
+    Adapter,
+    /// To latent masters, before they are quantized: `q(W + s·B·A)`, which is the function of the merged model.
+    Qat,
+}
+
+/// The model that is trained and the one that evaluates it, which share the base and the adapter's variables.
+pub struct LoraModel {
+    /// Records gradients of the adapter.
+    pub trained: Model,
+    /// Records none.
+    pub frozen: Model,
+    /// The adapter's variables, by their names in the model: `model.layers.0.self_attn.q_proj.lora_A.weight`.
+    pub parameters: Arc<Parameters>,
+    /// What dropout and noise follow.
+    pub step: Step,
+}
+
+impl LoraModel {
+    /// Loads `source`, with pairs as `config` says that start from `seed`. Gradients are multiplied in the precision
+    /// `backward`.
+    ///
+    /// # Errors
+    /// Target modules or modules to save that the model does not have; a base that cannot be trained on in this mode.
+    pub fn load(
+        source: &Source,
+        config: &AdapterConfig,
+        mode: Mode,
+        seed: u64,
+        backward: Precision,
+    ) -> Result<Self> {
+        let model = &source.config;
+        check_whole_modules(config, model)?;
+        let (parameters, step) = (Parameters::new(seed), Step::new(seed));
+        let checkpoint = source.checkpoint.var_builder(source.embedding_dtype(), &Device::Cpu);
+        let tensors = WholeTensors::new(checkpoint, config.clone(), parameters.clone());
+        let load = |linears: &dyn LinearFactory, tracked| -> Result<Model> {
+            let vocabulary = tensors.vocabulary(model, tracked)?;
+            let vb = tensors.var_builder(tracked);
+            Ok(Model::with_vocabulary(model, linears, vocabulary, vb)?)
+        };
+        let (trained, frozen) = match mode {
+            Mode::Adapter => {
+                // Two bits are decoded faster than five codes a byte.
+                let packed = model.quantization.map(|quantization| {
+                    let linears = BitLinears::new(quantization).with_format(TileFormat::TwoBit);
+                    linears.with_backward(backward).reading(source.checkpoint.clone())
+                });
+                let base = match &packed {
+                    Some(packed) => Base::Packed(packed),
+                    None => Base::Other(&DenseLinears),
+                };
+                let linears = LoraLinears::new(
+                    base,
+                    config.clone(),
+                    parameters.clone(),
+                    step.clone(),
+                    backward,
+                );
+                (load(&linears.trained(), true)?, load(&linears.frozen(), false)?)
+            }
+            Mode::Qat => {
+                let rounding = latent_rounding(model)?;
+                let (config, parameters) = (config.clone(), parameters.clone());
+                let linears = QatLoraLinears::new(config, parameters, rounding, backward);
+                (load(&linears.trained(), true)?, load(&linears.frozen(), false)?)
+            }
+        };
+        if parameters.count() == 0 {
+            let reason = "names no projection of the model: there is nothing to train";
+            return Err(Error::recipe("lora.target_modules", reason));
+        }
+        Ok(Self { trained, frozen, parameters, step })
+    }
+}
+
+/// The rounding of a model with latent masters of b1.58.
+fn latent_rounding(config: &Config) -> Result<bitnet_model::quant::Rounding> {
+    let refuse = |reason| Err(Error::recipe("lora.mode", reason));
+    match config.quantization {
+        Some(quantization) if quantization.weights != WeightForm::Latent => refuse(
+            "is `qat`, but the model of [init] holds packed codes and no masters; take its latent checkpoint, or \
+             leave lora.mode out",
+        ),
+        Some(quantization)
+            if quantization.input_norm_eps.is_some()
+                || quantization.scheme != Default::default() =>
+        {
+            refuse(
+                "is `qat`, which is there for ternary weights and int8 inputs without norms of their own",
+            )
+        }
+        Some(quantization) => Ok(quantization.rounding),
+        None => refuse("is `qat`, but the model of [init] is not quantized"),
+    }
+}
+
+/// The adapter whose variables are in `checkpoint`, a file of a run's weights.
+///
+/// # Errors
+/// Tensors that cannot be read.
+pub(crate) fn adapter(config: &AdapterConfig, checkpoint: &Checkpoint) -> Result<Adapter> {
+    let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
+    let mut modules = BTreeMap::<String, Tensor>::new();
+    for name in checkpoint.names() {
+        let tensor = checkpoint.read(name)?;
+        if let Some(path) = name.strip_suffix(".lora_A.weight") {
+            a.insert(path.to_owned(), tensor);
+        } else if let Some(path) = name.strip_suffix(".lora_B.weight") {
+            b.insert(path.to_owned(), tensor);
+        } else {
+            modules.insert(name.to_owned(), tensor);
+        }
+    }
+    let pairs = a.into_iter().filter_map(|(path, lora_a)| {
+        let lora_b = b.remove(&path)?;
+        Some((path, Pair { lora_a, lora_b }))
+    });
+    Ok(Adapter::new(config.clone(), pairs.collect(), modules))
+}
