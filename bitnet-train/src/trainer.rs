@@ -16,10 +16,10 @@ use candle_core::Var;
 
 use crate::{
     Error, Result,
-    batch::{Batch, Batches, Cut, validation_windows},
+    batch::{Batch, Batches, Cut, evaluation},
     checkpoint::{self, Best, Checkpoints, TrainerState},
     codes::Census,
-    dataset::{Dataset, Progress, Tokens},
+    dataset::{Content, Dataset, Progress},
     detector::{Collapse, Finding, effective_number},
     distributed::{Communicator, Exchange, Single, hash_parameters, hash_text},
     metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
@@ -84,7 +84,7 @@ pub struct Trainer {
     steps: usize,
     schedule: Schedule,
     batches: Batches,
-    validation: Tokens,
+    validation: Content,
     parameters: Vec<(String, Var)>,
     optimizer: AdamW,
     checkpoints: Checkpoints,
@@ -395,7 +395,7 @@ impl Trainer {
         let grad_factor = clip_factor(grad_norm, self.recipe.train.max_grad_norm);
         self.optimizer.step(&gradients, Update { rates, grad_factor })?;
 
-        let tokens: usize = batches.iter().map(|batch| batch.inputs.len()).sum();
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
         self.state.step = step;
         self.state.position = self.batches.position();
         self.state.tokens += tokens as u64;
@@ -430,20 +430,23 @@ impl Trainer {
         let started = Instant::now();
         let step = self.state.step;
         let (rank, size) = (self.communicator.rank(), self.communicator.size());
-        let (mut nats, mut tokens) = (0., 0.);
+        let (mut nats, mut tokens, mut hits) = (0., 0., 0.);
         let [mut predicted, mut labels] =
             [vec![0; self.recipe.model.vocab_size], vec![0; self.recipe.model.vocab_size]];
-        let windows = validation_windows(&self.validation, self.recipe.cut());
-        for batch in windows.skip(rank).step_by(size) {
+        let batches = evaluation(&self.validation, self.recipe.cut());
+        for batch in batches.skip(rank).step_by(size) {
             let predictions = task.evaluate(&batch)?;
             nats += predictions.iter().map(|prediction| f64::from(prediction.nats)).sum::<f64>();
             tokens += predictions.len() as f64;
-            predictions.iter().for_each(|prediction| count(&mut predicted, prediction.token));
             let counted = batch.labels.iter().filter_map(|&label| u32::try_from(label).ok());
-            counted.for_each(|label| count(&mut labels, label));
+            for (prediction, label) in predictions.iter().zip(counted) {
+                count(&mut predicted, prediction.token);
+                count(&mut labels, label);
+                hits += f64::from(u8::from(prediction.token == label));
+            }
         }
-        let sums = self.communicator.sum(&[nats, tokens])?;
-        let (nats, tokens) = (sums[0], sums[1] as usize);
+        let sums = self.communicator.sum(&[nats, tokens, hits])?;
+        let (nats, tokens, hits) = (sums[0], sums[1] as usize, sums[2]);
         let (predicted, labels) =
             (self.communicator.sum_counts(&predicted)?, self.communicator.sum_counts(&labels)?);
         let nats_per_byte = nats / self.validation.bytes() as f64;
@@ -463,8 +466,15 @@ impl Trainer {
             predicted_tokens: effective_number(&predicted),
             label_tokens: effective_number(&labels),
         });
-        let record =
-            EvaluationRecord { step, nats_per_token, nats_per_byte, tokens, diversity, seconds };
+        let record = EvaluationRecord {
+            step,
+            nats_per_token,
+            nats_per_byte,
+            tokens,
+            token_accuracy: Some(hits / tokens as f64),
+            diversity,
+            seconds,
+        };
         Ok((record, is_best))
     }
 }

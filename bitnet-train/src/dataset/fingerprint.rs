@@ -4,7 +4,7 @@ use std::hash::Hasher;
 
 /// The hash of the bytes written so far; integers are written in little-endian order on every machine.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fnv(u64);
+pub(crate) struct Fnv(u64);
 
 impl Default for Fnv {
     fn default() -> Self {

@@ -3,6 +3,7 @@
 //! Memory does not grow with the corpus, but for a few bytes a document.
 
 mod cache;
+mod content;
 mod corpus;
 mod documents;
 mod fingerprint;
@@ -19,8 +20,10 @@ use std::ops::ControlFlow;
 
 use bitnet_model::hub::Hub;
 
+pub(crate) use self::fingerprint::Fnv;
 use self::{cache::Cache, corpus::Corpus, split::Split};
 pub use self::{
+    content::Content,
     documents::Documents,
     source::Source,
     stream::{Stream, Window},
@@ -35,9 +38,9 @@ pub struct Dataset {
     /// Trained on the training documents, or read from `data.tokenizer`.
     pub vocabulary: Vocabulary,
     /// Trained on.
-    pub train: Tokens,
+    pub train: Content,
     /// Held out.
-    pub validation: Tokens,
+    pub validation: Content,
 }
 
 /// How far the reading of a corpus has come.
@@ -107,7 +110,7 @@ impl Dataset {
         if data.cache.is_none() {
             cache.clear_unused()?;
         }
-        Ok(Self { vocabulary, train, validation })
+        Ok(Self { vocabulary, train: train.into(), validation: validation.into() })
     }
 }
 

@@ -28,7 +28,8 @@ fn corpus(dir: &Path) -> Vec<String> {
     stories
 }
 
-fn texts(tokens: &Tokens, vocabulary: &Vocabulary) -> Vec<String> {
+fn texts(content: &Content, vocabulary: &Vocabulary) -> Vec<String> {
+    let Content::Stream(tokens) = content else { panic!("no text") };
     let text = |index| {
         let mut ids = Vec::new();
         tokens.read(index, 0..tokens.document_len(index), &mut ids);

@@ -70,6 +70,9 @@ pub struct EvaluationRecord {
     pub nats_per_byte: f64,
     /// Tokens predicted.
     pub tokens: usize,
+    /// The share of them that was the most probable one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_accuracy: Option<f64>,
     /// How varied the predictions are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diversity: Option<Diversity>,
@@ -197,6 +200,7 @@ impl EvaluationRecord {
         let fixed = [
             ("evaluation/nats_per_token", Some(self.nats_per_token)),
             ("evaluation/nats_per_byte", Some(self.nats_per_byte)),
+            ("evaluation/token_accuracy", self.token_accuracy),
             ("evaluation/predicted_tokens", self.diversity.map(|d| d.predicted_tokens)),
             ("evaluation/label_tokens", self.diversity.map(|d| d.label_tokens)),
         ];

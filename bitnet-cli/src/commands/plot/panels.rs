@@ -22,6 +22,7 @@ const KNOWN: &[(&str, &str, &[&str], bool)] = &[
     ("loss", "training loss", &["train/loss"], true),
     ("nats-per-byte", "held-out loss, nats per byte", &["evaluation/nats_per_byte"], false),
     ("nats-per-token", "held-out loss, nats per token", &["evaluation/nats_per_token"], false),
+    ("accuracy", "held-out token accuracy", &["evaluation/token_accuracy"], false),
     ("lr", "learning rate", &["train/lr"], false),
     ("grad-norm", "norm of the gradients", &["train/grad_norm"], true),
     ("speed", "tokens per second", &["speed/tokens_per_second"], true),

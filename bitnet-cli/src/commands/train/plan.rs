@@ -104,7 +104,8 @@ impl Plan {
         };
         let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe)?;
         display.finish();
-        let (train_tokens, validation_tokens) = (dataset.train.len(), dataset.validation.len());
+        let (train_tokens, validation_tokens) =
+            (dataset.train.tokens(), dataset.validation.tokens());
         let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
         let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
         let parameters = experiment::config(recipe, &dataset.vocabulary)?.parameters();

@@ -1,69 +1,20 @@
-//! Tokens → batches of windows.
+//! A stream of text → windows.
 //!
 //! A window is `sequence_length + 1` tokens: all but the last are the model's input, all but the first its labels.
 //! Documents are packed end to end, so a window may hold several and cut the first and the last; [`Attend`] says whether
 //! they see each other.
-//! [`Batches`] draws training windows, every epoch in another order; the batch at a [`Position`] depends on the seed
-//! and the position alone, so a run resumes exactly. [`validation_windows`] covers every token of a set once, in order.
 
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
+use super::{Attend, Batch, Cut};
 use crate::{
     Error, Result,
     dataset::{Stream, Tokens, Window},
     loss::IGNORED,
 };
 
-/// What a token of a window attends to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Attend {
-    /// `window`: everything before it in the window, also of other documents.
-    #[default]
-    Window,
-    /// `document`: what is before it of its own document. Positions count from the document's first token in the window,
-    /// and the end of one document does not predict the beginning of the next.
-    Document,
-}
-
-/// How a stream of tokens is cut into batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cut {
-    /// Windows in a batch.
-    pub batch_size: usize,
-    /// Tokens in a window.
-    pub sequence_length: usize,
-    /// What they attend to.
-    pub attend: Attend,
-}
-
-/// Inputs and labels of one forward pass.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Batch {
-    /// `(batch, seq)` row by row.
-    pub inputs: Vec<u32>,
-    /// The token after each input, or [`IGNORED`].
-    pub labels: Vec<i64>,
-    /// The position in its row at which each input's document begins, as
-    /// [`Model::document_states`](bitnet_model::model::Model::document_states) takes it; empty for [`Attend::Window`].
-    pub starts: Vec<usize>,
-    /// Tokens in a row.
-    pub sequence_length: usize,
-}
-
 impl Batch {
-    fn with_capacity(rows: usize, sequence_length: usize) -> Self {
-        let tokens = rows * sequence_length;
-        Self {
-            inputs: Vec::with_capacity(tokens),
-            labels: Vec::with_capacity(tokens),
-            starts: Vec::new(),
-            sequence_length,
-        }
-    }
-
     /// Appends a window of up to `sequence_length + 1` tokens, padded with ignored labels.
     fn push(&mut self, Window { ids, starts }: &Window, attend: Attend) {
         let padding = self.sequence_length + 1 - ids.len();
@@ -81,51 +32,18 @@ impl Batch {
             self.starts.extend(std::iter::repeat_n(inputs, padding));
         }
     }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.inputs.len() / self.sequence_length
-    }
-
-    /// The rows of `rank` of `size`, where every rank has equally many.
-    pub fn share(&self, rank: usize, size: usize) -> Self {
-        let tokens = self.inputs.len() / self.sequence_length / size * self.sequence_length;
-        let range = rank * tokens..(rank + 1) * tokens;
-        Self {
-            inputs: self.inputs[range.clone()].to_vec(),
-            labels: self.labels[range.clone()].to_vec(),
-            starts: self.starts.get(range).unwrap_or_default().to_vec(),
-            sequence_length: self.sequence_length,
-        }
-    }
-
-    /// Number of labels that count.
-    pub fn items(&self) -> usize {
-        self.labels.iter().filter(|&&label| label != IGNORED).count()
-    }
 }
 
-/// Where a run stands in its data.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Position {
-    /// Passes completed over the data.
-    pub epoch: u64,
-    /// Batches already drawn from this pass.
-    pub index: usize,
-}
-
-/// An endless sequence of training batches.
+/// The windows of one epoch after another.
 ///
 /// Every epoch shuffles the documents, packs them end to end, cuts the stream into windows at a random offset (so
 /// documents are cut elsewhere each time) and shuffles the windows. The rest that fills no window or no batch is left
 /// out until the next epoch. What is shuffled are numbers: the tokens stay where they are.
 #[derive(Clone, Debug)]
-pub struct Batches {
+pub(super) struct Windows {
     tokens: Tokens,
     cut: Cut,
     seed: u64,
-    position: Position,
     epoch: Epoch,
 }
 
@@ -138,13 +56,10 @@ struct Epoch {
     windows: Vec<u32>,
 }
 
-impl Batches {
-    /// Batches from the first of the first epoch on.
+impl Windows {
+    /// The windows of the first epoch.
     pub fn new(tokens: Tokens, cut: Cut, seed: u64) -> Result<Self> {
         let Cut { batch_size, sequence_length, .. } = cut;
-        if batch_size == 0 || sequence_length == 0 {
-            return Err(Error::Dataset("batch size and sequence length must be at least 1".into()));
-        }
         // An offset may take away up to `sequence_length - 1` tokens; each window needs one token beyond its inputs.
         let needed = batch_size
             .checked_add(1)
@@ -164,7 +79,7 @@ impl Batches {
             )));
         }
         let epoch = Epoch::new(&tokens, sequence_length, seed, 0);
-        Ok(Self { tokens, cut, seed, position: Position::default(), epoch })
+        Ok(Self { tokens, cut, seed, epoch })
     }
 
     /// Batches in one epoch. The random offset changes it by at most one from epoch to epoch; this is the least.
@@ -172,35 +87,21 @@ impl Batches {
         (self.tokens.len() / self.cut.sequence_length - 1) / self.cut.batch_size
     }
 
-    /// The position of the next batch.
-    pub fn position(&self) -> Position {
-        self.position
+    /// Goes on with the windows of another epoch.
+    pub fn begin(&mut self, epoch: u64) {
+        self.epoch = Epoch::new(&self.tokens, self.cut.sequence_length, self.seed, epoch);
     }
 
-    /// Continues at a position that [`Batches::position`] returned.
-    pub fn seek(&mut self, position: Position) {
-        if position.epoch != self.position.epoch {
-            let sequence_length = self.cut.sequence_length;
-            self.epoch = Epoch::new(&self.tokens, sequence_length, self.seed, position.epoch);
-        }
-        self.position = position;
-    }
-
-    /// Takes the next batch.
-    pub fn draw(&mut self) -> Batch {
-        let Cut { batch_size, sequence_length, attend } = self.cut;
-        if self.epoch.batch(self.position.index, batch_size).is_none() {
-            self.seek(Position { epoch: self.position.epoch + 1, index: 0 });
-        }
+    /// A batch of this epoch; `None` past its end.
+    pub fn batch(&self, index: usize) -> Option<Batch> {
+        let Cut { batch_size, sequence_length, attend, .. } = self.cut;
         let mut batch = Batch::with_capacity(batch_size, sequence_length);
-        // `Batches::new` made sure that every epoch has a first batch.
-        for &window in self.epoch.batch(self.position.index, batch_size).unwrap_or_default() {
+        for &window in self.epoch.batch(index, batch_size)? {
             let start = self.epoch.offset + window as usize * sequence_length;
             let range = start..start + sequence_length + 1;
             batch.push(&self.epoch.stream.window(&self.tokens, range), attend);
         }
-        self.position.index += 1;
-        batch
+        Some(batch)
     }
 }
 
@@ -211,7 +112,7 @@ impl Epoch {
         let stream = Stream::shuffled(tokens, &mut rng);
         let offset = rng.random_range(0..sequence_length);
         let windows = (tokens.len() - offset).saturating_sub(1) / sequence_length;
-        // `Batches::new` made sure that they can be counted.
+        // `Windows::new` made sure that they can be counted.
         let mut windows: Vec<u32> = (0..windows as u32).collect();
         windows.shuffle(&mut rng);
         Self { stream, offset, windows }
@@ -226,8 +127,8 @@ impl Epoch {
 
 /// Windows that predict every token but the first (of all, or of each document where they do not see each other) exactly
 /// once, in order; the last one is padded with ignored labels.
-pub fn validation_windows(tokens: &Tokens, cut: Cut) -> impl Iterator<Item = Batch> {
-    let Cut { batch_size, sequence_length, attend } = cut;
+pub(super) fn in_order(tokens: &Tokens, cut: Cut) -> impl Iterator<Item = Batch> {
+    let Cut { batch_size, sequence_length, attend, .. } = cut;
     let stream = Stream::in_order(tokens);
     let last = tokens.len() - 1;
     let windows = last.div_ceil(sequence_length);
@@ -245,6 +146,7 @@ pub fn validation_windows(tokens: &Tokens, cut: Cut) -> impl Iterator<Item = Bat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::{Batches, Position};
 
     /// 40 documents of 1 to 40 tokens, all tokens different.
     fn tokens() -> Tokens {
@@ -259,7 +161,7 @@ mod tests {
     }
 
     fn cut(batch_size: usize, sequence_length: usize) -> Cut {
-        Cut { batch_size, sequence_length, attend: Attend::Window }
+        Cut { batch_size, sequence_length, attend: Attend::Window, packing: true }
     }
 
     #[test]
@@ -327,7 +229,7 @@ mod tests {
     #[test]
     fn validation_predicts_every_token_once() {
         let tokens = tokens();
-        let batches: Vec<Batch> = validation_windows(&tokens, cut(5, 32)).collect();
+        let batches: Vec<Batch> = in_order(&tokens, cut(5, 32)).collect();
         let labels: Vec<i64> = batches.iter().flat_map(|batch| &batch.labels).copied().collect();
         let counted: Vec<i64> = labels.iter().copied().filter(|&label| label != IGNORED).collect();
         assert_eq!(counted, (1..820).collect::<Vec<i64>>());
@@ -337,8 +239,9 @@ mod tests {
     #[test]
     fn documents_that_do_not_see_each_other_start_anew() {
         let tokens = Tokens::new((10..20).collect(), vec![3, 4, 10], 10).unwrap();
-        let cut = Cut { batch_size: 2, sequence_length: 5, attend: Attend::Document };
-        let batches: Vec<Batch> = validation_windows(&tokens, cut).collect();
+        let cut =
+            Cut { batch_size: 2, sequence_length: 5, attend: Attend::Document, packing: true };
+        let batches: Vec<Batch> = in_order(&tokens, cut).collect();
         assert_eq!(batches.len(), 1);
         assert_eq!(batches[0].inputs, [10, 11, 12, 13, 14, 15, 16, 17, 18, 0]);
         let ignored = IGNORED;
