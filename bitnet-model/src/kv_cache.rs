@@ -1,11 +1,18 @@
 //! The key/value cache: keys and values of all positions seen, so that each token is computed once.
 //!
 //! Preallocated for a while and doubled when it fills up, never beyond the model's maximum. Rows of a
-//! batch share their slots; a row that is padded on the left starts later.
+//! batch share their slots; a row that is padded on the left starts later. What a row holds was computed with its adapter,
+//! so a row keeps the one it was given.
+
+use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use crate::{config::Config, ops::KvType};
+use crate::{
+    adapter::{Adaptation, RowAdapters},
+    config::Config,
+    ops::KvType,
+};
 
 /// Slots allocated at first.
 const INITIAL_CAPACITY: usize = 256;
@@ -17,6 +24,8 @@ pub struct KvCache {
     layers: Vec<Layer>,
     /// First slot of each row that is not padding.
     starts: Vec<usize>,
+    /// Of each row; empty if no row has one.
+    adapters: Vec<Option<Arc<Adaptation>>>,
     len: usize,
     max_len: usize,
     kv_heads: usize,
@@ -36,6 +45,7 @@ pub struct LayerCache<'a> {
     layer: &'a mut Layer,
     kv_type: KvType,
     starts: &'a [usize],
+    adapters: RowAdapters<'a>,
     len: usize,
     max_len: usize,
 }
@@ -49,12 +59,46 @@ impl KvCache {
             kv_type,
             layers: (0..config.num_hidden_layers).map(|_| Layer::default()).collect(),
             starts,
+            adapters: Vec::new(),
             len: 0,
             max_len: config.max_position_embeddings,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
             device: device.clone(),
         }
+    }
+
+    /// Runs row `row` with these adapters, beside those that the model itself may have; `None` takes them away. The others
+    /// keep theirs, and their bits.
+    ///
+    /// # Errors
+    /// A cache that holds tokens, which were computed otherwise; a row that is not there; adapters for another depth, or
+    /// that replace whole tensors, which the rows share.
+    pub fn adapt(&mut self, row: usize, adapters: Option<Arc<Adaptation>>) -> Result<()> {
+        let batch = self.starts.len();
+        if row >= batch {
+            bail!("there is no row {row} in a batch of {batch}");
+        }
+        if self.len > 0 {
+            bail!(
+                "row {row} holds tokens that were computed with its adapter: empty the cache first"
+            );
+        }
+        if let Some(adapters) = &adapters {
+            let (found, layers) = (adapters.blocks().len(), self.layers.len());
+            if found != layers {
+                bail!("an adapter for {found} layers does not fit a model of {layers}");
+            }
+            if let [first, ..] = adapters.replaced() {
+                bail!(
+                    "an adapter that replaces `{first}` cannot be beside one row, as the rows share it: put it beside \
+                     the whole model"
+                );
+            }
+        }
+        self.adapters.resize(batch, None);
+        self.adapters[row] = adapters;
+        Ok(())
     }
 
     /// Bytes of one token of one sequence.
@@ -151,6 +195,7 @@ impl KvCache {
             layer: &mut self.layers[index],
             kv_type: self.kv_type,
             starts: &self.starts,
+            adapters: RowAdapters::new(&self.adapters, index),
             len: self.len,
             max_len: self.max_len,
         }
@@ -162,7 +207,12 @@ impl KvCache {
     }
 }
 
-impl LayerCache<'_> {
+impl<'a> LayerCache<'a> {
+    /// The adapters of the rows.
+    pub(crate) fn adapters(&self) -> RowAdapters<'a> {
+        self.adapters
+    }
+
     /// The first slot that each of `seq` new tokens of every row sees, (batch, seq) row-major; empty if no row is padded.
     pub(crate) fn query_starts(&self, seq: usize) -> Vec<usize> {
         if self.starts.iter().all(|&start| start == 0) {

@@ -1,15 +1,18 @@
 //! The model: `embed_tokens → blocks → norm → lm_head`. One type for inference, training and
 //! adapters; what differs is the [`LinearFactory`] it is loaded with.
 
+use std::sync::Arc;
+
 use candle_core::{Device, IndexOp, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use crate::{
+    adapter::Adaptation,
     config::Config,
     kv_cache::KvCache,
     nn::{
-        Angles, Block, Context, LinearFactory, LmHead, Logits, Need, RmsNorm, RotaryEmbedding,
-        Vocabulary,
+        Angles, Block, Context, DenseEmbedding, DenseLinear, LinearFactory, LmHead, Logits, Need,
+        RmsNorm, RotaryEmbedding, Vocabulary,
     },
     ops::KvType,
 };
@@ -57,6 +60,35 @@ impl Model {
                 .weight_bytes()
                 .zip(bytes_before)
                 .map(|(after, before)| after - before),
+        })
+    }
+
+    /// This model with adapters beside it, or with those of `adaptation` beside its own. It shares all weights and takes
+    /// no memory but theirs.
+    ///
+    /// # Errors
+    /// An adaptation for a model of another depth.
+    pub fn adapted(&self, adaptation: &Adaptation) -> Result<Self> {
+        let (blocks, layers) = (adaptation.blocks(), self.blocks.len());
+        if blocks.len() != layers {
+            bail!("an adapter for {} layers does not fit a model of {layers}", blocks.len());
+        }
+        let mut vocabulary = self.vocabulary.clone();
+        if let Some(rows) = &adaptation.embed_tokens {
+            vocabulary.embed_tokens = Arc::new(DenseEmbedding::new(rows.clone()));
+        }
+        if let Some(rows) = &adaptation.lm_head {
+            vocabulary.lm_head = Arc::new(DenseLinear::new(rows.clone(), None));
+        }
+        let blocks = self.blocks.iter().zip(blocks);
+        Ok(Self {
+            config: self.config.clone(),
+            vocabulary,
+            blocks: blocks.map(|(block, adaptation)| block.adapted(adaptation)).collect(),
+            norm: self.norm.replaced(adaptation.norm.as_ref()),
+            rope: self.rope.clone(),
+            device: self.device.clone(),
+            projection_bytes: self.projection_bytes.map(|bytes| bytes + adaptation.pair_bytes()),
         })
     }
 

@@ -1,12 +1,16 @@
 //! LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! An adapter stays beside the ternary base: added to its weights and ternarized again it would be destroyed. [`Adapter`] is
-//! what the files hold, [`LowRank`] what computes one pair of it.
+//! what the files hold; [`LowRank`] computes one pair of it; [`Adaptation`] is one adapter or several, ready to be put beside
+//! a model or beside single sequences of a batch.
 
+mod adaptation;
 mod check;
 mod config;
 mod files;
 mod json;
+mod low_rank;
+mod rows;
 mod targets;
 #[cfg(test)]
 mod tests;
@@ -18,12 +22,16 @@ use std::{
 
 use candle_core::Tensor;
 
+pub(crate) use self::low_rank::add_pairs;
 pub use self::{
+    adaptation::{Adaptation, BlockAdaptation},
     config::{AdapterConfig, PROJECTIONS, PairSpec},
     files::{CONFIG, WEIGHTS},
+    low_rank::LowRank,
+    rows::RowAdapters,
     targets::{Modules, Pattern},
 };
-use crate::{Error, Result, nn::LowRank};
+use crate::{Error, Result};
 
 /// The two matrices of one projection, f32.
 #[derive(Clone, Debug)]

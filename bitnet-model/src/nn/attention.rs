@@ -5,8 +5,20 @@ use std::sync::Arc;
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use super::{Angles, LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
-use crate::{kv_cache::LayerCache, ops};
+use super::{
+    Angles, LinearFactory, LinearSpec, Projection, Projections, RmsNorm,
+    lora_linear::{beside_all, beside_one},
+};
+use crate::{
+    adapter::{BlockAdaptation, RowAdapters},
+    kv_cache::LayerCache,
+    ops,
+};
+
+/// The projections of the input, in the order of their product.
+const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
+/// The projection of the result.
+const O: &str = "o_proj";
 
 /// `o_proj(norm(softmax(q·kᵀ/√d)·v))`; the sub-norm exists in BitNet models only.
 #[derive(Clone)]
@@ -26,6 +38,16 @@ pub enum Context<'a> {
     /// One another: token `i` of the flattened (batch, seq) sees the positions of its row from `starts[i]` to its own,
     /// all of them from 0 if there are no starts.
     Own(&'a [usize]),
+}
+
+impl<'a> Context<'a> {
+    /// The adapters of the rows of the batch.
+    pub(super) fn adapters(&self) -> RowAdapters<'a> {
+        match self {
+            Self::Cache(cache) => cache.adapters(),
+            Self::Own(_) => RowAdapters::NONE,
+        }
+    }
 }
 
 /// The sizes of an [`Attention`].
@@ -54,27 +76,38 @@ impl Attention {
         let AttentionSpec { hidden_size, heads, kv_heads, head_dim, bias } = spec;
         let linear =
             |name, in_features, out_features| LinearSpec { name, in_features, out_features, bias };
+        let [q, k, v] = QKV;
         let qkv = [
-            linear("q_proj", hidden_size, heads * head_dim),
-            linear("k_proj", hidden_size, kv_heads * head_dim),
-            linear("v_proj", hidden_size, kv_heads * head_dim),
+            linear(q, hidden_size, heads * head_dim),
+            linear(k, hidden_size, kv_heads * head_dim),
+            linear(v, hidden_size, kv_heads * head_dim),
         ];
         Ok(Self {
             qkv_proj: linears.linears(&qkv, &vb)?,
-            o_proj: linears
-                .linear(linear("o_proj", heads * head_dim, hidden_size), vb.pp("o_proj"))?,
+            o_proj: linears.linear(linear(O, heads * head_dim, hidden_size), vb.pp(O))?,
             sub_norm,
             spec,
         })
+    }
+
+    /// The same layer with adapters beside its projections, which are shared.
+    pub(super) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
+        let sub_norm = self.sub_norm.as_ref();
+        Self {
+            qkv_proj: beside_all(&self.qkv_proj, adaptation.pairs_of(QKV)),
+            o_proj: beside_one(&self.o_proj, adaptation.pairs(O)),
+            sub_norm: sub_norm.map(|norm| norm.replaced(adaptation.attn_sub_norm.as_ref())),
+            spec: self.spec,
+        }
     }
 
     /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
     pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let (batch, seq, _) = x.dims3()?;
-        let [q, k, v] = &self.qkv_proj.forward(x)?[..] else {
-            bail!("qkv_proj: there are three projections")
-        };
+        let adapters = context.adapters();
+        let qkv = adapters.add_all(QKV, x, self.qkv_proj.forward(x)?)?;
+        let [q, k, v] = &qkv[..] else { bail!("qkv_proj: there are three projections") };
         let q = angles.rotate(q, heads)?; // (batch, seq, heads, head_dim)
         let k = angles.rotate(k, kv_heads)?; // (batch, seq, kv_heads, head_dim)
         let mut y = match context {
@@ -90,6 +123,6 @@ impl Attention {
         if let Some(norm) = &self.sub_norm {
             y = norm.forward(&y)?;
         }
-        self.o_proj.forward(&y)
+        adapters.add(O, &y, self.o_proj.forward(&y)?)
     }
 }

@@ -7,7 +7,7 @@ use super::{
     Angles, Attention, Context, FeedForward, LinearFactory, RmsNorm, attention::AttentionSpec,
     feed_forward::FeedForwardSpec,
 };
-use crate::config::Config;
+use crate::{adapter::BlockAdaptation, config::Config};
 
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Clone)]
@@ -52,12 +52,25 @@ impl Block {
         })
     }
 
+    /// This block with adapters beside it; the weights are shared.
+    pub(crate) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
+        Self {
+            input_layernorm: self.input_layernorm.replaced(adaptation.input_layernorm.as_ref()),
+            self_attn: self.self_attn.adapted(adaptation),
+            post_attention_layernorm: self
+                .post_attention_layernorm
+                .replaced(adaptation.post_attention_layernorm.as_ref()),
+            mlp: self.mlp.adapted(adaptation),
+        }
+    }
+
     /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
     pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
+        let adapters = context.adapters();
         let h = self.input_layernorm.forward(x)?;
         let x = (x + self.self_attn.forward(&h, angles, context)?)?;
         let h = self.post_attention_layernorm.forward(&x)?;
-        &x + self.mlp.forward(&h)?
+        &x + self.mlp.forward_rows(&h, adapters)?
     }
 
     /// The feed-forward layer by itself, for parity checks.

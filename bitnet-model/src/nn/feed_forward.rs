@@ -5,8 +5,20 @@ use std::sync::Arc;
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use super::{LinearFactory, LinearSpec, Projection, Projections, RmsNorm};
-use crate::{config::Activation, ops};
+use super::{
+    LinearFactory, LinearSpec, Projection, Projections, RmsNorm,
+    lora_linear::{beside_all, beside_one},
+};
+use crate::{
+    adapter::{BlockAdaptation, RowAdapters},
+    config::Activation,
+    ops,
+};
+
+/// The projections of the input, in the order of their product.
+const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
+/// The projection of what is between.
+const DOWN: &str = "down_proj";
 
 /// `down(norm(act(gate(x)) · up(x)))`; the sub-norm exists in BitNet models only.
 #[derive(Clone)]
@@ -42,30 +54,42 @@ impl FeedForward {
         let FeedForwardSpec { hidden_size, intermediate_size, act, bias } = spec;
         let linear =
             |name, in_features, out_features| LinearSpec { name, in_features, out_features, bias };
-        let gate_up = [
-            linear("gate_proj", hidden_size, intermediate_size),
-            linear("up_proj", hidden_size, intermediate_size),
-        ];
-        let down = linear("down_proj", intermediate_size, hidden_size);
+        let gate_up = GATE_UP.map(|name| linear(name, hidden_size, intermediate_size));
+        let down = linear(DOWN, intermediate_size, hidden_size);
         Ok(Self {
             gate_up_proj: linears.linears(&gate_up, &vb)?,
-            down_proj: linears.linear(down, vb.pp("down_proj"))?,
+            down_proj: linears.linear(down, vb.pp(DOWN))?,
             sub_norm,
             act,
         })
+    }
+
+    /// The same layer with adapters beside its projections, which are shared.
+    pub(super) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
+        let sub_norm = self.sub_norm.as_ref();
+        Self {
+            gate_up_proj: beside_all(&self.gate_up_proj, adaptation.pairs_of(GATE_UP)),
+            down_proj: beside_one(&self.down_proj, adaptation.pairs(DOWN)),
+            sub_norm: sub_norm.map(|norm| norm.replaced(adaptation.ffn_sub_norm.as_ref())),
+            act: self.act,
+        }
+    }
+
+    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size), with the adapters of the batch's rows.
+    pub fn forward_rows(&self, x: &Tensor, adapters: RowAdapters<'_>) -> Result<Tensor> {
+        let gate_up = adapters.add_all(GATE_UP, x, self.gate_up_proj.forward(x)?)?;
+        let [gate, up] = &gate_up[..] else { bail!("gate_up_proj: there are two projections") };
+        let mut hidden = ops::gated(gate, up, self.act)?; // (…, intermediate_size)
+        if let Some(norm) = &self.sub_norm {
+            hidden = norm.forward(&hidden)?;
+        }
+        adapters.add(DOWN, &hidden, self.down_proj.forward(&hidden)?)
     }
 }
 
 impl Module for FeedForward {
     /// `x` (…, hidden_size) → (…, hidden_size).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [gate, up] = &self.gate_up_proj.forward(x)?[..] else {
-            bail!("gate_up_proj: there are two projections")
-        };
-        let mut hidden = ops::gated(gate, up, self.act)?; // (…, intermediate_size)
-        if let Some(norm) = &self.sub_norm {
-            hidden = norm.forward(&hidden)?;
-        }
-        self.down_proj.forward(&hidden)
+        self.forward_rows(x, RowAdapters::NONE)
     }
 }

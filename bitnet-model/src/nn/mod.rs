@@ -23,8 +23,10 @@ pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projectio
 pub use lm_head::{
     Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead, Rescored,
 };
-pub use lora_linear::{LoraLinear, LoraProjections, LowRank};
+pub use lora_linear::{LoraLinear, LoraProjections};
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};
 pub use screened_head::ScreenedHead;
 pub use vocabulary::Vocabulary;
+
+pub use crate::adapter::LowRank;

@@ -23,6 +23,11 @@ impl RmsNorm {
         let weight = vb.get_with_hints_dtype(size, "weight", Init::Const(1.), DType::F32)?;
         Ok(Self::new(weight, eps))
     }
+
+    /// The same norm with another weight, if there is one.
+    pub(crate) fn replaced(&self, weight: Option<&Tensor>) -> Self {
+        Self { weight: weight.unwrap_or(&self.weight).clone(), eps: self.eps }
+    }
 }
 
 impl Module for RmsNorm {
