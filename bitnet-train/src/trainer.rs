@@ -25,6 +25,7 @@ use crate::{
     metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
+    sft::Report,
     task::{Gradients, Part, Task},
 };
 
@@ -42,6 +43,8 @@ const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 
 pub enum Event<'a> {
     /// Before the first update: text was read.
     Data(Progress),
+    /// Before the first update: records became examples.
+    Records(&'a Report),
     /// An update was made.
     Update {
         /// What is written to the metrics.
@@ -149,7 +152,7 @@ impl Trainer {
         mut communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
         let size = communicator.size();
-        let Dataset { vocabulary, train, validation } = dataset;
+        let Dataset { vocabulary, train, validation, .. } = dataset;
         if parameters.is_empty() {
             return Err(Error::Input("the model has no trainable parameter".into()));
         }

@@ -7,10 +7,12 @@ mod chat_template;
 mod detokenizer;
 mod python;
 mod sandbox;
+mod spans;
 mod stop;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, Message};
 pub use detokenizer::TokenStream;
+pub use spans::Span;
 pub use stop::{StopOutcome, StopStrings};
 pub use tokenizer::Tokenizer;

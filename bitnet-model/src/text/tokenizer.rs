@@ -125,6 +125,25 @@ impl Tokenizer {
         Ok(encoding.map_err(|e| Error::Tokenizer(e.to_string()))?.get_ids().to_vec())
     }
 
+    /// The ids of a prompt: those of `text` with what the post-processor adds. A begin-of-text token that `text`, as some
+    /// chat templates have it, begins with already is not doubled.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, true)?;
+        if let (Some(bos), Some(id)) = (self.bos_token(), self.bos_token_id())
+            && text.starts_with(bos)
+            && ids.starts_with(&[id, id])
+        {
+            ids.remove(0);
+        }
+        Ok(ids)
+    }
+
+    /// Whether `id` is a special token, which is no text.
+    pub fn is_special(&self, id: u32) -> bool {
+        let token = self.core.id_to_token(id);
+        token.is_some_and(|token| self.core.get_added_vocabulary().is_special_token(&token))
+    }
+
     /// The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary
     /// nothing.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {

@@ -13,7 +13,7 @@ use crate::Result;
 
 /// Sources and the files they name.
 #[derive(Clone, Debug)]
-pub(super) struct Corpus {
+pub(crate) struct Corpus {
     sources: Vec<(Source, Vec<InputFile>)>,
     fingerprint: u64,
 }
@@ -47,13 +47,21 @@ impl Corpus {
         self.fingerprint
     }
 
+    /// The sources with their files, in order.
+    pub fn sources(&self) -> &[(Source, Vec<InputFile>)] {
+        &self.sources
+    }
+
     /// Bytes of all files on the disk.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().flat_map(|(_, files)| files).map(|file| file.size).sum()
     }
 
     /// Hands all documents to `sink`, in order, until it breaks off. A source without a document is an error.
-    pub fn read(&self, sink: &mut dyn FnMut(Document) -> Result<ControlFlow<()>>) -> Result<()> {
+    pub(super) fn read(
+        &self,
+        sink: &mut dyn FnMut(Document) -> Result<ControlFlow<()>>,
+    ) -> Result<()> {
         let (done, mut index) = (Cell::new(0), 0);
         for (source, files) in &self.sources {
             let before = index;

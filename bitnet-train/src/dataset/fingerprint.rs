@@ -37,7 +37,7 @@ impl Hasher for Fnv {
 }
 
 /// A bijection of 64 bits without visible pattern (the finalizer of SplitMix64): a number's place in a random order.
-pub(super) fn scatter(value: u64) -> u64 {
+pub(crate) fn scatter(value: u64) -> u64 {
     let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

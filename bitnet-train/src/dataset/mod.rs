@@ -20,8 +20,7 @@ use std::ops::ControlFlow;
 
 use bitnet_model::hub::Hub;
 
-pub(crate) use self::fingerprint::Fnv;
-use self::{cache::Cache, corpus::Corpus, split::Split};
+use self::{cache::Cache, split::Split};
 pub use self::{
     content::Content,
     documents::Documents,
@@ -30,7 +29,15 @@ pub use self::{
     tokens::Tokens,
     vocabulary::Vocabulary,
 };
-use crate::{Error, Result, recipe::Recipe};
+pub(crate) use self::{
+    corpus::Corpus,
+    fingerprint::{Fnv, scatter},
+    reader::{
+        read_records,
+        record::{RecordSink, Refusal, keys, kind},
+    },
+};
+use crate::{Error, Result, recipe::Recipe, sft};
 
 /// What a recipe trains and evaluates on.
 #[derive(Clone, Debug)]
@@ -41,6 +48,8 @@ pub struct Dataset {
     pub train: Content,
     /// Held out.
     pub validation: Content,
+    /// What became of the records, if `data.format` makes examples of them.
+    pub report: Option<sft::Report>,
 }
 
 /// How far the reading of a corpus has come.
@@ -83,6 +92,25 @@ impl Dataset {
         observe: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Self> {
         let data = &recipe.data;
+        let dataset = match data.format {
+            Some(_) => sft::open(recipe, hub, observe)?,
+            None => Self::stream(recipe, hub, observe)?,
+        };
+        let (size, vocab_size) = (dataset.vocabulary.size(), recipe.model.vocab_size);
+        if size > vocab_size {
+            let reason = format!("{vocab_size} is less than the {size} tokens of `data.tokenizer`");
+            return Err(Error::recipe("model.vocab_size", reason));
+        }
+        Ok(dataset)
+    }
+
+    /// A stream of text, encoded into the cache.
+    fn stream(
+        recipe: &Recipe,
+        hub: &Hub,
+        observe: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        let data = &recipe.data;
         let split = data.validation_split.map(|share| Split { share, seed: recipe.train.seed });
         let train = Corpus::open(&data.train, hub)?;
         let mut cache = Cache::open(&data.cache_dir(&recipe.output.dir), observe)?;
@@ -91,13 +119,6 @@ impl Dataset {
             Some(path) => Vocabulary::from_file(path)?,
             None => cache.vocabulary(&train, vocab_size, split)?,
         };
-        if vocabulary.size() > vocab_size {
-            let reason = format!(
-                "{vocab_size} is less than the {} tokens of `data.tokenizer`",
-                vocabulary.size()
-            );
-            return Err(Error::recipe("model.vocab_size", reason));
-        }
         let train = cache.tokens(&train, &vocabulary, None, Stage::Train)?;
         let (train, validation) = match split {
             Some(split) => train.split(split, data.validation_bytes)?,
@@ -110,7 +131,7 @@ impl Dataset {
         if data.cache.is_none() {
             cache.clear_unused()?;
         }
-        Ok(Self { vocabulary, train: train.into(), validation: validation.into() })
+        Ok(Self { vocabulary, train: train.into(), validation: validation.into(), report: None })
     }
 }
 

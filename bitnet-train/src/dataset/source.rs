@@ -51,7 +51,7 @@ fn default_field() -> String {
 
 /// How the documents lie in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(crate) enum Format {
     Text(Documents),
     JsonLines,
     Json,
@@ -60,7 +60,7 @@ pub(super) enum Format {
 
 /// A file to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct InputFile {
+pub(crate) struct InputFile {
     pub path: PathBuf,
     pub format: Format,
     pub is_gzip: bool,
@@ -185,7 +185,7 @@ impl Source {
         Ok(InputFile { path, format, is_gzip, size })
     }
 
-    pub(super) fn refuse(&self, reason: impl Into<String>) -> Error {
+    pub(crate) fn refuse(&self, reason: impl Into<String>) -> Error {
         Error::Corpus { path: self.path.clone(), reason: reason.into() }
     }
 }

@@ -126,7 +126,7 @@ fn a_split_is_disjoint_and_seeded() {
         validation_split = 0.2
     "#;
     let mut recipe = recipe(dir.path(), split);
-    let Dataset { vocabulary, train, validation } = Dataset::open(&recipe).unwrap();
+    let Dataset { vocabulary, train, validation, .. } = Dataset::open(&recipe).unwrap();
     let (trained, held_out) = (texts(&train, &vocabulary), texts(&validation, &vocabulary));
     let mut all = [trained.clone(), held_out.clone()].concat();
     all.sort_by_key(|story| stories.iter().position(|other| other == story));

@@ -86,6 +86,9 @@ pub fn run_as(
     let dataset = rank_zero_first(&mut *communicator, || {
         Dataset::open_with(recipe, &Hub::from_env(), &mut observe_data)
     })?;
+    if let Some(report) = &dataset.report {
+        observe(Event::Records(report));
+    }
     let vocabulary = dataset.vocabulary.clone();
     let network = Network::new(recipe, &vocabulary)?;
     let named = network.parameters.named();

@@ -9,6 +9,7 @@ use crate::{
     Error, Result,
     batch::Attend,
     dataset::{Source, vocabulary},
+    sft::{Format, LossOn, Template},
 };
 
 /// `[data]`: text and records.
@@ -34,6 +35,21 @@ use crate::{
 /// [[data.train]]                 # files of a dataset repository, downloaded into the Hub's cache
 /// path = "hf://datasets/roneneldan/TinyStories@main/data/train-*.parquet"
 /// ```
+///
+/// With `format` the records are instructions and conversations, from which a model learns to answer:
+///
+/// ```toml
+/// [data]
+/// sequence_length = 512          # tokens of the longest example; what is longer is cut at its end
+/// format = "auto"                # or "messages", "conversations", "instruction", "prompt-completion", "input-output", "text"
+/// loss_on = "assistant"          # the default: replies, outputs and completions; or "all"
+/// chat_template = "chat.jinja"   # instead of the tokenizer's own; "none" for plain prompts
+/// packing = true                 # the default: several examples share a row and do not see each other
+/// max_samples = 1000             # only the first records are trained on
+/// skip_bad = true                # malformed records are left out and counted; else they are errors
+/// validation_split = 0.1
+/// train = [{ path = "mine.jsonl" }]
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
@@ -57,6 +73,25 @@ pub struct Data {
     /// Folder of encoded text, which runs may share; nothing in it is deleted. Unless given, `tokens` in the output
     /// folder, which holds what the run uses and no more.
     pub cache: Option<PathBuf>,
+    /// The form of the records, which become examples; without it all is one stream of text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Of examples: what the loss is taken of, `assistant` unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_on: Option<LossOn>,
+    /// Of examples: a Jinja file to write conversations with, or `none`; the tokenizer's own template unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<Template>,
+    /// Of examples: whether several share a row, `true` unless given; else each has its own, padded to the longest of the
+    /// batch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packing: Option<bool>,
+    /// Of examples: how many records of the training files are read, from the first on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_samples: Option<usize>,
+    /// Of examples: whether malformed records are left out and counted, `false` unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_bad: Option<bool>,
 }
 
 impl Data {
@@ -71,6 +106,9 @@ impl Data {
             source.start_at(dir);
         }
         for path in self.tokenizer.iter_mut().chain(&mut self.cache) {
+            *path = dir.join(&*path);
+        }
+        if let Some(Template::File(path)) = &mut self.chat_template {
             *path = dir.join(&*path);
         }
     }
@@ -109,11 +147,52 @@ impl Data {
         if self.validation_bytes == Some(0) {
             return Err(Error::recipe("data.validation_bytes", "must be at least 1"));
         }
+        self.validate_examples()?;
         if self.tokenizer.is_none() && model.vocab_size < vocabulary::MIN_SIZE {
             let reason =
                 format!("{} is less than {}, the least", model.vocab_size, vocabulary::MIN_SIZE);
             return Err(Error::recipe("model.vocab_size", reason));
         }
         Ok(())
+    }
+    /// The keys of examples, and those that examples have no use for.
+    fn validate_examples(&self) -> Result<()> {
+        let Some(format) = self.format else {
+            let given = [
+                ("data.loss_on", self.loss_on.is_some()),
+                ("data.chat_template", self.chat_template.is_some()),
+                ("data.packing", self.packing.is_some()),
+                ("data.max_samples", self.max_samples.is_some()),
+                ("data.skip_bad", self.skip_bad.is_some()),
+            ];
+            return match given.into_iter().find(|(_, is_given)| *is_given) {
+                Some((key, _)) => {
+                    let reason = "is about records of instructions; give `data.format`, such as \"auto\", or leave it out";
+                    Err(Error::recipe(key, reason))
+                }
+                None => Ok(()),
+            };
+        };
+        if self.tokenizer.is_none() {
+            let reason = "instructions are for a model that has a tokenizer; name it, or go on from a model with `[init]`";
+            return Err(Error::recipe("data.tokenizer", reason));
+        }
+        if self.validation_bytes.is_some() {
+            let reason =
+                "is about a stream of text, and `data.format` makes examples; leave one out";
+            return Err(Error::recipe("data.validation_bytes", reason));
+        }
+        if self.cache.is_some() {
+            let reason = "examples are encoded anew every time; leave it out, or `data.format`";
+            return Err(Error::recipe("data.cache", reason));
+        }
+        if (format, self.loss_on) == (Format::Text, Some(LossOn::Assistant)) {
+            let reason = "the format `text` has no assistant: all of a text is trained";
+            return Err(Error::recipe("data.loss_on", reason));
+        }
+        match self.max_samples {
+            Some(count) => at_least_one("data.max_samples", count),
+            None => Ok(()),
+        }
     }
 }

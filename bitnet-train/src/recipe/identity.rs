@@ -35,6 +35,11 @@ impl Recipe {
                         "validation_bytes",
                         "tokenizer",
                         "cache",
+                        "format",
+                        "loss_on",
+                        "chat_template",
+                        "max_samples",
+                        "skip_bad",
                     ]
                     .as_slice(),
                 ),

@@ -353,7 +353,7 @@ impl Recipe {
             batch_size: self.train.batch_size,
             sequence_length: self.data.sequence_length,
             attend: self.data.attend,
-            packing: true,
+            packing: self.data.packing.unwrap_or(true),
         }
     }
 

@@ -101,15 +101,7 @@ impl Conversation {
             bail!("the tokenizer has no chat template")
         };
         let text = template.render(messages, true)?;
-        let mut prompt = self.tokenizer.encode(&text, true)?;
-        // A template that writes the begin-of-text token, before a tokenizer that adds one.
-        if let (Some(bos), Some(id)) = (self.tokenizer.bos_token(), self.tokenizer.bos_token_id())
-            && text.starts_with(bos)
-            && prompt.starts_with(&[id, id])
-        {
-            prompt.remove(0);
-        }
-        Ok(prompt)
+        Ok(self.tokenizer.encode_prompt(&text)?)
     }
 
     fn all_messages(&self) -> Vec<Message> {

@@ -56,6 +56,7 @@ impl Display {
         }
         match event {
             Event::Data(progress) => self.data(progress),
+            Event::Records(report) => self.line(&report.to_string()),
             Event::Update { record, steps, eta } => self.update(record, steps, eta),
             Event::Evaluation { record, is_best } => {
                 self.line(&evaluation(record, is_best));
@@ -119,9 +120,11 @@ impl Display {
 }
 
 fn evaluation(record: &EvaluationRecord, is_best: bool) -> String {
-    let EvaluationRecord { step, nats_per_token, nats_per_byte, .. } = record;
+    let EvaluationRecord { step, nats_per_token, nats_per_byte, token_accuracy, .. } = record;
+    let accuracy = token_accuracy
+        .map_or_else(String::new, |share| format!(", {:.1} % of tokens", 100. * share));
     let best = if is_best { ", the best so far" } else { "" };
     format!(
-        "evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{best}"
+        "evaluation after {step}: {nats_per_byte:.4} nats/byte, {nats_per_token:.4} nats/token{accuracy}{best}"
     )
 }

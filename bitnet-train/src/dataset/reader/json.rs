@@ -10,15 +10,14 @@ use std::{
 use serde::de::{DeserializeSeed, Deserializer as _, Error as _, SeqAccess, Visitor};
 use serde_json::{Deserializer, Value};
 
-use super::Sink;
+use super::record::{RecordSink, Refusal};
 use crate::{Error, Result};
 
 /// One object, or one string, a line; blank lines are skipped.
 pub(super) fn read_lines(
     mut reader: impl BufRead,
     path: &Path,
-    field: &str,
-    sink: &mut Sink,
+    sink: &mut dyn RecordSink,
 ) -> Result<ControlFlow<()>> {
     let mut line = Vec::new();
     for number in 1.. {
@@ -29,12 +28,22 @@ pub(super) fn read_lines(
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let text = serde_json::from_slice(&line)
-            .map_err(|error| format!(", column {}: {}", error.column(), cause(&error)))
-            .and_then(|record| text(record, field).map_err(|reason| format!(": {reason}")))
-            .map_err(|reason| refuse(path, format!("line {number}{reason}")))?;
-        if sink(text)?.is_break() {
-            return Ok(ControlFlow::Break(()));
+        let mut place = format!("line {number}");
+        let taken = match serde_json::from_slice(line.trim_ascii_end()) {
+            Ok(record) => sink.take(record),
+            Err(error) => {
+                place += &format!(", column {}", error.column());
+                Err(Refusal::Malformed(cause(&error)))
+            }
+        };
+        match taken {
+            Ok(ControlFlow::Continue(())) => (),
+            Ok(ControlFlow::Break(())) => return Ok(ControlFlow::Break(())),
+            Err(Refusal::Failed(error)) => return Err(error),
+            Err(Refusal::Malformed(reason)) if sink.skips(path, &place, &reason) => (),
+            Err(Refusal::Malformed(reason)) => {
+                return Err(refuse(path, format!("{place}: {reason}")));
+            }
         }
     }
     Ok(ControlFlow::Continue(()))
@@ -44,10 +53,9 @@ pub(super) fn read_lines(
 pub(super) fn read(
     mut reader: impl BufRead,
     path: &Path,
-    field: &str,
-    sink: &mut Sink,
+    sink: &mut dyn RecordSink,
 ) -> Result<ControlFlow<()>> {
-    let mut records = Records { field, sink, stop: None };
+    let mut records = Records { path, sink, count: 0, stop: None };
     let first = first_byte(&mut reader).map_err(Error::io(path))?;
     let mut deserializer = Deserializer::from_reader(reader);
     let read = match first {
@@ -86,10 +94,12 @@ fn first_byte(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     }
 }
 
-/// Hands on the text of each element of an array, without holding the array.
-struct Records<'a, 'b> {
-    field: &'a str,
-    sink: &'a mut Sink<'b>,
+/// Hands on each element of an array, without holding the array.
+struct Records<'a> {
+    path: &'a Path,
+    sink: &'a mut dyn RecordSink,
+    /// Records read.
+    count: usize,
     stop: Option<Stop>,
 }
 
@@ -99,19 +109,26 @@ enum Stop {
     Error(Error),
 }
 
-impl Records<'_, '_> {
+impl Records<'_> {
     fn take(&mut self, record: Value) -> serde_json::Result<()> {
-        let text = text(record, self.field).map_err(serde_json::Error::custom)?;
-        self.stop = match (self.sink)(text) {
+        self.count += 1;
+        self.stop = match self.sink.take(record) {
             Ok(ControlFlow::Continue(())) => return Ok(()),
             Ok(ControlFlow::Break(())) => Some(Stop::Break),
-            Err(error) => Some(Stop::Error(error)),
+            Err(Refusal::Failed(error)) => Some(Stop::Error(error)),
+            Err(Refusal::Malformed(reason)) => {
+                return match self.sink.skips(self.path, &format!("record {}", self.count), &reason)
+                {
+                    true => Ok(()),
+                    false => Err(serde_json::Error::custom(reason)),
+                };
+            }
         };
         Err(serde_json::Error::custom("stopped"))
     }
 }
 
-impl<'de> Visitor<'de> for &mut Records<'_, '_> {
+impl<'de> Visitor<'de> for &mut Records<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -124,49 +141,12 @@ impl<'de> Visitor<'de> for &mut Records<'_, '_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for &mut Records<'_, '_> {
+impl<'de> DeserializeSeed<'de> for &mut Records<'_> {
     type Value = ();
 
     fn deserialize<D: serde::Deserializer<'de>>(self, element: D) -> Result<(), D::Error> {
         let record = serde::Deserialize::deserialize(element)?;
         self.take(record).map_err(|error| D::Error::custom(cause(&error)))
-    }
-}
-
-/// The text of a record; null is no text.
-fn text(record: Value, field: &str) -> Result<String, String> {
-    let value = match record {
-        Value::Object(mut object) => match object.remove(field) {
-            Some(value) => value,
-            None => {
-                let keys: Vec<String> =
-                    object.keys().take(8).map(|key| format!("`{}`", key.escape_debug())).collect();
-                return Err(format!(
-                    "the record has no `{field}`, only {}; name the key of its text in `field`",
-                    if keys.is_empty() { "nothing".into() } else { keys.join(", ") }
-                ));
-            }
-        },
-        value @ Value::String(_) => value,
-        other => {
-            return Err(format!("a record must be an object or a string, not {}", kind(&other)));
-        }
-    };
-    match value {
-        Value::String(text) => Ok(text),
-        Value::Null => Ok(String::new()),
-        other => Err(format!("`{field}` must be a string, not {}", kind(&other))),
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod json;
 mod parquet;
+pub(crate) mod record;
+mod rows;
 mod text;
 
 use std::{
@@ -13,6 +15,7 @@ use std::{
 
 use flate2::read::MultiGzDecoder;
 
+use self::record::{RecordSink, Refusal, Texts};
 use super::source::{Format, InputFile, Source};
 use crate::{Error, Result};
 
@@ -31,9 +34,34 @@ pub(super) fn read(
 ) -> Result<ControlFlow<()>> {
     match &file.format {
         Format::Text(documents) => text::read(open(file, done)?, &file.path, documents, sink),
-        Format::JsonLines => json::read_lines(open(file, done)?, &file.path, &source.field, sink),
-        Format::Json => json::read(open(file, done)?, &file.path, &source.field, sink),
+        Format::JsonLines | Format::Json => {
+            read_records(file, done, &mut Texts { field: &source.field, sink })
+        }
         Format::Parquet => parquet::read(&file.path, &source.field, done, sink),
+    }
+}
+
+/// Hands the records of `file` to `sink`, in order; a document of a text is a string. `done` grows by the bytes read from
+/// the disk.
+pub(crate) fn read_records(
+    file: &InputFile,
+    done: &Cell<u64>,
+    sink: &mut dyn RecordSink,
+) -> Result<ControlFlow<()>> {
+    match &file.format {
+        Format::JsonLines => json::read_lines(open(file, done)?, &file.path, sink),
+        Format::Json => json::read(open(file, done)?, &file.path, sink),
+        Format::Parquet => rows::read(&file.path, done, sink),
+        Format::Text(documents) => {
+            let mut take = |text: String| match sink.take(text.into()) {
+                Ok(flow) => Ok(flow),
+                Err(Refusal::Failed(error)) => Err(error),
+                Err(Refusal::Malformed(reason)) => {
+                    Err(Error::Corpus { path: file.path.clone(), reason })
+                }
+            };
+            text::read(open(file, done)?, &file.path, documents, &mut take)
+        }
     }
 }
 
