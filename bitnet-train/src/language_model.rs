@@ -6,6 +6,8 @@
 //! not kept: only the inputs of the blocks are, and each block is computed again when backward comes to it
 //! (arXiv:1604.06174). Either way gives the same bits.
 
+use std::sync::Arc;
+
 use bitnet_model::{model::Model, nn::Context, quant::WeightQuantizer};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
@@ -16,17 +18,19 @@ use crate::{
     lora::Step,
     loss::{IGNORED, predictions},
     objective::{Objective, Output, Term},
+    samples::{Prompts, Sample},
     task::{Gradients, Part, Prediction, Task},
 };
 
 /// A model that is trained.
 pub struct LanguageModel {
     model: Model,
-    frozen: Model,
+    frozen: Arc<Model>,
     objective: Box<dyn Objective>,
     recompute: bool,
     quantizer: Option<WeightQuantizer>,
     noise: Option<EmbeddingNoise>,
+    prompts: Option<Prompts>,
 }
 
 /// NEFTune (arXiv:2310.05914): what is added to the embedded tokens of a training step, uniform within
@@ -57,7 +61,9 @@ const PROJECTIONS: [&str; 7] =
 impl LanguageModel {
     /// `model` is loaded from the variables that are trained, `frozen` shares their memory and records nothing.
     pub fn new(model: Model, frozen: Model, objective: Box<dyn Objective>) -> Self {
-        Self { model, frozen, objective, recompute: false, quantizer: None, noise: None }
+        let frozen = Arc::new(frozen);
+        let (quantizer, noise, prompts) = (None, None, None);
+        Self { model, frozen, objective, recompute: false, quantizer, noise, prompts }
     }
 
     /// Whether blocks are computed again in the backward pass, which takes a third more time and saves most of the
@@ -74,6 +80,11 @@ impl LanguageModel {
     /// With noise on the embedded tokens of training steps.
     pub fn noise(self, noise: Option<EmbeddingNoise>) -> Self {
         Self { noise, ..self }
+    }
+
+    /// With prompts that the model is asked at evaluations.
+    pub fn prompts(self, prompts: Option<Prompts>) -> Self {
+        Self { prompts, ..self }
     }
 }
 
@@ -158,6 +169,10 @@ impl Task for LanguageModel {
             all.extend(predictions(&logits, &labels)?);
         }
         Ok(all)
+    }
+
+    fn samples(&self) -> Result<Vec<Sample>> {
+        self.prompts.as_ref().map_or(Ok(Vec::new()), |prompts| prompts.answers(&self.frozen))
     }
 }
 

@@ -29,6 +29,7 @@ pub mod parameters;
 pub mod qat;
 pub mod qat_matmul;
 pub mod recipe;
+pub mod samples;
 pub mod sft;
 pub mod task;
 pub mod tensorboard;

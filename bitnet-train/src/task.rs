@@ -6,6 +6,7 @@ use crate::{
     Error, Result,
     batch::Batch,
     distributed::{Communicator, Exchange},
+    samples::Sample,
 };
 
 /// A network with its objective, as the trainer sees it.
@@ -31,6 +32,11 @@ pub trait Task {
 
     /// What the model makes of every label of `batch`, row by row; ignored ones are left out.
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>>;
+
+    /// What the model answers to the prompts it was given, if it was given any.
+    fn samples(&self) -> Result<Vec<Sample>> {
+        Ok(Vec::new())
+    }
 }
 
 /// A term of the loss as it is logged.

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bitnet_model::checkpoint::write_atomic;
@@ -19,15 +19,18 @@ use crate::{
     batch::{Batch, Batches, Cut, evaluation},
     checkpoint::{self, Best, Checkpoints, TrainerState},
     codes::Census,
-    dataset::{Content, Dataset, Progress},
+    dataset::{Content, Dataset},
     detector::{Collapse, Finding, effective_number},
     distributed::{Communicator, Exchange, Single, hash_parameters, hash_text},
-    metrics::{self, Diversity, EvaluationRecord, Metrics, Record, TrainRecord},
+    metrics::{self, Diversity, EvaluationRecord, Metrics, Record, SamplesRecord, TrainRecord},
     optimizer::{AdamW, Schedule, Update, clip_factor, global_norm},
     recipe::{Recipe, difference},
-    sft::Report,
     task::{Gradients, Part, Task},
 };
+
+mod event;
+
+pub use event::{Event, Outcome};
 
 /// The recipe of a run, complete, in its output folder.
 pub const RECIPE: &str = "recipe.toml";
@@ -37,44 +40,6 @@ const CROSS_ENTROPY: &str = "cross_entropy";
 
 const DIVERGED: &str = "lower `optimizer.peak_lr` or lengthen `optimizer.warmup_steps`; to go on nevertheless, set `train.stop_on_divergence=false` and resume";
 const COLLAPSED: &str = "lower `optimizer.peak_lr` (below 100 M parameters 5e-4 to 1e-3 is sound), or give a slow run more updates in `train.limits.collapse_after`; to go on nevertheless, set `train.stop_on_collapse=false` and resume";
-
-/// What happens during a run, for a progress bar.
-#[derive(Clone, Debug)]
-pub enum Event<'a> {
-    /// Before the first update: text was read.
-    Data(Progress),
-    /// Before the first update: records became examples.
-    Records(&'a Report),
-    /// An update was made.
-    Update {
-        /// What is written to the metrics.
-        record: &'a TrainRecord,
-        /// Updates of the whole run.
-        steps: usize,
-        /// Time left at the speed of this process so far, evaluations and checkpoints included.
-        eta: Duration,
-    },
-    /// An evaluation was made.
-    Evaluation {
-        /// What is written to the metrics.
-        record: &'a EvaluationRecord,
-        /// Whether it is the best so far, and its weights were written.
-        is_best: bool,
-    },
-    /// A checkpoint was written.
-    Saved(&'a PathBuf),
-}
-
-/// Why a run ended. Its last state is a checkpoint in every case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All updates were made.
-    Finished,
-    /// Held-out loss did not improve for `train.early_stop_patience` evaluations.
-    EarlyStopped,
-    /// The caller asked to stop; the run can be resumed.
-    Interrupted,
-}
 
 /// Updates between two checks that the ranks of a job hold the same weights; they are checked before every checkpoint
 /// too.
@@ -269,6 +234,7 @@ impl Trainer {
                 observe(Event::Evaluation { record: &record, is_best });
                 let finding = self.watch_predictions(task, &record);
                 self.log(&Record::Evaluation(record))?;
+                self.sample(task, observe)?;
                 self.stop_for(finding, self.recipe.train.stop_on_collapse, COLLAPSED)?;
             }
             let interrupted = self.communicator.any(interrupted.load(Ordering::Relaxed))?;
@@ -346,6 +312,19 @@ impl Trainer {
         let Some(Finding { reason, since }) = finding.filter(|_| stops) else { return Ok(()) };
         let last_good = self.checkpoints.newest_below(since)?;
         Err(Error::WentWrong { step: self.state.step, reason, advice, last_good })
+    }
+
+    /// Rank 0 asks: all hold the same.
+    fn sample(&mut self, task: &dyn Task, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        if self.metrics.is_none() {
+            return Ok(());
+        }
+        let (step, samples) = (self.state.step, task.samples()?);
+        if samples.is_empty() {
+            return Ok(());
+        }
+        observe(Event::Samples(&samples));
+        self.log(&Record::Samples(SamplesRecord { step, samples }))
     }
 
     /// Rank 0 counts: all hold the same.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Result,
     batch::Batch,
+    samples::Sample,
     task::{Gradients, Part, Prediction, Task},
 };
 
@@ -131,6 +132,14 @@ impl<T: Task> Task for Warmup<T> {
         let predictions = self.task.evaluate(batch);
         self.lambda.set(lambda);
         predictions
+    }
+
+    fn samples(&self) -> Result<Vec<Sample>> {
+        let lambda = self.lambda.get();
+        self.lambda.set(1.);
+        let samples = self.task.samples();
+        self.lambda.set(lambda);
+        samples
     }
 }
 

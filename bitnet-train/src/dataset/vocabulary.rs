@@ -7,6 +7,7 @@
 
 use std::{fs, hash::Hasher, path::Path};
 
+use bitnet_model::pretrained::{DEFAULT, default_files};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::{
@@ -93,12 +94,28 @@ impl Vocabulary {
     /// `tokenizer_config.json` beside it, without one by [`BOS`] and [`EOS`]; a tokenizer with an `eos_token` alone has it at
     /// both ends.
     pub fn from_file(path: &Path) -> Result<Self> {
+        if path.as_os_str() == DEFAULT {
+            return Self::embedded();
+        }
         let json = fs::read_to_string(path).map_err(Error::io(path))?;
         let ends = ends(&path.with_file_name("tokenizer_config.json"))?;
         json.parse()
             .map_err(tokenizer_error)
             .and_then(|tokenizer| Self::new(tokenizer, ends))
             .map_err(|error| Error::Corpus { path: path.to_owned(), reason: error.to_string() })
+    }
+
+    /// That of the model inside the library.
+    fn embedded() -> Result<Self> {
+        let file = |name: &str| {
+            let files = default_files();
+            let file = files.into_iter().find(|(file, _)| *file == name);
+            file.map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned())
+                .ok_or_else(|| Error::Tokenizer(format!("the embedded model has no {name}")))
+        };
+        let config = serde_json::from_str(&file("tokenizer_config.json")?)
+            .map_err(|error| Error::Tokenizer(error.to_string()))?;
+        Self::new(file("tokenizer.json")?.parse().map_err(tokenizer_error)?, ends_of(&config))
     }
 
     fn new(mut tokenizer: tokenizers::Tokenizer, ends: [String; 2]) -> Result<Self> {
@@ -187,23 +204,26 @@ impl Vocabulary {
 
 /// The tokens that begin and end a text, from a `tokenizer_config.json` that may be absent.
 fn ends(path: &Path) -> Result<[String; 2]> {
-    let llama3 = [BOS, EOS].map(str::to_owned);
     if !path.is_file() {
-        return Ok(llama3);
+        return Ok([BOS, EOS].map(str::to_owned));
     }
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let config: Value = serde_json::from_str(&text)
         .map_err(|error| Error::Corpus { path: path.into(), reason: error.to_string() })?;
+    Ok(ends_of(&config))
+}
+
+fn ends_of(config: &Value) -> [String; 2] {
     // A string, or an object that says how the token is matched.
     let name = |key: &str| {
         let token = config.get(key)?;
         Some(token.as_str().or_else(|| token.get("content")?.as_str())?.to_owned())
     };
     let eos = name("eos_token");
-    Ok(match (name("bos_token").or_else(|| eos.clone()), eos) {
+    match (name("bos_token").or_else(|| eos.clone()), eos) {
         (Some(bos), Some(eos)) => [bos, eos],
-        _ => llama3,
-    })
+        _ => [BOS, EOS].map(str::to_owned),
+    }
 }
 
 fn tokenizer_error(error: tokenizers::Error) -> Error {

@@ -20,6 +20,7 @@ use crate::{
     batch::Batch,
     metrics::Record,
     objective::CROSS_ENTROPY,
+    samples::Sample,
     task::{Gradients, Part, Prediction, Task},
 };
 
@@ -142,6 +143,10 @@ impl<T: Task> Task for Balanced<T> {
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         self.task.evaluate(batch)
+    }
+
+    fn samples(&self) -> Result<Vec<Sample>> {
+        self.task.samples()
     }
 }
 

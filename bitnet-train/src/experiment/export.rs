@@ -13,7 +13,15 @@ use bitnet_model::{
     quant::WeightKind,
 };
 
-use crate::{Error, Result, dataset::Vocabulary, recipe::Recipe};
+use crate::{
+    Error, Result,
+    dataset::Vocabulary,
+    lora,
+    recipe::{Lora, Recipe},
+};
+
+/// The folder of the adapter in the output folder.
+const ADAPTER: &str = "adapter";
 
 /// Writes `latent/` and, if the weights are quantized, `packed/` into the output folder of `recipe`.
 ///
@@ -44,6 +52,14 @@ pub(super) fn export(
         describe(&packed)?;
     }
     Ok(())
+}
+
+/// Writes `adapter/` into the output folder of `recipe`, with the weights in the file `best`.
+pub(super) fn export_adapter(recipe: &Recipe, lora: &Lora, best: &Path) -> Result<()> {
+    let base = recipe.init.as_ref().map(|init| init.model.clone());
+    let config = lora.adapter_config(base)?;
+    let adapter = lora::adapter(&config, &Checkpoint::open(&[best.to_owned()])?)?;
+    Ok(adapter.save(&recipe.output.dir.join(ADAPTER))?)
 }
 
 /// Tokenizer and generation settings of a model trained from scratch.

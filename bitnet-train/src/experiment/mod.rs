@@ -3,7 +3,7 @@
 //! The output folder ends with `latent/` (the best f32 masters, in the layout of 2B-4T-bf16, or of a
 //! plain model for the full-precision twin) and, unless weights stay unquantized, `packed/` (2-bit codes); both
 //! with tokenizer and generation settings, both load in transformers and here. What goes on from a Llama keeps Llama's
-//! layout. Quantizers other than b1.58's are told in `quantization_config` by keys that only this project honours.
+//! layout. A run with `[lora]` leaves `adapter/` instead, the best one so far, in PEFT's format. Quantizers other than b1.58's are told in `quantization_config` by keys that only this project honours.
 
 use std::{
     ops::ControlFlow,
@@ -90,15 +90,28 @@ pub fn run_as(
         observe(Event::Records(report));
     }
     let vocabulary = dataset.vocabulary.clone();
-    let network = Network::new(recipe, &vocabulary)?;
+    let network = Network::new(recipe, &vocabulary, communicator.rank())?;
     let named = network.parameters.named();
     let mut trainer = Trainer::open(recipe, dataset, named, resume, communicator)?;
     if trainer.state().step > 0 {
         // What the weights of the loss follow from; the trainer has dropped later lines.
         network.balance.replay(&metrics::read(&recipe.output.dir.join("metrics.jsonl"))?);
     }
-    let outcome = trainer.run(&*network.task, observe, interrupted)?;
-    if is_first && outcome != Outcome::Interrupted && trainer.state().best.is_some() {
+    // An adapter is small: the best one so far is there to be used while the run goes on.
+    let (best, mut exported) = (trainer.best(), Ok(()));
+    let mut observe = |event: Event| {
+        let is_best = matches!(event, Event::Evaluation { is_best: true, .. });
+        observe(event);
+        if let (true, true, Some(lora)) = (is_first, is_best, &recipe.lora)
+            && exported.is_ok()
+        {
+            exported = export::export_adapter(recipe, lora, &best);
+        }
+    };
+    let outcome = trainer.run(&*network.task, &mut observe, interrupted)?;
+    exported?;
+    let is_over = is_first && outcome != Outcome::Interrupted && recipe.lora.is_none();
+    if is_over && trainer.state().best.is_some() {
         let files = network.start.as_ref().and_then(Start::files);
         export::export(recipe, &network.config, &vocabulary, files, &trainer.best())?;
     }
@@ -112,5 +125,8 @@ pub fn run_as(
 /// # Errors
 /// A checkpoint to start from that cannot be opened or trained.
 pub fn config(recipe: &Recipe, vocabulary: &Vocabulary) -> Result<Config> {
+    if recipe.lora.is_some() {
+        return Ok(network::base(recipe)?.config);
+    }
     Ok(network::config(recipe, vocabulary, network::start(recipe)?.as_ref()))
 }

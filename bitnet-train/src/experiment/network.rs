@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use bitnet_model::{
     config::{Activation, Config, Family, Quantization, WeightForm},
+    hub::Hub,
     model::Model,
     nn::{DenseLinears, LinearFactory},
+    pretrained::{self, Source},
     quant::Rounding,
 };
 
 use crate::{
-    Result,
+    Error, Result,
     dataset::Vocabulary,
     distill::{
         Distillation, Teacher,
@@ -18,11 +20,13 @@ use crate::{
         tap::{Tap, Tapped},
     },
     init::Start,
-    language_model::LanguageModel,
+    language_model::{EmbeddingNoise, LanguageModel},
+    lora::{LoraModel, LoraTask},
     objective::{NextToken, Objective},
     parameters::Parameters,
     qat::QatLinears,
-    recipe::{Precision, Recipe},
+    recipe::{Lora, Precision, Recipe},
+    samples::Prompts,
     task::Task,
     warmup::{Lambda, Warmup},
 };
@@ -38,7 +42,11 @@ pub(super) struct Network {
 
 impl Network {
     /// Builds all that `recipe` says: quantizers, first weights, λ and, if there is a teacher, distillation.
-    pub fn new(recipe: &Recipe, vocabulary: &Vocabulary) -> Result<Self> {
+    /// With `[lora]` an adapter beside that checkpoint. `rank` is that of this process in a job.
+    pub fn new(recipe: &Recipe, vocabulary: &Vocabulary, rank: usize) -> Result<Self> {
+        if let Some(lora) = &recipe.lora {
+            return Self::adapter(recipe, lora, rank);
+        }
         let start = start(recipe)?;
         let config = config(recipe, vocabulary, start.as_ref());
         let lambda = Lambda::default();
@@ -81,20 +89,50 @@ impl Network {
         };
         let task = LanguageModel::new(model, frozen, objective)
             .recompute(recipe.train.recompute_blocks)
-            .quantizer(quantizer);
+            .quantizer(quantizer)
+            .prompts(Prompts::open(recipe, &config)?);
         let task = Balanced::new(task, balance.clone());
         let task = Box::new(Warmup::new(task, recipe.quantization.lambda(), lambda));
         Ok(Self { config, start, parameters, balance, task })
     }
+
+    /// An adapter beside the model of `[init]`.
+    fn adapter(recipe: &Recipe, lora: &Lora, rank: usize) -> Result<Self> {
+        let source = base(recipe)?;
+        let settings = lora.adapter_config(Some(source.name.clone()))?;
+        let (seed, precision) = (recipe.train.seed, recipe.train.backward.into());
+        let LoraModel { trained, frozen, parameters, step } =
+            LoraModel::load(&source, &settings, lora.mode, seed, precision)?;
+        let config = source.config.clone();
+        let noise = lora.neftune_alpha.map(|alpha| EmbeddingNoise { alpha, step: step.clone() });
+        let task = LanguageModel::new(trained, frozen, Box::new(NextToken { precision }))
+            .recompute(recipe.train.recompute_blocks)
+            .noise(noise)
+            .prompts(Prompts::open(recipe, &config)?);
+        let task = Box::new(LoraTask::new(task, step, rank));
+        let balance = Balance::new(Balancing::Manual);
+        Ok(Self { config, start: None, parameters, balance, task })
+    }
 }
 
-/// The checkpoint that `recipe` starts from, if it names one.
+/// The checkpoint that `recipe` starts from, if it names one whose weights are trained.
 pub(super) fn start(recipe: &Recipe) -> Result<Option<Start>> {
+    if recipe.lora.is_some() {
+        return Ok(None);
+    }
     let scheme = match recipe.model.precision {
         Precision::Bitnet => Some(recipe.quantization.scheme()),
         Precision::Full => None,
     };
     recipe.init.as_ref().map(|init| Start::open(init, scheme)).transpose()
+}
+
+/// The model that an adapter of `recipe` stands beside.
+pub(super) fn base(recipe: &Recipe) -> Result<Source> {
+    let Some(init) = &recipe.init else {
+        return Err(Error::recipe("init.model", "an adapter needs a model to stand beside"));
+    };
+    Ok(Source::open(&init.model, pretrained::Precision::AsFound, &Hub::from_env())?)
 }
 
 /// The configuration of the model that `recipe` describes; special tokens that `start` does not name are those of

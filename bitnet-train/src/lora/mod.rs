@@ -14,6 +14,7 @@ mod task;
 mod whole;
 
 pub use linears::{Base, LoraLinears, LoraView};
+pub(crate) use network::adapter;
 pub use network::{LoraModel, Mode};
 pub use noise::{Step, Stream};
 pub use product::{Pass, TernaryBase, TrainedPair, low_rank};

@@ -6,6 +6,7 @@ use super::noise::Step;
 use crate::{
     Result,
     batch::Batch,
+    samples::Sample,
     task::{Gradients, Part, Prediction, Task},
 };
 
@@ -53,5 +54,9 @@ impl<T: Task> Task for LoraTask<T> {
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         self.task.evaluate(batch)
+    }
+
+    fn samples(&self) -> Result<Vec<Sample>> {
+        self.task.samples()
     }
 }

@@ -16,7 +16,8 @@ mod record;
 
 pub use memory::memory;
 pub use record::{
-    CodesRecord, Diversity, EvaluationRecord, LayerCodes, Memory, Record, TrainRecord,
+    CodesRecord, Diversity, EvaluationRecord, LayerCodes, Memory, Record, SamplesRecord,
+    TrainRecord,
 };
 
 /// The name of a run's metrics file.

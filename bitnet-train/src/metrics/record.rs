@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::samples::Sample;
+
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -14,6 +16,8 @@ pub enum Record {
     Evaluation(EvaluationRecord),
     /// A census of the ternary codes.
     Codes(CodesRecord),
+    /// Answers to prompts.
+    Samples(SamplesRecord),
 }
 
 /// What one update did.
@@ -96,6 +100,15 @@ impl Diversity {
     }
 }
 
+/// What the model answered to the prompts of the recipe.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SamplesRecord {
+    /// Updates made before it.
+    pub step: usize,
+    /// In the order of the recipe.
+    pub samples: Vec<Sample>,
+}
+
 /// How the codes of the ternary matrices are distributed, and how many have changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CodesRecord {
@@ -150,6 +163,7 @@ impl Record {
             Self::Train(record) => record.step,
             Self::Evaluation(record) => record.step,
             Self::Codes(record) => record.step,
+            Self::Samples(record) => record.step,
         }
     }
 
@@ -158,7 +172,7 @@ impl Record {
         match &mut self {
             Self::Train(record) => (record.tokens_per_second, record.memory) = (0., None),
             Self::Evaluation(record) => record.seconds = 0.,
-            Self::Codes(_) => (),
+            Self::Codes(_) | Self::Samples(_) => (),
         }
         self
     }
@@ -170,6 +184,7 @@ impl Record {
             Self::Train(record) => record.scalars(),
             Self::Evaluation(record) => record.scalars(),
             Self::Codes(record) => record.scalars(),
+            Self::Samples(_) => Vec::new(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use bitnet_model::pretrained::DEFAULT;
 use serde::{Deserialize, Serialize};
 
 use super::{Model, validate::at_least_one};
@@ -68,7 +69,7 @@ pub struct Data {
     /// Whether a token attends to its `window` (the default) or to its `document` alone.
     #[serde(default)]
     pub attend: Attend,
-    /// A `tokenizer.json` to use instead of training a vocabulary.
+    /// A `tokenizer.json` to use instead of training a vocabulary; `default` is that of the model inside this library.
     pub tokenizer: Option<PathBuf>,
     /// Folder of encoded text, which runs may share; nothing in it is deleted. Unless given, `tokens` in the output
     /// folder, which holds what the run uses and no more.
@@ -106,7 +107,9 @@ impl Data {
             source.start_at(dir);
         }
         for path in self.tokenizer.iter_mut().chain(&mut self.cache) {
-            *path = dir.join(&*path);
+            if path.as_os_str() != DEFAULT {
+                *path = dir.join(&*path);
+            }
         }
         if let Some(Template::File(path)) = &mut self.chat_template {
             *path = dir.join(&*path);

@@ -19,6 +19,7 @@ impl Recipe {
         })?;
         if let Some(recipe) = value.as_object_mut() {
             recipe.remove("output");
+            recipe.remove("samples");
             for (table, key) in [("init", "model"), ("distillation", "teacher")] {
                 if let Some(model) = recipe.get_mut(table).and_then(|table| table.get_mut(key)) {
                     let name = model.as_str().and_then(|path| Path::new(path).file_name());

@@ -3,7 +3,12 @@
 
 use std::path::Path;
 
-use bitnet_model::{config::Config, hub::Hub};
+use bitnet_model::{
+    config::Config,
+    hub::Hub,
+    pretrained::{DEFAULT, Precision, Source},
+    synthetic,
+};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -12,7 +17,8 @@ use toml::{Table, Value};
 #[serde(deny_unknown_fields)]
 pub struct Init {
     /// A model of Llama's architecture in full precision, or latent masters of a BitNet: a folder (relative to the
-    /// recipe), a `.safetensors` file or a Hub repo id.
+    /// recipe), a `.safetensors` file or a Hub repo id. With `[lora]` packed models too, and `default`, the model inside this
+    /// library.
     pub model: String,
     /// Insert the norms of BitNet before `o_proj` and `down_proj`, with gain 1. They bound what is quantized, and they
     /// change the function: the first losses are higher.
@@ -38,28 +44,39 @@ pub(super) fn complete(table: &mut Table, dir: &Path) -> Result<(), String> {
     let Some(Value::String(model)) = init.get_mut("model") else { return Ok(()) };
     *model = locate(dir, model);
     let wrong = |error: bitnet_model::Error| format!("`init.model`: {error}");
-    let files = Hub::from_env().resolve(model).map_err(wrong)?;
-    let config = Config::from_file(&files.config).map_err(wrong)?;
+    let (config, place, tokenizer) = match model.as_str() {
+        name if name == DEFAULT || name.starts_with(synthetic::PREFIX) => {
+            let source = Source::open(name, Precision::AsFound, &Hub::from_env()).map_err(wrong)?;
+            (source.config, name.to_owned(), (name == DEFAULT).then(|| DEFAULT.to_owned()))
+        }
+        _ => {
+            let files = Hub::from_env().resolve(model).map_err(wrong)?;
+            let tokenizer = files
+                .tokenizer
+                .map(|path| std::path::absolute(&path).unwrap_or(path).display().to_string());
+            let config = Config::from_file(&files.config).map_err(wrong)?;
+            (config, files.config.display().to_string(), tokenizer)
+        }
+    };
     let geometry = table.entry("model").or_insert_with(|| Value::Table(Table::new()));
     let Value::Table(geometry) = geometry else { return Ok(()) };
     for (key, value) in geometry_of(&config) {
         let given = geometry.entry(key).or_insert_with(|| value.clone());
         if *given != value {
-            return Err(format!(
-                "`model.{key}` is {given}, but {value} in {}",
-                files.config.display()
-            ));
+            return Err(format!("`model.{key}` is {given}, but {value} in {place}"));
         }
     }
     let Some(Value::Table(data)) = table.get_mut("data") else { return Ok(()) };
-    if let Some(tokenizer) = files.tokenizer {
-        let tokenizer = std::path::absolute(&tokenizer).unwrap_or(tokenizer);
-        let is_its_own =
-            |given: &Value| given.as_str().is_some_and(|path| dir.join(path) == tokenizer);
+    if let Some(tokenizer) = tokenizer {
+        let is_its_own = |given: &Value| {
+            given.as_str().is_some_and(|path| {
+                path == tokenizer || dir.join(path).as_path() == Path::new(&tokenizer)
+            })
+        };
         if data.get("tokenizer").is_some_and(|given| !is_its_own(given)) {
             return Err("`data.tokenizer`: the model of [init] has a tokenizer of its own; leave one of them out".into());
         }
-        data.insert("tokenizer".into(), tokenizer.display().to_string().into());
+        data.insert("tokenizer".into(), tokenizer.into());
     }
     Ok(())
 }

@@ -49,8 +49,10 @@ mod distillation;
 mod identity;
 mod init;
 mod limits;
+mod lora;
 mod quantization;
 mod read;
+mod samples;
 mod validate;
 mod write;
 
@@ -59,7 +61,9 @@ pub use distillation::Distillation;
 pub(crate) use identity::difference;
 pub use init::Init;
 pub use limits::Limits;
+pub use lora::Lora;
 pub use quantization::{Activations, Quantization, Rotated, Weights};
+pub use samples::Samples;
 
 /// A training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,6 +74,9 @@ pub struct Recipe {
     /// `[init]`: the checkpoint whose weights it starts from, which then also says the geometry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<Init>,
+    /// `[lora]`: the adapter that is trained beside that model, which then stays as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// `[quantization]`: what its projections compute with.
     #[serde(default, skip_serializing_if = "is_default")]
     pub quantization: Quantization,
@@ -82,6 +89,9 @@ pub struct Recipe {
     pub train: Train,
     /// `[optimizer]`: the update.
     pub optimizer: Optimizer,
+    /// `[samples]`: what the model is asked at every evaluation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub samples: Option<Samples>,
     /// `[output]`: where the results go.
     pub output: Output,
 }
@@ -215,6 +225,9 @@ pub struct Optimizer {
     /// Updates over which the learning rate rises to its peak.
     #[serde(default)]
     pub warmup_steps: usize,
+    /// The same as a part of all updates; either this or `warmup_steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_ratio: Option<f64>,
     /// Decoupled weight decay.
     #[serde(default = "default_weight_decay")]
     pub weight_decay: f64,
@@ -344,6 +357,8 @@ impl Recipe {
         let Optimizer { peak_lr, second_peak_lr, schedule, warmup_steps, weight_decay, .. } =
             self.optimizer;
         let second_peak_lr = second_peak_lr.unwrap_or(peak_lr * 2. / 3.);
+        let ratio = self.optimizer.warmup_ratio.unwrap_or(0.);
+        let warmup_steps = warmup_steps.max((ratio * steps as f64).ceil() as usize);
         Schedule { kind: schedule, peak_lr, second_peak_lr, warmup_steps, steps, weight_decay }
     }
 

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use toml::{Table, Value};
 
-use super::{Recipe, init};
+use super::{Recipe, init, lora};
 use crate::{Error, Result};
 
 /// Names that are more alike than this, by Jaro and Winkler, are taken for misspellings of each other.
@@ -21,16 +21,25 @@ impl Recipe {
     /// `train.steps` and `train.epochs` the one that is set replaces the other.
     pub fn from_file_with(path: &Path, settings: &[(String, String)]) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io(path))?;
+        Self::from_text_with(&text, path, settings)
+    }
+
+    /// As [`from_file_with`](Self::from_file_with), of a recipe's `text`; errors and relative paths are as if it lay at
+    /// `path`.
+    pub fn from_text_with(text: &str, path: &Path, settings: &[(String, String)]) -> Result<Self> {
         let refuse =
-            |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, &text) };
-        let mut table: Table = toml::from_str(&text).map_err(refuse)?;
+            |error| Error::RecipeSyntax { path: path.into(), reason: describe(&error, text) };
+        let mut table: Table = toml::from_str(text).map_err(refuse)?;
         let dir = path.parent().unwrap_or(Path::new(""));
-        let mut recipe: Option<Self> = match table.contains_key("init") {
-            // Settings may still name another model, or what the recipe leaves open.
+        // Settings may still name another model, or what the recipe leaves open.
+        let is_open = |section: &str| {
+            table.contains_key(section)
+                || settings.iter().any(|(key, _)| key.starts_with(&format!("{section}.")))
+        };
+        let mut recipe: Option<Self> = match is_open("init") || is_open("lora") {
             true => None,
-            false if settings.iter().any(|(key, _)| key.starts_with("init.")) => None,
             // With the lines of what is wrong.
-            false => Some(toml::from_str(&text).map_err(refuse)?),
+            false => Some(toml::from_str(text).map_err(refuse)?),
         };
         for (index, (key, value)) in settings.iter().enumerate() {
             let named = |reason| Error::Input(format!("recipe setting `{key}={value}`: {reason}"));
@@ -54,6 +63,7 @@ impl Recipe {
 fn typed(table: &Table, dir: &Path) -> Result<Recipe, String> {
     let mut table = table.clone();
     init::complete(&mut table, dir)?;
+    lora::complete(&mut table);
     table.try_into().map_err(|error: toml::de::Error| reason(&error))
 }
 

@@ -7,13 +7,42 @@ impl Recipe {
     /// Says which key has a value that cannot be used.
     pub fn validate(&self) -> Result<()> {
         self.model.validate(self.init.is_some())?;
+        self.validate_lora()?;
         self.quantization.validate(self.model.precision == Precision::Full)?;
         if let Some(distillation) = &self.distillation {
             distillation.validate(self.model.num_hidden_layers)?;
         }
         self.data.validate(&self.model)?;
         self.train.validate()?;
+        if let Some(samples) = &self.samples {
+            samples.validate()?;
+        }
         self.optimizer.validate()
+    }
+
+    /// `[lora]`, and what it leaves no room for.
+    fn validate_lora(&self) -> Result<()> {
+        let Some(lora) = &self.lora else { return Ok(()) };
+        lora.validate()?;
+        if self.init.is_none() {
+            let reason = "an adapter needs a model to stand beside; name it, or `default`";
+            return Err(Error::recipe("init.model", reason));
+        }
+        let is_full = self.model.precision == Precision::Full;
+        let taken = [
+            ("init.sub_norms", self.init.as_ref().is_some_and(|init| init.sub_norms)),
+            ("quantization", self.quantization != Default::default()),
+            ("distillation", self.distillation.is_some()),
+            ("model.precision", is_full),
+        ];
+        match taken.into_iter().find(|(_, is_given)| *is_given) {
+            Some((key, _)) => {
+                let reason = "is about weights that are trained, and [lora] trains an adapter beside a model that \
+                              stays as it is; leave one of them out";
+                Err(Error::recipe(key, reason))
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -135,6 +164,18 @@ impl Optimizer {
         positive("optimizer.eps", self.eps)?;
         for (key, beta) in [("optimizer.beta1", self.beta1), ("optimizer.beta2", self.beta2)] {
             within(key, beta, (0. ..1.).contains(&beta), "at least 0 and less than 1")?;
+        }
+        if let Some(ratio) = self.warmup_ratio {
+            within(
+                "optimizer.warmup_ratio",
+                ratio,
+                (0. ..1.).contains(&ratio),
+                "at least 0 and less than 1",
+            )?;
+            if self.warmup_steps > 0 {
+                let reason = "give either `optimizer.warmup_steps` or `optimizer.warmup_ratio`";
+                return Err(Error::recipe("optimizer.warmup_ratio", reason));
+            }
         }
         let decay = self.weight_decay;
         within("optimizer.weight_decay", decay, (0. ..=1.).contains(&decay), "between 0 and 1")

@@ -4,6 +4,7 @@ use std::{cell::Cell, ops::ControlFlow, path::Path};
 
 use bitnet_model::{
     hub::Hub,
+    pretrained::{DEFAULT, Precision, Source},
     text::{ChatTemplate, Span, Tokenizer},
 };
 use rayon::prelude::*;
@@ -77,7 +78,12 @@ pub(crate) fn open(
 }
 
 /// The tokenizer of `path` with what lies beside it: special tokens and chat template.
-fn tokenizer(path: &Path) -> Result<Tokenizer> {
+pub(crate) fn tokenizer(path: &Path) -> Result<Tokenizer> {
+    if path.as_os_str() == DEFAULT {
+        let source = Source::open(DEFAULT, Precision::AsConfigured, &Hub::from_env())?;
+        let missing = || Error::Tokenizer("the embedded model has no tokenizer".into());
+        return source.tokenizer()?.ok_or_else(missing);
+    }
     let beside = |name: &str| Some(path.with_file_name(name)).filter(|path| path.is_file());
     let files = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
     let [config, special_tokens, template] = files.map(beside);
@@ -86,7 +92,7 @@ fn tokenizer(path: &Path) -> Result<Tokenizer> {
 }
 
 /// The template that `data.chat_template` names, else that of the tokenizer.
-fn template(data: &Data, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+pub(crate) fn template(data: &Data, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
     let refuse = |reason: String| Error::recipe("data.chat_template", reason);
     match &data.chat_template {
         Some(Template::None) => Ok(None),

@@ -17,7 +17,7 @@ mod template;
 
 pub use encode::LossOn;
 pub use examples::{Example, ExampleRef, Examples};
-pub(crate) use load::open;
+pub(crate) use load::{open, template, tokenizer};
 pub use preview::{Shown, preview};
 pub use record::Format;
 pub use report::Report;

@@ -148,7 +148,7 @@ struct Keys {
     tensorboard: bool,
 }
 
-fn setting(text: &str) -> Result<(String, String), String> {
+pub(super) fn setting(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => {
             Ok((key.trim().into(), value.trim().into()))
@@ -157,8 +157,8 @@ fn setting(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A model as a value of the recipe: a path of the command line does not start at the recipe's folder.
-fn model(name: &str) -> String {
+/// A model or file as a value of the recipe: a path of the command line does not start at the recipe's folder.
+pub(super) fn model(name: &str) -> String {
     let path = Path::new(name);
     let name = match path.exists() {
         true => std::path::absolute(path).unwrap_or(path.into()).display().to_string(),

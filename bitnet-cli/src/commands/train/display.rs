@@ -8,6 +8,7 @@ use std::{
 use bitnet_train::{
     dataset::{Progress, Stage},
     metrics::{EvaluationRecord, TrainRecord},
+    samples::Sample,
     trainer::Event,
 };
 use indicatif::ProgressBar;
@@ -61,6 +62,9 @@ impl Display {
             Event::Evaluation { record, is_best } => {
                 self.line(&evaluation(record, is_best));
             }
+            Event::Samples(samples) => samples.iter().for_each(|Sample { prompt, answer }| {
+                self.line(&format!("  {prompt}\n    → {}", answer.replace('\n', "\n      ")));
+            }),
             Event::Saved(path) => tracing::info!("checkpoint {}", path.display()),
         }
     }

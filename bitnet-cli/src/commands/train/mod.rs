@@ -1,4 +1,4 @@
-//! `bitnet train qat RECIPE`: quantization-aware training with a progress bar.
+//! `bitnet train qat RECIPE` and `bitnet train lora`: training with a progress bar.
 
 use std::io::{self, Write};
 
@@ -11,44 +11,65 @@ use crate::{args::Global, interrupt};
 
 mod args;
 mod display;
+mod lora;
 mod plan;
 mod report;
 
 use args::QatArgs;
 use display::Display;
+use lora::LoraArgs;
 
 /// Kinds of training.
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Train a BitNet from scratch, or go on from a checkpoint, with quantization in every step
     Qat(Box<QatArgs>),
+    /// Train an adapter beside a model that stays as it is: fine-tuning in little memory
+    Lora(Box<LoraArgs>),
+}
+
+/// What is asked of a run beside its recipe.
+#[derive(Clone, Copy)]
+struct Mode {
+    resume: bool,
+    print_recipe: bool,
+    dry_run: bool,
+    json: bool,
 }
 
 /// Trains, and prints how it ended to stdout.
 pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
-    let Command::Qat(args) = command;
-    let recipe = args.resolve()?;
-    if args.print_recipe {
+    let (recipe, mode) = match command {
+        Command::Qat(args) => {
+            let QatArgs { resume, print_recipe, dry_run, json, .. } = *args;
+            (args.resolve()?, Mode { resume, print_recipe, dry_run, json })
+        }
+        Command::Lora(args) => {
+            let LoraArgs { resume, print_recipe, dry_run, json, .. } = *args;
+            (args.resolve()?, Mode { resume, print_recipe, dry_run, json })
+        }
+    };
+    if mode.print_recipe {
         return Ok(write!(io::stdout().lock(), "{}", recipe.to_toml()?)?);
     }
     let interrupted = interrupt::flag()?;
     let mut display = Display::new(global);
-    if args.dry_run {
-        return plan::print(&recipe, &mut display, &interrupted, args.json)
+    if mode.dry_run {
+        return plan::print(&recipe, &mut display, &interrupted, mode.json)
             .map_err(exit_if_interrupted);
     }
     let communicator = distributed::connect()?;
     let (is_first, ranks) = (communicator.rank() == 0, communicator.size());
     display.be_quiet_unless(is_first);
     let mut observe = |event: Event| display.show(event);
-    let result = experiment::run_as(communicator, &recipe, args.resume, &mut observe, &interrupted);
+    let result = experiment::run_as(communicator, &recipe, mode.resume, &mut observe, &interrupted);
     display.finish();
     let summary = result.map_err(|error| exit_if_interrupted(error.into()))?;
     if !is_first {
         // Also when interrupted: at the first failure `mpirun` would end rank 0, which has to report.
         return Ok(());
     }
-    report::print(&recipe, &summary, args.json)?;
+    report::print(&recipe, &summary, mode.json)?;
     if summary.outcome == Outcome::Interrupted {
         let _ = writeln!(io::stderr(), "interrupted; go on with: {}", resume_command(ranks));
         interrupt::exit();

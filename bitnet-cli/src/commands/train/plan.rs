@@ -42,8 +42,13 @@ pub fn print(
     let cache = recipe.data.cache_dir(&recipe.output.dir);
     recipe.data.cache = Some(if cache.is_dir() { cache } else { scratch.path().to_owned() });
     let recipe = &recipe;
-    let plan = Plan::new(recipe, display, interrupted)?;
+    let mut plan = Plan::new(recipe, display, interrupted)?;
     let trial = Trial::new(recipe, plan.steps)?;
+    plan.parameters = trial.parameters as u64;
+    if let (Some(_), Some(memory)) = (&recipe.lora, trial.memory) {
+        // Most of it is the base, as it lies in memory: what was measured says it best.
+        plan.memory = memory.peak_bytes;
+    }
     let time = plan.time(recipe, trial.seconds);
     let out = &mut io::stdout().lock();
     if json {
@@ -138,6 +143,8 @@ impl Plan {
 
 /// What a few updates took.
 struct Trial {
+    /// Values that are trained.
+    parameters: usize,
     seconds: f64,
     memory: Option<Memory>,
 }
@@ -165,11 +172,11 @@ impl Trial {
                 is_enough.store(true, Ordering::Relaxed);
             }
         };
-        experiment::run(&recipe, false, &mut observe, &is_enough)?;
+        let parameters = experiment::run(&recipe, false, &mut observe, &is_enough)?.parameters;
         // The time to the first update is that of reading the data.
         let times = if times.len() > 1 { &times[1..] } else { &times[..] };
         let seconds = times.iter().sum::<f64>() / times.len() as f64;
-        Ok(Self { seconds, memory })
+        Ok(Self { parameters, seconds, memory })
     }
 }
 

@@ -21,12 +21,14 @@ pub fn print(recipe: &Recipe, summary: &Summary, json: bool) -> anyhow::Result<(
     };
     let is_over = summary.outcome != Outcome::Interrupted;
     let [packed, latent] = ["packed", "latent"].map(|name| folder(name).filter(|_| is_over));
+    let adapter = folder("adapter").filter(|_| recipe.lora.is_some());
     let out = &mut io::stdout().lock();
     if json {
         let best = best.map(|b| json!({"step": b.step, "nats_per_byte": b.nats_per_byte}));
         let summary = json!({
             "outcome": outcome, "step": step, "best": best, "parameters": parameters,
             "output": recipe.output.dir.display().to_string(), "packed": packed, "latent": latent,
+            "adapter": adapter,
         });
         return Ok(writeln!(out, "{summary:#}")?);
     }
@@ -37,7 +39,7 @@ pub fn print(recipe: &Recipe, summary: &Summary, json: bool) -> anyhow::Result<(
     }
     writeln!(out, "{:12}{}", "parameters", count(*parameters as u64))?;
     writeln!(out, "{:12}{}", "output", recipe.output.dir.display())?;
-    for (name, folder) in [("packed", packed), ("latent", latent)] {
+    for (name, folder) in [("packed", packed), ("latent", latent), ("adapter", adapter)] {
         if let Some(folder) = folder {
             writeln!(out, "{name:12}{folder}")?;
         }
