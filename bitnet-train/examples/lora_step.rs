@@ -1,11 +1,11 @@
 //! Time and memory of a LoRA step on the geometry of microsoft/bitnet-b1.58-2B-4T, with weights made in memory:
 //!
 //! ```text
-//! cargo run --release -p bitnet-train --example lora_step -- [TOKENS [RANK [STEPS [f32|bf16]]]]
+//! cargo run --release -p bitnet-train --example lora_step -- [TOKENS [RANK [STEPS [f32|bf16 [MIB]]]]]
 //! ```
 //!
 //! One sequence of TOKENS tokens (256), rank RANK (16) on all seven projections, every block computed again in the backward
-//! pass, every label counting; clipped, and updated by AdamW.
+//! pass but for products kept in MIB MiB (448), every label counting; clipped, and updated by AdamW.
 
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ use bitnet_model::{
 use bitnet_train::{
     batch::Batch,
     language_model::LanguageModel,
-    lora::{LoraModel, LoraTask, Mode},
+    lora::{LoraModel, LoraTask, Mode, Training},
     loss::shift_labels,
     metrics,
     objective::NextToken,
@@ -41,8 +41,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let source = Source::open("synthetic:2b-4t", Form::AsConfigured, &Hub::from_env())?;
     let config = AdapterConfig { rank, alpha: 2. * rank as f64, dropout: 0., ..Default::default() };
+    let keep_bytes = number(4, 448)? << 20;
+    let training = Training { mode: Mode::Adapter, seed: 0, backward: precision, keep_bytes };
     let LoraModel { trained, frozen, parameters, step } =
-        LoraModel::load(&source, &config, Mode::Adapter, 0, precision)?;
+        LoraModel::load(&source, &config, training)?;
     report("loaded");
     let named = parameters.named();
     let task =

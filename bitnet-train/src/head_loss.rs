@@ -67,9 +67,8 @@ struct Gradients {
     weight: Vec<f32>,
 }
 
-/// Logits of a slice, about: 64 MiB, which is more rows than a product needs to be fast, and enough for a large head to be
-/// read only a few times.
-const SLICE: usize = 16 << 20;
+/// Logits of a slice, about: 128 MiB. Of a large vocabulary these are 256 rows, and the head is read twice for as many.
+const SLICE: usize = 32 << 20;
 /// Rows of a slice, at least and about at most.
 const ROWS: (usize, usize) = (64, 512);
 
@@ -95,30 +94,33 @@ impl HeadLoss {
         };
         let size = slice_rows(self.rows.len(), vocab);
         let mut nats = 0f64;
+        let mut logits = vec![0f32; size * vocab];
         for (rows, targets) in self.rows.chunks(size).zip(self.targets.chunks(size)) {
             let count = rows.len();
             let mut x = vec![0f32; count * k];
             for (x, row) in x.chunks_mut(k).zip(rows) {
                 x.copy_from_slice(&hidden[row * k..][..k]);
             }
-            let mut logits = vec![0f32; count * vocab];
+            let logits = &mut logits[..count * vocab];
             let a = Factor::depth_inner(k, &x, plain);
-            gemm((count, vocab, k), a, by_hidden, 1., self.precision, &mut logits);
+            gemm((count, vocab, k), a, by_hidden, 1., self.precision, logits);
             let mut losses = vec![0f64; count];
-            let pair = ((&mut logits[..], vocab), (&mut losses[..], 1));
+            let pair = ((&mut *logits, vocab), (&mut losses[..], 1));
             threads::for_each_chunk_pair(pair.0, pair.1, |i, row, loss| {
                 loss[0] = self.row(row, targets[i]);
             });
             nats += losses.iter().sum::<f64>();
             let mut dx = vec![0f32; count * k];
-            let a = Factor::depth_inner(vocab, &logits, plain);
+            let a = Factor::depth_inner(vocab, &*logits, plain);
             gemm((count, k, vocab), a, by_vocab, 1., self.precision, &mut dx);
             for (dx, row) in dx.chunks(k).zip(rows) {
                 gradients.hidden[row * k..][..k].copy_from_slice(dx);
             }
             if self.trains_weight {
-                let (a, b) =
-                    (Factor::index_inner(vocab, &logits, plain), Factor::index_inner(k, &x, plain));
+                let (a, b) = (
+                    Factor::index_inner(vocab, &*logits, plain),
+                    Factor::index_inner(k, &x, plain),
+                );
                 gemm_add((vocab, k, count), a, b, 1., self.precision, &mut gradients.weight);
             }
         }

@@ -14,8 +14,6 @@ pub struct PanelProduct {
     pub rows: usize,
     /// Columns of the result.
     pub cols: usize,
-    /// Elements between the beginnings of two rows of the result.
-    pub stride: usize,
     /// Values that are multiplied for each output.
     pub depth: usize,
     /// Multiplies the sums.
@@ -24,7 +22,7 @@ pub struct PanelProduct {
     pub add: bool,
 }
 
-/// `out[i · stride + j] (+)= scale · Σ_d a[d][i] · b[d][j]` for panels of `R` rows and `C` vectors of columns; panels are
+/// `out[i · cols + j] (+)= scale · Σ_d a[d][i] · b[d][j]` for panels of `R` rows and `C` vectors of columns; panels are
 /// padded.
 #[inline(always)]
 pub(super) fn multiply<S: Simd, const R: usize, const C: usize>(
@@ -65,10 +63,10 @@ pub(super) fn store<S: Simd, const R: usize, const C: usize>(
     (row, col): (usize, usize),
     out: &mut [f32],
 ) {
-    let PanelProduct { rows, cols, stride, scale, add, .. } = product;
+    let PanelProduct { rows, cols, scale, add, .. } = product;
     let scale = simd.splat(scale);
     for (r, acc) in acc.iter().enumerate().take(rows - row) {
-        let out = &mut out[(row + r) * stride..][..cols][col..];
+        let out = &mut out[(row + r) * cols..][..cols][col..];
         for c in 0..C.min((cols - col).div_ceil(LANES)) {
             let out = &mut out[c * LANES..];
             match out.first_chunk_mut::<LANES>() {
@@ -93,15 +91,6 @@ pub struct PanelWidths {
     pub rows: usize,
     /// Columns of a panel of the right factor.
     pub cols: usize,
-}
-
-impl PanelProduct {
-    /// Whether the result is inside a slice of `len` elements.
-    pub(super) fn fits(self, len: usize) -> bool {
-        let last = self.rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(self.stride));
-        let end = last.and_then(|last| last.checked_add(self.cols));
-        self.cols <= self.stride && (self.rows == 0 || end.is_some_and(|end| end <= len))
-    }
 }
 
 impl PanelWidths {

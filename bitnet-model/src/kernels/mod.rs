@@ -182,15 +182,15 @@ impl Kernel {
         self.routines.panel_widths
     }
 
-    /// `out[i · stride + j] = scale · Σ_d a[d][i] · b[d][j]`, or that added to what is there: the product of a panel's rows
+    /// `out[i · cols + j] = scale · Σ_d a[d][i] · b[d][j]`, or that added to what is there: the product of a panel's rows
     /// and a panel's columns, [so many](Self::panel_widths) at a time. All values of one depth of a panel are neighbours,
     /// depth after depth, panel after panel; the last panels are padded with anything.
     ///
     /// # Panics
-    /// If the depth is 0, the panels hold less, or the result is outside `out`.
+    /// If the depth is 0, the panels hold less, or `out` is not of `rows` by `cols`.
     pub fn multiply_panels(&self, a: &[f32], b: &[f32], product: PanelProduct, out: &mut [f32]) {
         assert!(self.panel_widths().hold((a.len(), b.len()), product), "panels of another shape");
-        assert!(product.fits(out.len()), "product outside its slice");
+        assert_eq!(out.len(), product.rows * product.cols, "product outside its slice");
         // SAFETY: `self` came from `available`, which checked the processor.
         unsafe { (self.routines.multiply_panels)(a, b, product, out) }
     }
@@ -259,7 +259,7 @@ impl Bf16Panels {
     /// As there.
     pub fn multiply(self, a: &[u32], b: &[u32], product: PanelProduct, out: &mut [f32]) {
         assert!(self.widths().hold((a.len(), b.len()), product), "panels of another shape");
-        assert!(product.fits(out.len()), "product outside its slice");
+        assert_eq!(out.len(), product.rows * product.cols, "product outside its slice");
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `new` checked the processor.
         unsafe {

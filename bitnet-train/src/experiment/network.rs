@@ -21,7 +21,7 @@ use crate::{
     },
     init::Start,
     language_model::{EmbeddingNoise, LanguageModel},
-    lora::{LoraModel, LoraTask},
+    lora::{LoraModel, LoraTask, Training},
     objective::{NextToken, Objective},
     parameters::Parameters,
     qat::QatLinears,
@@ -100,9 +100,15 @@ impl Network {
     fn adapter(recipe: &Recipe, lora: &Lora, rank: usize) -> Result<Self> {
         let source = base(recipe)?;
         let settings = lora.adapter_config(Some(source.name.clone()))?;
-        let (seed, precision) = (recipe.train.seed, recipe.train.backward.into());
+        let precision = recipe.train.backward.into();
+        let training = Training {
+            mode: lora.mode,
+            seed: recipe.train.seed,
+            backward: precision,
+            keep_bytes: lora.keep_mib.saturating_mul(1 << 20),
+        };
         let LoraModel { trained, frozen, parameters, step } =
-            LoraModel::load(&source, &settings, lora.mode, seed, precision)?;
+            LoraModel::load(&source, &settings, training)?;
         let config = source.config.clone();
         let noise = lora.neftune_alpha.map(|alpha| EmbeddingNoise { alpha, step: step.clone() });
         let task = LanguageModel::new(trained, frozen, Box::new(NextToken { precision }))

@@ -113,7 +113,8 @@ impl LoraView<'_, '_> {
     fn adapted(&self, parts: &[(LinearSpec, VarBuilder)]) -> Result<Adapted> {
         let pairs = parts.iter().map(|(spec, vb)| self.pair(*spec, vb.prefix()));
         let (base, settings) = (self.linears.load(parts)?, self.linears.settings.clone());
-        Ok(Adapted { base, pairs: pairs.collect::<Result<_>>()?, settings })
+        let pairs = pairs.collect::<Result<_>>()?;
+        Ok(Adapted { base, pairs, settings, tracked: self.tracked })
     }
 
     fn pair(&self, spec: LinearSpec, path: String) -> Result<Option<(String, TrainedPair)>> {
@@ -133,10 +134,6 @@ pub(super) fn trained_pair(
 ) -> Result<Option<TrainedPair>> {
     let Some(pair) = config.pair(path).map_err(candle_core::Error::msg)? else { return Ok(None) };
     let LinearSpec { in_features, out_features, .. } = spec;
-    let most = pair.rank.min(in_features).min(out_features);
-    if pair.rank > most {
-        bail!("{path}: rank {} is more than {most}, that of the projection itself", pair.rank);
-    }
     let vb = match tracked {
         true => parameters.var_builder(),
         false => parameters.frozen_builder(),
@@ -169,9 +166,27 @@ struct Adapted {
     base: Frozen,
     pairs: Vec<Option<(String, TrainedPair)>>,
     settings: Arc<Settings>,
+    tracked: bool,
 }
 
 impl Adapted {
+    /// The product of the pair at `path`, with that of its base: that of the forward pass, if this is when a block is computed
+    /// again and it was kept.
+    fn product(
+        &self,
+        x: &Tensor,
+        (path, pair): (&str, &TrainedPair),
+        base: Option<TernaryBase>,
+    ) -> Result<Tensor> {
+        let kept = self.settings.step.kept();
+        let known = kept.filter(|_| self.tracked).and_then(|kept| kept.take(path));
+        let product = low_rank(x, pair, base, self.pass(path), known)?;
+        if let (Some(kept), false) = (kept, self.tracked) {
+            kept.keep(path, &product);
+        }
+        Ok(product.y)
+    }
+
     /// How the pair of `path` is computed now.
     fn pass(&self, path: &str) -> Pass {
         let Settings { config, step, backward, .. } = &*self.settings;
@@ -189,7 +204,7 @@ impl Projections for Adapted {
                     Some((path, pair)) => {
                         let (weights, input) = (linear.weights().clone(), input.clone());
                         let base = TernaryBase { weights, index, product, input };
-                        low_rank(x, pair, Some(base), self.pass(path))
+                        self.product(x, (path, pair), Some(base))
                     }
                     None => ternary_matmul_part(x, linear.weights(), index, product, &input),
                 });
@@ -198,7 +213,7 @@ impl Projections for Adapted {
             Frozen::Other(base) => {
                 let each = base.forward(x)?.into_iter().zip(&self.pairs);
                 let each = each.map(|(y, pair)| match pair {
-                    Some((path, pair)) => y + low_rank(x, pair, None, self.pass(path))?,
+                    Some((path, pair)) => y + self.product(x, (path, pair), None)?,
                     None => Ok(y),
                 });
                 each.collect()

@@ -5,6 +5,7 @@
 //! chosen projections, f32, and, if asked for, whole norms, embedding or head. [`Mode::Qat`] trains the pairs inside the
 //! quantizer of a latent master instead.
 
+mod kept;
 mod linears;
 mod network;
 mod noise;
@@ -13,11 +14,12 @@ mod qat;
 mod task;
 mod whole;
 
+pub use kept::Kept;
 pub use linears::{Base, LoraLinears, LoraView};
 pub(crate) use network::adapter;
-pub use network::{LoraModel, Mode};
+pub use network::{LoraModel, Mode, Training};
 pub use noise::{Step, Stream};
-pub use product::{Pass, TernaryBase, TrainedPair, low_rank};
+pub use product::{Pass, Product, TernaryBase, TrainedPair, low_rank};
 pub use qat::{QatLoraLinears, QatLoraView};
 pub use task::LoraTask;
 pub use whole::{WholeTensors, check as check_whole_modules};

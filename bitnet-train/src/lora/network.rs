@@ -15,7 +15,9 @@ use bitnet_model::{
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{Base, LoraLinears, QatLoraLinears, WholeTensors, check_whole_modules, noise::Step};
+use super::{
+    Base, Kept, LoraLinears, QatLoraLinears, WholeTensors, check_whole_modules, noise::Step,
+};
 use crate::{Error, Result, parameters::Parameters};
 
 /// Where the pairs are added.
@@ -27,6 +29,19 @@ pub enum Mode {
     Adapter,
     /// To latent masters, before they are quantized: `q(W + s·B·A)`, which is the function of the merged model.
     Qat,
+}
+
+/// How an adapter is trained.
+#[derive(Clone, Copy, Debug)]
+pub struct Training {
+    /// Where its pairs are added.
+    pub mode: Mode,
+    /// Of its first values, and of dropout and noise.
+    pub seed: u64,
+    /// Of the products of the backward pass.
+    pub backward: Precision,
+    /// Room for products of the forward pass, for blocks that are computed again; with [`Mode::Qat`] none are kept.
+    pub keep_bytes: usize,
 }
 
 /// The model that is trained and the one that evaluates it, which share the base and the adapter's variables.
@@ -42,21 +57,15 @@ pub struct LoraModel {
 }
 
 impl LoraModel {
-    /// Loads `source`, with pairs as `config` says that start from `seed`. Gradients are multiplied in the precision
-    /// `backward`.
+    /// Loads `source`, with pairs as `config` says.
     ///
     /// # Errors
     /// Target modules or modules to save that the model does not have; a base that cannot be trained on in this mode.
-    pub fn load(
-        source: &Source,
-        config: &AdapterConfig,
-        mode: Mode,
-        seed: u64,
-        backward: Precision,
-    ) -> Result<Self> {
-        let model = &source.config;
+    pub fn load(source: &Source, config: &AdapterConfig, training: Training) -> Result<Self> {
+        let (model, Training { mode, seed, backward, keep_bytes }) = (&source.config, training);
         check_whole_modules(config, model)?;
-        let (parameters, step) = (Parameters::new(seed), Step::new(seed));
+        check_ranks(config, model)?;
+        let (parameters, step) = (Parameters::new(seed), Step::new(seed, Kept::new(keep_bytes)));
         let checkpoint = source.checkpoint.var_builder(source.embedding_dtype(), &Device::Cpu);
         let tensors = WholeTensors::new(checkpoint, config.clone(), parameters.clone());
         let load = |linears: &dyn LinearFactory, tracked| -> Result<Model> {
@@ -97,6 +106,25 @@ impl LoraModel {
         }
         Ok(Self { trained, frozen, parameters, step })
     }
+}
+
+/// A pair of a higher rank than its projection has no use for it.
+fn check_ranks(config: &AdapterConfig, model: &Config) -> Result<()> {
+    for (name, (out_features, in_features)) in model.projections() {
+        let path = name.trim_end_matches(".weight");
+        let refuse = |reason| Error::recipe("lora.rank", reason);
+        let most = out_features.min(in_features);
+        match config.pair(path).map_err(refuse)? {
+            Some(pair) if pair.rank > most => {
+                let rank = pair.rank;
+                return Err(refuse(format!(
+                    "{rank} is more than {most}, the rank of {path} itself"
+                )));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The rounding of a model with latent masters of b1.58.

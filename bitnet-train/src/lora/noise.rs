@@ -4,24 +4,36 @@
 //! in the backward pass drops what it dropped before, a resumed run goes on as it would have, and the ranks of a job see
 //! what one process would see, since a token is counted from the beginning of the whole micro-batch.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitnet_model::{
     kernels::{Loop, vectorized},
     threads,
 };
 
+use super::kept::Kept;
+
 /// The step that is being made, shared by all places that need randomness; outside of one there is none.
 #[derive(Clone, Debug)]
 pub struct Step {
     seed: u64,
     now: Arc<Mutex<Option<(u64, u64)>>>,
+    kept: Kept,
 }
 
 impl Step {
-    /// Outside of a step.
-    pub fn new(seed: u64) -> Self {
-        Self { seed, now: Arc::default() }
+    /// Outside of a step; one keeps products of the forward pass in `kept`.
+    pub fn new(seed: u64, kept: Kept) -> Self {
+        Self { seed, now: Arc::default(), kept }
+    }
+
+    /// What the forward pass of this step has kept.
+    pub fn kept(&self) -> Option<&Kept> {
+        self.lock().is_some().then_some(&self.kept)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<(u64, u64)>> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins the pass over micro-batch `micro` of update `update`, of whose tokens this process has those from
@@ -37,12 +49,13 @@ impl Step {
     }
 
     fn set(&self, now: Option<(u64, u64)>) {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        *self.lock() = now;
+        self.kept.clear();
     }
 
     /// The randomness of the place `name` in this step.
     pub fn stream(&self, name: &str) -> Option<Stream> {
-        let (key, first_token) = (*self.now.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let (key, first_token) = (*self.lock())?;
         // FNV-1a, as the streams of the initial weights.
         let name = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
@@ -150,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_place_drops_the_same_again_and_others_other_things() {
-        let step = Step::new(3);
+        let step = Step::new(3, Kept::new(0));
         assert_eq!(dropped(&step, "q", 4), None);
         step.begin(5, 1, 0);
         let x = dropped(&step, "q", 64).unwrap();
@@ -178,7 +191,7 @@ mod tests {
 
     #[test]
     fn noise_is_uniform() {
-        let step = Step::new(0);
+        let step = Step::new(0, Kept::new(0));
         step.begin(0, 0, 0);
         let mut x = vec![0f32; 64 * WIDTH];
         step.stream("noise").unwrap().add_uniform(2., WIDTH, &mut x);

@@ -9,7 +9,7 @@
 //! All of it goes through the blocked products of [`gemm`](bitnet_model::ops::gemm). Of a ternary base the gradient is
 //! decoded from its tiles, and the base has no gradient of its own. What is kept from the forward pass is `h`.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bitnet_model::{
     activations::{QuantizedActivations, SharedActivations},
@@ -58,6 +58,23 @@ pub struct TernaryBase {
     pub input: SharedActivations,
 }
 
+/// What came of a [`low_rank`].
+#[derive(Clone, Debug)]
+pub struct Product {
+    /// The result.
+    pub y: Tensor,
+    /// `h` (tokens, rank), left by the forward pass for the backward pass.
+    inner: Arc<OnceLock<Vec<f32>>>,
+}
+
+impl Product {
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        let inner = self.inner.get().map_or(0, Vec::len);
+        (self.y.elem_count() + inner) * size_of::<f32>()
+    }
+}
+
 /// `s·B(A(dropout(x)))`, on top of the product of `base` if there is one: `x` (…, in_features) f32 →
 /// (…, out_features) f32. Differentiable in `x`, `A` and `B`; matrices that are not tracked get no gradient.
 ///
@@ -68,7 +85,8 @@ pub fn low_rank(
     pair: &TrainedPair,
     base: Option<TernaryBase>,
     pass: Pass,
-) -> Result<Tensor> {
+    known: Option<Product>,
+) -> Result<Product> {
     let ((rank, k), (n, rank_b)) = (pair.lora_a.dims2()?, pair.lora_b.dims2()?);
     let base_shape = base.as_ref().map(|base| {
         let weight = &base.weights[base.index];
@@ -82,16 +100,20 @@ pub fn low_rank(
             pair.lora_b.shape()
         );
     }
-    let op = LowRankProduct { base, scale: pair.scale as f32, pass, inner: OnceLock::new() };
-    x.apply_op3(&pair.lora_a, &pair.lora_b, op)
+    let (known, inner) = known.map(|known| (known.y, known.inner)).unzip();
+    let inner = inner.unwrap_or_default();
+    let scale = pair.scale as f32;
+    let op = LowRankProduct { base, scale, pass, known: known.into(), inner: inner.clone() };
+    Ok(Product { y: x.apply_op3(&pair.lora_a, &pair.lora_b, op)?, inner })
 }
 
 struct LowRankProduct {
     base: Option<TernaryBase>,
     scale: f32,
     pass: Pass,
-    /// `h` (tokens, rank), left by the forward pass for the backward pass.
-    inner: OnceLock<Vec<f32>>,
+    /// The result, if it is known; it is asked for once.
+    known: Mutex<Option<Tensor>>,
+    inner: Arc<OnceLock<Vec<f32>>>,
 }
 
 impl LowRankProduct {
@@ -132,6 +154,10 @@ impl CustomOp3 for LowRankProduct {
         let mut shape = x_layout.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = n;
+        }
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(y) = known {
+            return Ok((CpuStorage::F32(with_slice(&y, |y| Ok(y.to_vec()))?), shape.into()));
         }
         let x = contiguous::<f32>(x, x_layout)?;
         let (a, b) = (contiguous::<f32>(a, a_layout)?, contiguous::<f32>(b, b_layout)?);

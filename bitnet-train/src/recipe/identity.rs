@@ -44,6 +44,7 @@ impl Recipe {
                     ]
                     .as_slice(),
                 ),
+                ("lora", &["keep_mib"]),
                 ("train", NOT_OF_THE_BITS),
             ] {
                 if let Some(table) = recipe.get_mut(table).and_then(Value::as_object_mut) {

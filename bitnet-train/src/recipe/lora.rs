@@ -53,6 +53,9 @@ pub struct Lora {
     /// NEFTune: noise within `±alpha/√(sequence length · hidden size)` on the embedded tokens of training steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub neftune_alpha: Option<f64>,
+    /// MiB of memory for products of the forward pass: where they are kept, blocks that are computed again need not multiply
+    /// again.
+    pub keep_mib: usize,
 }
 
 impl Default for Lora {
@@ -70,6 +73,7 @@ impl Default for Lora {
             alpha_pattern: BTreeMap::new(),
             modules_to_save: Vec::new(),
             neftune_alpha: None,
+            keep_mib: 448,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Products of large matrices on all threads, for training: `out = scale · a·b`, blocked for the caches.
 //!
-//! Blocks of columns, and of these blocks of the depth, are multiplied one after the other. Of each, the right factor is brought into panels once, and the
-//! left one by every task for some of its rows at a time. An output is one chain of fused products for each block of the depth, the
-//! blocks added in order: its bits depend on its own operands alone.
+//! The left factor is brought into panels once, by all threads. A task has some of the columns: it brings the right factor's
+//! into panels block of the depth by block, multiplies them, and keeps their sums, so that none of it leaves the caches of its
+//! thread. An output is one chain of fused products for each block of the depth, the blocks added in order: its bits depend on
+//! its own operands alone.
 
 use std::ops::Range;
 
@@ -29,13 +30,15 @@ pub enum Precision {
     Bf16,
 }
 
-/// Values of the depth that are in panels at a time: a panel of the left factor then fits the first-level cache.
+/// Values of the depth that are in panels together: a panel of the left factor then fits the first-level cache.
 const DEPTH: usize = 512;
-/// Rows whose panels are in the second-level cache together: the right panels are then used often enough.
-const ROWS: usize = 48;
-/// Columns whose panels are there at a time: the vocabulary of a large model in one piece would take as much memory as its
-/// head, and be read from there for every group of rows.
-const COLS: usize = 8192;
+/// Columns of a task, at least and at most: their panels, which the task makes for itself, fit the second-level cache, with the
+/// sums of some hundred rows.
+const COLS: (usize, usize) = (64, 256);
+/// Rows of a pass over the right factor: more would not make up for the room their sums take.
+const ROWS: usize = 4096;
+/// Values of the left factor that are in panels together, which all tasks read.
+const LEFT: usize = 4 << 20;
 /// Tasks a thread should have, for all to finish together.
 const TASKS: usize = 4;
 
@@ -84,13 +87,7 @@ pub fn gemm<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(
-        PanelProduct { rows, cols, depth, stride: cols, scale, add: false },
-        a,
-        b,
-        precision,
-        out,
-    );
+    product(PanelProduct { rows, cols, depth, scale, add: false }, a, b, precision, out);
 }
 
 /// `out[i][j] += scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -105,13 +102,7 @@ pub fn gemm_add<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(
-        PanelProduct { rows, cols, depth, stride: cols, scale, add: true },
-        a,
-        b,
-        precision,
-        out,
-    );
+    product(PanelProduct { rows, cols, depth, scale, add: true }, a, b, precision, out);
 }
 
 fn product<A: Operand, B: Operand>(
@@ -139,52 +130,68 @@ fn blocks<A: Operand, B: Operand, P: Panels>(
     panels: &P,
     out: &mut [f32],
 ) {
-    let PanelProduct { cols, depth, stride, .. } = shape;
-    let widths = panels.widths();
+    let PanelProduct { cols, depth, .. } = shape;
+    if shape.rows == 0 || cols == 0 {
+        return;
+    }
+    let (widths, threads) = (panels.widths(), threads::count());
     let panel_len = |depth: usize, width: usize| depth.div_ceil(P::PAIR) * width;
-    let most_panels = COLS.min(cols).div_ceil(widths.cols);
-    let mut right =
-        vec![P::Value::default(); most_panels * panel_len(DEPTH.min(depth), widths.cols)];
-    let group_rows = ROWS.next_multiple_of(widths.rows);
-    let groups = shape.rows.div_ceil(group_rows);
-    let threads = threads::count();
-    let task_rows = match groups.div_ceil(threads * TASKS) {
-        // Few rows: equal parts, whole panels each.
-        0 | 1 => shape.rows.div_ceil(threads).max(1).next_multiple_of(widths.rows),
-        groups => groups * group_rows,
-    };
-    let starts = |len: usize, step: usize| (0..len).step_by(step);
-    for (first_col, start) in
-        starts(cols, COLS).flat_map(|col| starts(depth, DEPTH).map(move |depth| (col, depth)))
-    {
-        let (cols, block) = (COLS.min(cols - first_col), start..depth.min(start + DEPTH));
-        let len = panel_len(block.len(), widths.cols);
-        let right = &mut right[..cols.div_ceil(widths.cols) * len];
-        threads::for_each_chunk(right, len, |panel, out| {
-            let (first, width) = (panel * widths.cols, widths.cols);
-            let indices = first_col + first..first_col + cols.min(first + width);
-            let panel = Panel { indices, depth: block.clone(), width };
-            vectorized(Pack { panels, operand: &b, panel, out });
-        });
-        let right = &*right;
-        threads::for_each_chunk(out, task_rows * stride, |task, out| {
-            let len = panel_len(block.len(), widths.rows);
-            let mut left = vec![P::Value::default(); group_rows / widths.rows * len];
-            for (group, out) in out.chunks_mut(group_rows * stride).enumerate() {
-                let (first, rows) = (task * task_rows + group * group_rows, out.len() / stride);
-                for (panel, out) in
-                    left.chunks_exact_mut(len).take(rows.div_ceil(widths.rows)).enumerate()
-                {
-                    let from = first + panel * widths.rows;
-                    let indices = from..(first + rows).min(from + widths.rows);
-                    let panel = Panel { indices, depth: block.clone(), width: widths.rows };
+    let width = (cols / (threads * TASKS)).clamp(COLS.0, COLS.1).next_multiple_of(widths.cols);
+    let cuts: Vec<usize> = (0..cols).step_by(width).chain([cols]).collect();
+    // Few columns: tasks have some of the rows each.
+    let parts = (2 * threads).div_ceil(cuts.len() - 1);
+    for (chunk, out) in out.chunks_mut(ROWS * cols).enumerate() {
+        let (first_row, rows) = (chunk * ROWS, out.len() / cols);
+        let task_rows = rows.div_ceil(parts).next_multiple_of(widths.rows);
+        let left_len = rows.div_ceil(widths.rows) * panel_len(DEPTH, widths.rows);
+        let span_len = (LEFT / left_len).max(1) * DEPTH;
+        for start in (0..depth).step_by(span_len) {
+            let span = start..depth.min(start + span_len);
+            let blocks = || {
+                let starts = span.clone().step_by(DEPTH);
+                starts.map(|start| start..span.end.min(start + DEPTH))
+            };
+            let mut left = vec![P::Value::default(); span.len().div_ceil(DEPTH) * left_len];
+            for (block, left) in blocks().zip(left.chunks_mut(left_len)) {
+                let len = panel_len(block.len(), widths.rows);
+                let left = &mut left[..rows.div_ceil(widths.rows) * len];
+                threads::for_each_chunk(left, len, |panel, out| {
+                    let (from, width) = (panel * widths.rows, widths.rows);
+                    let indices = first_row + from..first_row + rows.min(from + width);
+                    let panel = Panel { indices, depth: block.clone(), width };
                     vectorized(Pack { panels, operand: &a, panel, out });
-                }
-                let (depth, add) = (block.len().div_ceil(P::PAIR), shape.add || start > 0);
-                let product = PanelProduct { rows, cols, depth, add, ..shape };
-                panels.multiply(&left, right, product, &mut out[first_col..]);
+                });
             }
-        });
+            threads::for_each_block(out, task_rows, &cuts, |(row, j), mut out| {
+                let (rows, cols) = (out.rows(), cuts[j + 1] - cuts[j]);
+                let mut sums = vec![0f32; rows * cols];
+                let add = shape.add || start > 0;
+                if add {
+                    sums.chunks_mut(cols).enumerate().for_each(|(r, sums)| {
+                        sums.copy_from_slice(out.row(r));
+                    });
+                }
+                let most = panel_len(DEPTH.min(span.len()), widths.cols);
+                let mut right = vec![P::Value::default(); cols.div_ceil(widths.cols) * most];
+                for (index, (block, left)) in blocks().zip(left.chunks(left_len)).enumerate() {
+                    let len = panel_len(block.len(), widths.cols);
+                    let right = &mut right[..cols.div_ceil(widths.cols) * len];
+                    for (panel, out) in right.chunks_mut(len).enumerate() {
+                        let (from, width) = (panel * widths.cols, widths.cols);
+                        let indices = cuts[j] + from..cuts[j] + cols.min(from + width);
+                        let panel = Panel { indices, depth: block.clone(), width };
+                        vectorized(Pack { panels, operand: &b, panel, out });
+                    }
+                    let left = &left[row / widths.rows * panel_len(block.len(), widths.rows)..];
+                    let (depth, add) = (block.len().div_ceil(P::PAIR), add || index > 0);
+                    let product = PanelProduct { rows, cols, depth, add, ..shape };
+                    panels.multiply(left, right, product, &mut sums);
+                }
+                for (r, sums) in sums.chunks(cols).enumerate() {
+                    out.row(r).copy_from_slice(sums);
+                }
+            });
+        }
     }
 }
 
