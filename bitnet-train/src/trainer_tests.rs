@@ -362,5 +362,7 @@ fn another_run_is_not_continued() {
     assert!(message.contains("another dataset"), "{message}");
 }
 
+#[path = "trainer_example_tests.rs"]
+mod examples;
 #[path = "trainer_rank_tests.rs"]
 mod ranks;

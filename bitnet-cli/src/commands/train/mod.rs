@@ -13,6 +13,7 @@ mod args;
 mod display;
 mod plan;
 mod report;
+mod show;
 
 use args::QatArgs;
 use display::Display;
@@ -33,6 +34,10 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     }
     let interrupted = interrupt::flag()?;
     let mut display = Display::new(global);
+    if let Some(count) = args.show_data {
+        return show::print(&recipe, count, &mut display, &interrupted, args.json)
+            .map_err(exit_if_interrupted);
+    }
     if args.dry_run {
         return plan::print(&recipe, &mut display, &interrupted, args.json)
             .map_err(exit_if_interrupted);
