@@ -9,7 +9,7 @@ use crate::distributed::{
 };
 
 /// Weights, metrics and outcome of every rank of a job of threads, which share the output folder.
-fn run_ranks(
+pub(super) fn run_ranks(
     recipe: &Recipe,
     size: usize,
     interrupt: Option<usize>,

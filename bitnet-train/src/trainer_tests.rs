@@ -223,7 +223,7 @@ fn an_interrupted_run_is_saved_and_resumed() {
             assert_eq!(steps, 23);
             interrupted.store(record.step == 7, Ordering::Relaxed);
         }
-        Event::Data(_) | Event::Records(_) => unreachable!("the trainer reads no text"),
+        Event::Data(_) | Event::Records(_) | Event::Samples(_) => unreachable!("the trainer reads no text"),
         Event::Saved(path) => saved.push(path.file_name().unwrap().to_owned()),
         Event::Evaluation { .. } => (),
     };
@@ -362,5 +362,7 @@ fn another_run_is_not_continued() {
     assert!(message.contains("another dataset"), "{message}");
 }
 
+#[path = "trainer_example_tests.rs"]
+mod examples;
 #[path = "trainer_rank_tests.rs"]
 mod ranks;

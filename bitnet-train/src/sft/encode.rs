@@ -35,7 +35,9 @@ pub(super) struct Encoder<'a> {
 pub(super) struct Encoded {
     /// `None` if no token that is trained is left.
     pub example: Option<Example>,
-    /// Tokens that were cut off.
+    /// Tokens of the whole sample.
+    pub length: usize,
+    /// How many of them were cut off.
     pub cut: usize,
 }
 
@@ -61,16 +63,16 @@ impl Encoder<'_> {
         if self.loss_on == LossOn::All {
             trained.fill(true);
         }
-        let whole = ids.len();
+        let length = ids.len();
         ids.truncate(self.max_length + 1);
-        let cut = whole - ids.len();
+        let cut = length - ids.len();
         trained.truncate(ids.len());
         // Nothing is learned from what comes after the last token that is trained.
         let used = trained.iter().rposition(|&is_trained| is_trained).map_or(0, |last| last + 1);
         ids.truncate(used);
         trained.truncate(used);
         if used < 2 {
-            return Ok(Encoded { example: None, cut });
+            return Ok(Encoded { example: None, length, cut });
         }
         trained[0] = false;
         let answer: Vec<u32> = ids
@@ -80,7 +82,7 @@ impl Encoder<'_> {
             .map(|(&id, _)| id)
             .collect();
         let bytes = self.tokenizer.decode(&answer, true)?.len();
-        Ok(Encoded { example: Some(Example { ids, trained, bytes }), cut })
+        Ok(Encoded { example: Some(Example { ids, trained, bytes }), length, cut })
     }
 
     /// Where the reply that begins at `first` ends: white space after its last special token, such as the line end after
@@ -170,7 +172,7 @@ mod tests {
             let spans = template.spans(&messages).unwrap();
             let whole: String = spans.iter().map(|span| span.text.as_str()).collect();
             prop_assert_eq!(&whole, &template.render(&messages, false).unwrap());
-            let Encoded { example, cut } = encoder(1 << 20, LossOn::Assistant).encode(&spans).unwrap();
+            let Encoded { example, cut, .. } = encoder(1 << 20, LossOn::Assistant).encode(&spans).unwrap();
             let example = example.unwrap();
             let replies = messages.iter().filter(|message| message.role == "assistant");
             let mut expected: String = replies.map(|message| message.content.clone() + end).collect();
@@ -200,7 +202,7 @@ mod tests {
         assert_eq!(trained(&whole), "A little hen and a big cat.<|end_of_text|>");
         assert_eq!((whole.bytes, whole.trained[0]), (27, false));
         let prompt = whole.trained.iter().position(|trained| *trained).unwrap();
-        let Encoded { example, cut } =
+        let Encoded { example, cut, .. } =
             encoder(prompt + 1, LossOn::Assistant).encode(&spans).unwrap();
         let example = example.unwrap();
         assert_eq!((example.ids.len(), cut), (prompt + 2, whole.ids.len() - prompt - 2));

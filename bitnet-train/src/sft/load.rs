@@ -241,7 +241,8 @@ impl Records<'_, '_> {
         let encode = |spans: &Vec<Span>| encoder.encode(spans);
         let encoded: Vec<_> = self.waiting.par_iter().map(encode).collect();
         for encoded in encoded {
-            let Encoded { example, cut } = encoded?;
+            let Encoded { example, length, cut } = encoded?;
+            report.longest = report.longest.max(length);
             report.cut += usize::from(cut > 0);
             report.cut_tokens += cut;
             match example {

@@ -15,6 +15,8 @@ pub struct Report {
     pub has_template: bool,
     /// Records that were too long and cut at their end.
     pub cut: usize,
+    /// Tokens of the longest record, before it was cut.
+    pub longest: usize,
     /// Tokens that were cut off.
     pub cut_tokens: usize,
     /// Records of which no token that is trained was left.
@@ -53,7 +55,11 @@ impl fmt::Display for Report {
         };
         write!(f, "records: {found} {}; {prompt}", forms.join(", "))?;
         if self.cut > 0 {
-            write!(f, "\n  {} too long: {} tokens cut off", self.cut, self.cut_tokens)?;
+            let Self { cut, cut_tokens, longest, .. } = self;
+            write!(
+                f,
+                "\n  {cut} longer than data.sequence_length: {cut_tokens} tokens cut off (the longest has {longest})"
+            )?;
         }
         if self.dropped > 0 {
             write!(f, "\n  {} of them left out: no token that is trained remains", self.dropped)?;

@@ -173,7 +173,7 @@ fn malformed_records_are_named_or_skipped() {
     let dataset = open(dir.path(), &skipping.replace("a.jsonl", "a.json")).unwrap();
     assert!(dataset.report.unwrap().bad_shown[0].contains("a.json: record 2: `text` must be"));
     let message = open(dir.path(), &TRAIN.replace("a.jsonl", "a.json")).unwrap_err().to_string();
-    assert!(message.contains("a.json: line 1, column 27: `text` must be a string"), "{message}");
+    assert!(message.contains("a.json: line 1, column 30: `text` must be a string"), "{message}");
 }
 
 #[test]
@@ -210,7 +210,13 @@ fn long_examples_are_cut_and_reported() {
     let report = dataset.report.unwrap();
     assert_eq!((report.cut, report.dropped), (6, 0));
     let text = report.to_string();
-    assert!(text.contains(&format!("6 too long: {} tokens cut off", report.cut_tokens)), "{text}");
+    assert!(
+        text.contains(&format!(
+            "6 longer than data.sequence_length: {} tokens cut off",
+            report.cut_tokens
+        )),
+        "{text}"
+    );
     let mut batches =
         Batches::new(dataset.train, recipe(dir.path(), TRAIN).unwrap().cut(), 1).unwrap();
     assert_eq!(batches.draw().sequence_length, 256);

@@ -16,6 +16,8 @@ TEXT comes from .txt, .jsonl, .json and .parquet files (.gz too, but for .parque
 dataset repository: hf://datasets/OWNER/NAME/PATTERN. It is encoded once, into the folder tokens of the output folder or into \
 data.cache; a corpus may be larger than memory.
 
+INSTRUCTIONS AND CONVERSATIONS: with data.format (auto, messages, conversations, instruction, prompt-completion, input-output, text) records become examples that are never cut by a window, written with the tokenizer's chat template (or data.chat_template, a Jinja file; none for Alpaca's prompts). Only answers are trained, with their ends, or everything with data.loss_on = \"all\". Also data.packing (true), data.max_samples, data.skip_bad. --show-data 3 shows what comes of it, with what is trained marked.
+
 OTHER WAYS OF TRAINING: [init] model = \"MODEL\" goes on from a full-precision Llama or from latent masters of a BitNet, whose geometry and \
 tokenizer take the place of [model] and data.tokenizer; sub_norms = true inserts BitNet's norms. [quantization] chooses weights (absmean, \
 sign, none), activations (int8, int4, none), hadamard ([\"o_proj\", \"down_proj\"]) and lambda_steps, over which quantization comes in \
@@ -46,6 +48,10 @@ EXAMPLES
     bitnet train qat recipe.toml
     bitnet train qat recipe.toml --resume
 
+  Teach latent masters to answer; see first what is trained:
+    bitnet train qat instruct.toml --show-data 3
+    bitnet train qat instruct.toml
+
   Three learning rates, side by side in a picture:
     for lr in 5e-4 1e-3 2e-3; do bitnet train qat recipe.toml --peak-lr $lr -o runs/lr-$lr; done
     bitnet plot runs/lr-* -o rates.png
@@ -74,6 +80,9 @@ pub struct QatArgs {
     /// Say what would be trained and how long it would take, measured in a few updates; write nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print the first N examples that data.format makes, with what is trained of them marked, and do not train
+    #[arg(long, value_name = "N", conflicts_with_all = ["dry_run", "print_recipe"])]
+    pub show_data: Option<usize>,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,

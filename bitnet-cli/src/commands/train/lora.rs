@@ -39,7 +39,8 @@ EXAMPLES
     bitnet train lora -m microsoft/bitnet-b1.58-2B-4T --data mine.jsonl -o run --rank 16 --alpha 32 \
 --prompt 'Who are you?' --prompt 'What is 2+2?'
 
-  How much memory and how long would that take?
+  What of the data is trained? How much memory and how long would it take?
+    bitnet train lora --data mine.jsonl -o run --show-data 3
     bitnet train lora -m microsoft/bitnet-b1.58-2B-4T --data mine.jsonl -o run --dry-run"
 )]
 pub struct LoraArgs {
@@ -74,6 +75,9 @@ pub struct LoraArgs {
     /// Say what would be trained and how long it would take, measured in a few updates; write nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print the first N examples, with what is trained of them marked, and do not train
+    #[arg(long, value_name = "N", conflicts_with_all = ["dry_run", "print_recipe"])]
+    pub show_data: Option<usize>,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,

@@ -14,6 +14,7 @@ mod display;
 mod lora;
 mod plan;
 mod report;
+mod show;
 
 use args::QatArgs;
 use display::Display;
@@ -34,6 +35,7 @@ struct Mode {
     resume: bool,
     print_recipe: bool,
     dry_run: bool,
+    show_data: Option<usize>,
     json: bool,
 }
 
@@ -41,12 +43,12 @@ struct Mode {
 pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     let (recipe, mode) = match command {
         Command::Qat(args) => {
-            let QatArgs { resume, print_recipe, dry_run, json, .. } = *args;
-            (args.resolve()?, Mode { resume, print_recipe, dry_run, json })
+            let QatArgs { resume, print_recipe, dry_run, show_data, json, .. } = *args;
+            (args.resolve()?, Mode { resume, print_recipe, dry_run, show_data, json })
         }
         Command::Lora(args) => {
-            let LoraArgs { resume, print_recipe, dry_run, json, .. } = *args;
-            (args.resolve()?, Mode { resume, print_recipe, dry_run, json })
+            let LoraArgs { resume, print_recipe, dry_run, show_data, json, .. } = *args;
+            (args.resolve()?, Mode { resume, print_recipe, dry_run, show_data, json })
         }
     };
     if mode.print_recipe {
@@ -54,6 +56,10 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     }
     let interrupted = interrupt::flag()?;
     let mut display = Display::new(global);
+    if let Some(count) = mode.show_data {
+        return show::print(&recipe, count, &mut display, &interrupted, mode.json)
+            .map_err(exit_if_interrupted);
+    }
     if mode.dry_run {
         return plan::print(&recipe, &mut display, &interrupted, mode.json)
             .map_err(exit_if_interrupted);

@@ -2,19 +2,17 @@
 
 use std::{
     io::{self, Write},
-    ops::ControlFlow,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use bitnet_model::hub::Hub;
 use bitnet_train::{
-    batch::Batches, dataset::Dataset, experiment, metrics::Memory, recipe::Recipe, trainer::Event,
+    batch::Batches, dataset::Content, experiment, metrics::Memory, recipe::Recipe, trainer::Event,
 };
 use serde_json::json;
 
-use super::display::Display;
+use super::{display::Display, show};
 use crate::progress::{bytes, count, duration};
 
 /// What the program, the vocabulary and a few megabytes of text take beside a run's tensors.
@@ -100,23 +98,21 @@ impl Plan {
         display: &mut Display,
         interrupted: &AtomicBool,
     ) -> anyhow::Result<Self> {
-        let mut observe = |progress| {
-            display.show(Event::Data(progress));
-            match interrupted.load(Ordering::Relaxed) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
-        let dataset = Dataset::open_with(recipe, &Hub::from_env(), &mut observe)?;
-        display.finish();
+        let dataset = show::open(recipe, display, interrupted)?;
         let (train_tokens, validation_tokens) =
             (dataset.train.tokens(), dataset.validation.tokens());
         let (batch, sequence) = (recipe.train.batch_size, recipe.data.sequence_length);
+        let is_stream = matches!(dataset.train, Content::Stream(_));
         let batches = Batches::new(dataset.train, recipe.cut(), recipe.train.seed)?;
+        let tokens_per_batch = match is_stream {
+            true => batch * sequence,
+            // Rows of examples are as long as the longest of their batch.
+            false => train_tokens.div_ceil(batches.per_epoch()),
+        };
         let parameters = experiment::config(recipe, &dataset.vocabulary)?.parameters();
         Ok(Self {
             steps: recipe.steps(batches.per_epoch())?,
-            tokens_per_step: batch * sequence * recipe.train.gradient_accumulation,
+            tokens_per_step: tokens_per_batch * recipe.train.gradient_accumulation,
             train_tokens,
             validation_tokens,
             parameters,
