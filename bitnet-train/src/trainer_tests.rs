@@ -223,7 +223,9 @@ fn an_interrupted_run_is_saved_and_resumed() {
             assert_eq!(steps, 23);
             interrupted.store(record.step == 7, Ordering::Relaxed);
         }
-        Event::Data(_) | Event::Records(_) | Event::Samples(_) => unreachable!("the trainer reads no text"),
+        Event::Data(_) | Event::Records(_) | Event::Samples(_) => {
+            unreachable!("the trainer reads no text")
+        }
         Event::Saved(path) => saved.push(path.file_name().unwrap().to_owned()),
         Event::Evaluation { .. } => (),
     };

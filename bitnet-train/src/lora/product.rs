@@ -251,3 +251,118 @@ fn add(x: &[f32], y: &mut [f32]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use bitnet_model::{kernels::TileFormat, quant::Rounding};
+    use candle_core::{Device, Var};
+
+    use super::{super::noise::Step, *};
+    use crate::lora::Kept;
+
+    const TOKENS: usize = 9;
+    const IN: usize = 40;
+    const OUT: usize = 24;
+    const RANK: usize = 3;
+
+    fn wave(shape: (usize, usize), step: f32) -> Var {
+        let values = (0..shape.0 * shape.1).map(|i| (i as f32 * step).sin());
+        Var::from_tensor(&Tensor::from_iter(values, &Device::Cpu).unwrap().reshape(shape).unwrap())
+            .unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn assert_close(what: &str, found: &Tensor, expected: &Tensor) {
+        let scale = values(expected).iter().fold(0f32, |most, x| most.max(x.abs()));
+        assert!(scale > 0., "{what} is zero");
+        for (found, expected) in values(found).iter().zip(values(expected)) {
+            // Sums of at most 40 products of order 1, in another order.
+            assert!((found - expected).abs() <= 1e-5 * scale, "{what}: {found} is not {expected}");
+        }
+    }
+
+    /// Values and gradients of the formula, composed of Candle's operations.
+    #[test]
+    fn it_is_the_formula_with_and_without_a_base_and_dropout() {
+        let (x, a, b) = (wave((TOKENS, IN), 0.37), wave((RANK, IN), 0.71), wave((OUT, RANK), 0.53));
+        let pair = TrainedPair {
+            lora_a: a.as_tensor().clone(),
+            lora_b: b.as_tensor().clone(),
+            scale: 1.5,
+        };
+        let latent = values(&wave((OUT, IN), 0.91));
+        let weight =
+            TernaryWeight::from_latent(&latent, (OUT, IN), Rounding::HalfEven, TileFormat::TwoBit);
+        let dense = Tensor::from_vec(weight.dequantize(), (OUT, IN), &Device::Cpu).unwrap();
+        let weights: Arc<[TernaryWeight]> = Arc::new([weight]);
+        let step = Step::new(1, Kept::new(0));
+        step.begin(0, 0, 0);
+        let stream = step.stream("here").unwrap();
+        let mut mask = vec![1f32; TOKENS * IN];
+        stream.drop(0.4, IN, &mut mask);
+        let mask = Tensor::from_vec(mask, (TOKENS, IN), &Device::Cpu).unwrap();
+        for (has_base, has_dropout) in [(true, true), (true, false), (false, true), (false, false)]
+        {
+            let product = TernaryProduct::from(Rounding::HalfEven);
+            let base = has_base.then(|| TernaryBase {
+                weights: weights.clone(),
+                index: 0,
+                product,
+                input: SharedActivations::default(),
+            });
+            let dropout = has_dropout.then_some((0.4, stream));
+            let pass = Pass { dropout, backward: Precision::F32 };
+            let found = low_rank(&x, &pair, base.clone(), pass, None).unwrap();
+
+            let dropped =
+                if has_dropout { (x.as_tensor() * &mask).unwrap() } else { x.as_tensor().clone() };
+            let inner = dropped.matmul(&a.t().unwrap()).unwrap();
+            let mut expected = (inner.matmul(&b.t().unwrap()).unwrap() * 1.5).unwrap();
+            if has_base {
+                // The gradient passes the quantization of the input unchanged.
+                let straight = x.matmul(&dense.t().unwrap()).unwrap();
+                let exact =
+                    bitnet_model::ops::ternary_matmul(&x.detach(), &weights, product).unwrap();
+                let quantized = ((exact - &straight).unwrap().detach() + straight).unwrap();
+                expected = (expected + quantized).unwrap();
+            }
+            let what = format!("base {has_base}, dropout {has_dropout}");
+            assert_close(&what, &found.y, &expected);
+            let upstream = wave((TOKENS, OUT), 0.13).detach();
+            let backward =
+                |y: &Tensor| (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+            let (grads, expected) = (backward(&found.y), backward(&expected));
+            for (name, var) in [("x", &x), ("A", &a), ("B", &b)] {
+                let gradient =
+                    |grads: &candle_core::backprop::GradStore| grads.get(var).unwrap().clone();
+                assert_close(&format!("{what}: {name}"), &gradient(&grads), &gradient(&expected));
+            }
+            // What is known is taken as it is.
+            let known = Product { y: found.y.detach(), inner: found.inner.clone() };
+            let again = low_rank(&x, &pair, base, pass, Some(known)).unwrap();
+            assert_eq!(values(&again.y), values(&found.y));
+            let again = backward(&again.y);
+            for var in [&x, &a, &b] {
+                assert_eq!(values(again.get(var).unwrap()), values(grads.get(var).unwrap()));
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        let pair = |a: (usize, usize), b: (usize, usize)| TrainedPair {
+            lora_a: wave(a, 0.1).detach(),
+            lora_b: wave(b, 0.1).detach(),
+            scale: 1.,
+        };
+        let x = wave((TOKENS, IN), 0.3);
+        let pass = Pass { dropout: None, backward: Precision::F32 };
+        for (a, b) in [((RANK, IN + 1), (OUT, RANK)), ((RANK, IN), (OUT, RANK + 1))] {
+            let message = low_rank(&x, &pair(a, b), None, pass, None).unwrap_err().to_string();
+            assert!(message.contains("do not fit"), "{message}");
+        }
+    }
+}

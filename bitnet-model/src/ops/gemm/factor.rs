@@ -183,3 +183,29 @@ impl Operand for Bf16Factor<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::gemm::{Precision, gemm};
+
+    #[test]
+    fn factors_of_bfloat16_are_their_values() {
+        let (rows, cols, depth) = (13, 37, 515);
+        let wave = |len: usize, step: f32| {
+            Vec::from_iter((0..len).map(|i| bf16::from_f32((i as f32 * step).sin())))
+        };
+        let (a, b) = (wave(rows * depth, 0.37), wave(depth * cols, 0.71));
+        let [wide_a, wide_b] = [&a, &b].map(|x| Vec::from_iter(x.iter().map(|x| x.to_f32())));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let [mut found, mut expected] = [(); 2].map(|()| vec![0f32; rows * cols]);
+            let shape = (rows, cols, depth);
+            let factors = (Bf16Factor::depth_inner(depth, &a), Bf16Factor::index_inner(cols, &b));
+            gemm(shape, factors.0, factors.1, 1., precision, &mut found);
+            let wide_a = Factor::depth_inner(depth, &wide_a, plain);
+            let wide_b = Factor::index_inner(cols, &wide_b, plain);
+            gemm(shape, wide_a, wide_b, 1., precision, &mut expected);
+            assert!(found == expected, "{precision:?}");
+        }
+    }
+}

@@ -1,23 +1,20 @@
 //! Products of large matrices on all threads, for training: `out = scale · a·b`, blocked for the caches.
 //!
-//! The left factor is brought into panels once, by all threads. A task has some of the columns: it brings the right factor's
-//! into panels block of the depth by block, multiplies them, and keeps their sums, so that none of it leaves the caches of its
-//! thread. An output is one chain of fused products for each block of the depth, the blocks added in order: its bits depend on
-//! its own operands alone.
+//! Both factors are brought into panels, block of the depth by block; tasks have some of the rows or some of the columns. An
+//! output is one chain of fused products for each block, the blocks added in order: its bits depend on its own operands alone.
 
 use std::ops::Range;
 
-use crate::{
-    kernels::{self, Bf16Panels, Loop, PanelProduct, vectorized},
-    threads,
-};
+use crate::kernels::{self, Bf16Panels, PanelProduct};
 
 mod factor;
 mod panels;
+mod tasks;
 mod ternary;
 
 pub use factor::{Bf16Factor, Factor, plain};
 use panels::{F32Panels, Panels};
+use tasks::{by_columns, by_rows};
 pub use ternary::TernaryRows;
 
 /// In which precision products are multiplied; sums are f32 in either.
@@ -32,15 +29,6 @@ pub enum Precision {
 
 /// Values of the depth that are in panels together: a panel of the left factor then fits the first-level cache.
 const DEPTH: usize = 512;
-/// Columns of a task, at least and at most: their panels, which the task makes for itself, fit the second-level cache, with the
-/// sums of some hundred rows.
-const COLS: (usize, usize) = (64, 256);
-/// Rows of a pass over the right factor: more would not make up for the room their sums take.
-const ROWS: usize = 4096;
-/// Values of the left factor that are in panels together, which all tasks read.
-const LEFT: usize = 4 << 20;
-/// Tasks a thread should have, for all to finish together.
-const TASKS: usize = 4;
 
 /// A part of a factor.
 pub struct Panel {
@@ -57,22 +45,6 @@ pub trait Operand: Sync {
     /// Writes the values of `panel` in the order of `panels`: of a depth (or pair of depths) all indices are neighbours. What is
     /// beyond the indices may be anything. Must be `#[inline(always)]`.
     fn pack<P: Panels>(&self, panels: &P, panel: Panel, out: &mut [P::Value]);
-}
-
-struct Pack<'a, O, P: Panels> {
-    panels: &'a P,
-    operand: &'a O,
-    panel: Panel,
-    out: &'a mut [P::Value],
-}
-
-impl<O: Operand, P: Panels> Loop for Pack<'_, O, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        self.operand.pack(self.panels, self.panel, self.out);
-    }
 }
 
 /// `out[i][j] = scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -117,81 +89,22 @@ fn product<A: Operand, B: Operand>(
         out.fill(0.);
     }
     match (precision, Bf16Panels::new()) {
-        (Precision::F32, _) => blocks(shape, a, b, &F32Panels(kernels::active(), false), out),
-        (Precision::Bf16, None) => blocks(shape, a, b, &F32Panels(kernels::active(), true), out),
-        (Precision::Bf16, Some(panels)) => blocks(shape, a, b, &panels, out),
+        (Precision::F32, _) => tasks(shape, (a, b), &F32Panels(kernels::active(), false), out),
+        (Precision::Bf16, None) => tasks(shape, (a, b), &F32Panels(kernels::active(), true), out),
+        (Precision::Bf16, Some(panels)) => tasks(shape, (a, b), &panels, out),
     }
 }
 
-fn blocks<A: Operand, B: Operand, P: Panels>(
+fn tasks<A: Operand, B: Operand, P: Panels>(
     shape: PanelProduct,
-    a: A,
-    b: B,
+    factors: (A, B),
     panels: &P,
     out: &mut [f32],
 ) {
-    let PanelProduct { cols, depth, .. } = shape;
-    if shape.rows == 0 || cols == 0 {
-        return;
-    }
-    let (widths, threads) = (panels.widths(), threads::count());
-    let panel_len = |depth: usize, width: usize| depth.div_ceil(P::PAIR) * width;
-    let width = (cols / (threads * TASKS)).clamp(COLS.0, COLS.1).next_multiple_of(widths.cols);
-    let cuts: Vec<usize> = (0..cols).step_by(width).chain([cols]).collect();
-    // Few columns: tasks have some of the rows each.
-    let parts = (2 * threads).div_ceil(cuts.len() - 1);
-    for (chunk, out) in out.chunks_mut(ROWS * cols).enumerate() {
-        let (first_row, rows) = (chunk * ROWS, out.len() / cols);
-        let task_rows = rows.div_ceil(parts).next_multiple_of(widths.rows);
-        let left_len = rows.div_ceil(widths.rows) * panel_len(DEPTH, widths.rows);
-        let span_len = (LEFT / left_len).max(1) * DEPTH;
-        for start in (0..depth).step_by(span_len) {
-            let span = start..depth.min(start + span_len);
-            let blocks = || {
-                let starts = span.clone().step_by(DEPTH);
-                starts.map(|start| start..span.end.min(start + DEPTH))
-            };
-            let mut left = vec![P::Value::default(); span.len().div_ceil(DEPTH) * left_len];
-            for (block, left) in blocks().zip(left.chunks_mut(left_len)) {
-                let len = panel_len(block.len(), widths.rows);
-                let left = &mut left[..rows.div_ceil(widths.rows) * len];
-                threads::for_each_chunk(left, len, |panel, out| {
-                    let (from, width) = (panel * widths.rows, widths.rows);
-                    let indices = first_row + from..first_row + rows.min(from + width);
-                    let panel = Panel { indices, depth: block.clone(), width };
-                    vectorized(Pack { panels, operand: &a, panel, out });
-                });
-            }
-            threads::for_each_block(out, task_rows, &cuts, |(row, j), mut out| {
-                let (rows, cols) = (out.rows(), cuts[j + 1] - cuts[j]);
-                let mut sums = vec![0f32; rows * cols];
-                let add = shape.add || start > 0;
-                if add {
-                    sums.chunks_mut(cols).enumerate().for_each(|(r, sums)| {
-                        sums.copy_from_slice(out.row(r));
-                    });
-                }
-                let most = panel_len(DEPTH.min(span.len()), widths.cols);
-                let mut right = vec![P::Value::default(); cols.div_ceil(widths.cols) * most];
-                for (index, (block, left)) in blocks().zip(left.chunks(left_len)).enumerate() {
-                    let len = panel_len(block.len(), widths.cols);
-                    let right = &mut right[..cols.div_ceil(widths.cols) * len];
-                    for (panel, out) in right.chunks_mut(len).enumerate() {
-                        let (from, width) = (panel * widths.cols, widths.cols);
-                        let indices = cuts[j] + from..cuts[j] + cols.min(from + width);
-                        let panel = Panel { indices, depth: block.clone(), width };
-                        vectorized(Pack { panels, operand: &b, panel, out });
-                    }
-                    let left = &left[row / widths.rows * panel_len(block.len(), widths.rows)..];
-                    let (depth, add) = (block.len().div_ceil(P::PAIR), add || index > 0);
-                    let product = PanelProduct { rows, cols, depth, add, ..shape };
-                    panels.multiply(left, right, product, &mut sums);
-                }
-                for (r, sums) in sums.chunks(cols).enumerate() {
-                    out.row(r).copy_from_slice(sums);
-                }
-            });
-        }
+    match (shape.rows, shape.cols) {
+        (0, _) | (_, 0) => (),
+        (rows, cols) if rows >= cols => by_rows(shape, factors, panels, out),
+        _ => by_columns(shape, factors, panels, out),
     }
 }
 
@@ -205,9 +118,16 @@ mod tests {
 
     /// Of every shape and either order of both factors, the largest error and the largest bound of it.
     fn check(precision: Precision, unit: f64) {
-        for (rows, cols, depth) in
-            [(1, 1, 1), (13, 37, 5), (12, 32, 512), (50, 33, 513), (97, 100, 1030), (3, 8200, 6)]
-        {
+        for (rows, cols, depth) in [
+            (1, 1, 1),
+            (13, 37, 5),
+            (12, 32, 512),
+            (50, 33, 513),
+            (97, 100, 1030),
+            (3, 1200, 6),
+            (130, 7, 3),
+            (400, 410, 5),
+        ] {
             let (a, b) = (values(rows * depth, 0.1), values(depth * cols, 0.7));
             let at = |order: bool, (i, d): (usize, usize), indices: usize| match order {
                 true => i * depth + d,
