@@ -110,10 +110,14 @@ pub fn run_as(
     };
     let outcome = trainer.run(&*network.task, &mut observe, interrupted)?;
     exported?;
-    let is_over = is_first && outcome != Outcome::Interrupted && recipe.lora.is_none();
-    if is_over && trainer.state().best.is_some() {
-        let files = network.start.as_ref().and_then(Start::files);
-        export::export(recipe, &network.config, &vocabulary, files, &trainer.best())?;
+    if is_first && outcome != Outcome::Interrupted && trainer.state().best.is_some() {
+        match &recipe.lora {
+            Some(lora) => export::export_adapter(recipe, lora, &best)?,
+            None => {
+                let files = network.start.as_ref().and_then(Start::files);
+                export::export(recipe, &network.config, &vocabulary, files, &best)?;
+            }
+        }
     }
     let (step, best) = (trainer.state().step, trainer.state().best);
     trainer.leave()?;
