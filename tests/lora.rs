@@ -175,6 +175,32 @@ fn recomputed_blocks_drop_what_they_dropped() {
     assert_eq!(run(0., true, 4).1, kept.1);
 }
 
+/// Sixteen examples are learnt by heart, whatever the frozen base thinks of them.
+#[test]
+fn sixteen_examples_are_overfitted() {
+    let fixture = Fixture::open("lora_bitnet_offline");
+    // The fixture's embedding is so small that its head, which is tied to it, cannot be sure of anything: it is trained too.
+    let modules_to_save = vec!["norm".to_owned(), "lm_head".to_owned()];
+    let config = AdapterConfig { dropout: 0., modules_to_save, ..AdapterConfig::default() };
+    let LoraModel { trained, frozen, parameters, .. } = load(&fixture, &config);
+    let (named, task) = (parameters.named(), task(trained, frozen, false));
+    let (rows, length) = (16, 8);
+    // Each row begins with a token of its own, from which the others follow.
+    let token = |row: usize, at: usize| (row * 13 + at * (5 + row) * 3) as u32 % 250 + 4;
+    let inputs: Vec<u32> = (0..rows * length).map(|i| token(i / length, i % length)).collect();
+    let labels = bitnet_train::loss::shift_labels(&inputs, length);
+    let batch = Batch { inputs, labels, starts: Vec::new(), sequence_length: length };
+    let mut adamw = AdamW::new(&named, CONFIG).unwrap();
+    let mut last = f64::INFINITY;
+    for _ in 0..100 {
+        let (loss, gradients) = gradients(&task, &batch, &named);
+        let update = Update { rates: Rates { lr: 3e-3, weight_decay: 0. }, grad_factor: 1. };
+        adamw.step(&gradients, update).unwrap();
+        last = loss;
+    }
+    assert!(last < 0.05, "the loss is still {last}");
+}
+
 /// With the pairs inside the quantizer, packing the sums gives the trained function.
 #[test]
 fn a_pair_inside_the_quantizer_merges_exactly() {
