@@ -135,8 +135,8 @@ impl Lora {
             let reason = format!("is {alpha}; must be a positive number");
             return refuse("lora.neftune_alpha", reason);
         }
-        let is_known = |name: &&String| !PROJECTIONS.contains(&name.as_str());
-        if let Some(name) = self.target_modules.iter().find(is_known) {
+        let is_unknown = |name: &&String| !PROJECTIONS.contains(&name.as_str());
+        if let Some(name) = self.target_modules.iter().find(is_unknown) {
             let reason = format!("`{name}` is no projection; there are {}", PROJECTIONS.join(", "));
             return refuse("lora.target_modules", reason);
         }
@@ -238,6 +238,53 @@ mod tests {
         ] {
             let message = lora(text).unwrap_err().to_string();
             assert!(message.contains(key) && message.contains(reason), "{text}: {message}");
+        }
+    }
+
+    fn recipe(settings: &[(&str, &str)]) -> Result<crate::recipe::Recipe> {
+        let text = r#"
+            init = { model = "default" }
+            lora = {}
+            data = { train = [{ path = "mine.jsonl" }], format = "auto" }
+            output = { dir = "run" }
+        "#;
+        let owned = |(key, value): &(&str, &str)| (key.to_string(), value.to_string());
+        let settings: Vec<_> = settings.iter().map(owned).collect();
+        crate::recipe::Recipe::from_text_with(text, "recipe.toml".as_ref(), &settings)
+    }
+
+    #[test]
+    fn what_a_recipe_leaves_open_is_what_is_usual() {
+        let usual = recipe(&[]).unwrap();
+        assert_eq!(usual.data.tokenizer.as_deref(), Some("default".as_ref()));
+        assert_eq!((usual.data.sequence_length, usual.data.validation_split), (512, Some(0.1)));
+        assert_eq!((usual.train.epochs, usual.train.gradient_accumulation), (Some(3.), 8));
+        assert!(usual.train.recompute_blocks);
+        let schedule = usual.schedule(100);
+        assert_eq!((schedule.peak_lr, schedule.weight_decay, schedule.warmup_steps), (2e-4, 0., 3));
+        let other = recipe(&[("train.steps", "9"), ("optimizer.warmup_steps", "2")]).unwrap();
+        assert_eq!((other.train.steps, other.train.epochs), (Some(9), None));
+        assert_eq!(other.schedule(9).warmup_steps, 2);
+        // What is written reads back to the same, tokenizer and all.
+        let text = usual.to_toml().unwrap();
+        let again = crate::recipe::Recipe::from_text_with(&text, "/elsewhere/x".as_ref(), &[]);
+        assert_eq!(again.unwrap().to_toml().unwrap(), text);
+    }
+
+    #[test]
+    fn what_has_no_room_beside_an_adapter_is_refused() {
+        for (key, value, reason) in [
+            ("distillation.teacher", "default", "`distillation`"),
+            ("quantization.activations", "none", "`quantization`"),
+            ("init.sub_norms", "true", "`init.sub_norms`"),
+            ("model.precision", "full", "`model.precision`"),
+            ("optimizer.warmup_ratio", "1.5", "less than 1"),
+            ("data.sequence_length", "513", "`data.sequence_length`"),
+            ("data.tokenizer", "other.json", "a tokenizer of its own"),
+            ("samples.prompts", "[\" \"]", "an empty prompt"),
+        ] {
+            let message = recipe(&[(key, value)]).unwrap_err().to_string();
+            assert!(message.contains(reason), "{key}={value}: {message}");
         }
     }
 }
