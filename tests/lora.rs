@@ -175,6 +175,40 @@ fn recomputed_blocks_drop_what_they_dropped() {
     assert_eq!(run(0., true, 4).1, kept.1);
 }
 
+/// Packed with norms of their own or without, latent, tied and untied: with `B` zero it is the base, and every `B` learns.
+#[test]
+fn an_adapter_goes_beside_every_kind_of_model() {
+    for name in
+        ["llama_packed_rmsnorm", "llama_packed_headdim", "bitnet_packed_untied", "legacy_1bitllm"]
+    {
+        let fixture = Fixture::open(name);
+        let config = AdapterConfig { rank: 2, ..AdapterConfig::default() };
+        let LoraModel { trained, frozen, parameters, .. } = load(&fixture, &config);
+        let tokens = fixture.tokens("single.input_ids");
+        let logits = |model: &Model| {
+            flat(&model.logits(&model.hidden_states(&tokens, None).unwrap()).unwrap())
+        };
+        let base = source(&fixture).load_with(
+            &bitnet_model::nn::BitLinears::new(fixture.config.quantization.unwrap()),
+            &candle_core::Device::Cpu,
+        );
+        assert!(logits(&frozen) == logits(&base.unwrap()), "{name}: it is not the base");
+        let inputs: Vec<u32> = tokens.flatten_all().unwrap().to_vec1().unwrap();
+        let sequence_length = inputs.len();
+        let labels = bitnet_train::loss::shift_labels(&inputs, sequence_length);
+        let batch = Batch { inputs, labels, starts: Vec::new(), sequence_length };
+        let named = parameters.named();
+        assert_eq!(named.len(), 2 * 7 * fixture.config.num_hidden_layers);
+        let (_, gradients) = gradients(&task(trained, frozen, true), &batch, &named);
+        for ((parameter, _), gradient) in named.iter().zip(&gradients) {
+            let largest = flat(gradient).iter().fold(0f32, |most, g| most.max(g.abs()));
+            // As long as B is zero, nothing reaches A.
+            assert!(largest.is_finite(), "{name}: {parameter}");
+            assert_eq!(largest > 0., parameter.contains("lora_B"), "{name}: {parameter}");
+        }
+    }
+}
+
 /// Sixteen examples are learnt by heart, whatever the frozen base thinks of them.
 #[test]
 fn sixteen_examples_are_overfitted() {
