@@ -175,6 +175,31 @@ fn recomputed_blocks_drop_what_they_dropped() {
     assert_eq!(run(0., true, 4).1, kept.1);
 }
 
+/// Two processes with a row each drop what one drops that has both rows.
+#[test]
+fn the_ranks_of_a_job_see_what_one_process_sees() {
+    let fixture = Fixture::open("lora_bitnet_offline");
+    let adapter = Adapter::open(&fixture.dir.join("adapter")).unwrap();
+    let config = AdapterConfig { dropout: 0.3, ..adapter.config.clone() };
+    let all = batch(&fixture);
+    let run = |rank: usize, size: usize| {
+        let LoraModel { trained, frozen, parameters, step } = load(&fixture, &config);
+        start_from(&parameters, &adapter);
+        let noise = EmbeddingNoise { alpha: 5., step: step.clone() };
+        let task = LoraTask::new(task(trained, frozen, true).noise(Some(noise)), step, rank);
+        task.begin(3).unwrap();
+        let named = parameters.named();
+        let mut gradients = Gradients::new(&named);
+        task.pass(&all.share(rank, size), all.items(), &mut gradients).unwrap();
+        gradients.finish().unwrap().iter().flat_map(flat).collect::<Vec<f32>>()
+    };
+    let whole = run(0, 1);
+    let sum: Vec<f32> = run(0, 2).iter().zip(run(1, 2)).map(|(a, b)| a + b).collect();
+    let largest = whole.iter().fold(0f32, |most, g| most.max(g.abs()));
+    // The same addends in another order.
+    assert!(largest > 0. && max_diff(&whole, &sum) < 1e-5 * largest);
+}
+
 /// Packed with norms of their own or without, latent, tied and untied: with `B` zero it is the base, and every `B` learns.
 #[test]
 fn an_adapter_goes_beside_every_kind_of_model() {
