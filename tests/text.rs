@@ -89,9 +89,6 @@ fn replies_are_found_in_what_templates_render() {
             ChatTemplate::new(case["template"].as_str().unwrap(), &special_tokens).unwrap();
         let Ok(whole) = template.render(&messages, false) else { continue };
         let Ok(spans) = template.spans(&messages) else { continue };
-        if !whole.contains("Ici.") && !whole.contains("ICI.") {
-            continue; // a template that leaves the replies out
-        }
         let text: String = spans.iter().map(|span| span.text.as_str()).collect();
         assert!(whole.starts_with(&text), "{name}");
         let replies: Vec<String> =

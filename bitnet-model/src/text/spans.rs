@@ -77,6 +77,9 @@ impl ChatTemplate {
             push(&whole[before.len()..after.len()], true);
             at = after.len();
         }
+        if !spans.iter().any(|span| span.is_reply) {
+            return Err(Error::Tokenizer("chat template: leaves the assistant's turns out".into()));
+        }
         Ok(spans)
     }
 }
@@ -174,6 +177,8 @@ mod tests {
         // The generation prompt is not how a reply begins.
         let other = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}";
         assert!(message(other, &talk[..2]).contains("message 2 is not found"));
+        let mute = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
+        assert!(message(mute, &talk).contains("leaves the assistant's turns out"));
         let strict = "{{ raise_exception('no!') }}";
         assert!(message(strict, &talk).contains("no!"));
     }

@@ -13,7 +13,7 @@ use bitnet_model::{
     quant::WeightKind,
 };
 
-use crate::{Error, Result, dataset::Vocabulary, recipe::Recipe};
+use crate::{Error, Result, dataset::Vocabulary, recipe::Recipe, sft::Template};
 
 /// Writes `latent/` and, if the weights are quantized, `packed/` into the output folder of `recipe`.
 ///
@@ -26,9 +26,17 @@ pub(super) fn export(
     start: Option<&ModelFiles>,
     best: &Path,
 ) -> Result<()> {
-    let describe = |dir: &Path| match start.filter(|files| files.tokenizer.is_some()) {
-        Some(files) => copy(files, dir),
-        None => describe(recipe, vocabulary, dir),
+    let describe = |dir: &Path| {
+        match start.filter(|files| files.tokenizer.is_some()) {
+            Some(files) => copy(files, dir)?,
+            None => describe(recipe, vocabulary, dir)?,
+        }
+        // The model answers in the template that it has learned to answer in.
+        if let Some(Template::File(path)) = &recipe.data.chat_template {
+            let source = fs::read(path).map_err(Error::io(path))?;
+            write_atomic(&dir.join("chat_template.jinja"), &source)?;
+        }
+        Ok::<_, Error>(())
     };
     let latent = recipe.output.dir.join("latent");
     fs::create_dir_all(&latent).map_err(Error::io(&latent))?;
