@@ -13,7 +13,7 @@ use bitnet_model::{
     quant::WeightKind,
 };
 
-use crate::{Error, Result, dataset::Vocabulary, recipe::Recipe, sft::Template};
+use crate::{Error, Result, dataset::Vocabulary, recipe::Recipe};
 
 /// Writes `latent/` and, if the weights are quantized, `packed/` into the output folder of `recipe`.
 ///
@@ -32,7 +32,7 @@ pub(super) fn export(
             None => describe(recipe, vocabulary, dir)?,
         }
         // The model answers in the template that it has learned to answer in.
-        if let Some(Template::File(path)) = &recipe.data.chat_template {
+        if let Some(crate::sft::Template::File(path)) = &recipe.data.chat_template {
             let source = fs::read(path).map_err(Error::io(path))?;
             write_atomic(&dir.join("chat_template.jinja"), &source)?;
         }
