@@ -68,6 +68,43 @@ fn chats_equal_the_reference() {
     }
 }
 
+/// Every template either writes each turn the same way wherever it stands, and then the parts are the whole and the replies
+/// are in them, or it is refused.
+#[test]
+fn replies_are_found_in_what_templates_render() {
+    let fixture = json("chat_templates.json");
+    let special_tokens: BTreeMap<String, String> =
+        serde_json::from_value(fixture["special_tokens"].clone()).unwrap();
+    let talk = [
+        ("user", "Où est le chat ? 🐈"),
+        ("assistant", "Ici."),
+        ("user", "a\n\nb"),
+        ("assistant", "日本!\n\n- one"),
+    ];
+    let messages = talk.map(|(role, text)| Message::new(role, text));
+    let mut found = Vec::new();
+    for case in fixture["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let template =
+            ChatTemplate::new(case["template"].as_str().unwrap(), &special_tokens).unwrap();
+        let Ok(whole) = template.render(&messages, false) else { continue };
+        let Ok(spans) = template.spans(&messages) else { continue };
+        let text: String = spans.iter().map(|span| span.text.as_str()).collect();
+        assert!(whole.starts_with(&text), "{name}");
+        let replies: Vec<String> =
+            spans.iter().filter(|span| span.is_reply).map(|s| s.text.to_lowercase()).collect();
+        assert_eq!(replies.len(), 2, "{name}: {replies:?}");
+        for (reply, content) in replies.iter().zip(["ici.", "日本!\n\n- one"]) {
+            assert!(reply.trim_start().starts_with(content), "{name}: {reply:?}");
+            assert!(!reply.contains("user") && !reply.contains("assistant"), "{name}: {reply:?}");
+        }
+        found.push(name);
+    }
+    for name in ["bitnet", "llama3", "generation"] {
+        assert!(found.contains(&name), "{name} is not among {found:?}");
+    }
+}
+
 #[test]
 fn chat_templates_render_as_in_transformers() {
     let fixture = json("chat_templates.json");

@@ -10,7 +10,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use minijinja::{
-    Environment, Error as TemplateError, ErrorKind, Value, context, syntax::SyntaxConfig,
+    Environment, Error as TemplateError, ErrorKind, State, Value, context, syntax::SyntaxConfig,
+    value::Kwargs,
 };
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,10 @@ use crate::{Error, Result};
 
 /// The template's name in its environment: no extension, so nothing is escaped.
 const NAME: &str = "chat template";
+
+/// Stand around what a `{% generation %}` block prints: characters that are kept free for such internal use, and that no
+/// text has.
+pub(super) const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +55,8 @@ impl Message {
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
+    /// It has `{% generation %}` blocks.
+    is_marked: bool,
     special_tokens: Arc<BTreeMap<String, String>>,
 }
 
@@ -74,12 +81,21 @@ impl ChatTemplate {
         environment.add_function("strftime_now", |format: &str| {
             python::strftime(format, chrono::Local::now())
         });
+        environment.add_function(
+            sandbox::GENERATION,
+            |state: &mut State, block: Kwargs| -> Result<String, TemplateError> {
+                let printed = block.get::<Value>("caller")?.call(state, &[])?;
+                let [begin, end] = MARKS;
+                Ok(format!("{begin}{printed}{end}"))
+            },
+        );
         sandbox::limit(&mut environment);
+        let is_marked = source.contains(sandbox::GENERATION);
         let environment = sandbox::isolated(move || {
             environment.add_template_owned(NAME, source).map_err(describe)?;
             Ok(Arc::new(environment))
         })?;
-        Ok(Self { environment, special_tokens: Arc::new(special_tokens.clone()) })
+        Ok(Self { environment, is_marked, special_tokens: Arc::new(special_tokens.clone()) })
     }
 
     /// The prompt for a conversation. `add_generation_prompt` adds the opening of the assistant's
@@ -89,6 +105,21 @@ impl ChatTemplate {
     /// If the template refuses the conversation (`raise_exception`), fails, or does more work than
     /// any honest template needs; the message has the template's line.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let text = self.render_marked(messages, add_generation_prompt)?;
+        Ok(if self.is_marked { text.replace(MARKS, "") } else { text })
+    }
+
+    /// Whether `{% generation %}` blocks say what the assistant writes.
+    pub(super) fn is_marked(&self) -> bool {
+        self.is_marked
+    }
+
+    /// As [`render`](Self::render), with [`MARKS`] around what `{% generation %}` blocks print.
+    pub(super) fn render_marked(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let messages: Value =
             messages.iter().map(|Message { role, content }| context! { role, content }).collect();
         let template = self.clone();

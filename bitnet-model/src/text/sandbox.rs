@@ -37,6 +37,9 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// The function that checks what is assigned to a namespace. Not a name that a template would use.
 const CONTAINED: &str = "__contained";
 
+/// The function that is called with what a `{% generation %}` block prints.
+pub(super) const GENERATION: &str = "__generation";
+
 /// Bounds the renderings of an environment.
 pub(super) fn limit(environment: &mut Environment<'static>) {
     environment.set_fuel(Some(FUEL));
@@ -83,7 +86,7 @@ fn contain(
 
 /// The source that is compiled: line ends as Jinja2's lexer normalizes them, assignments to
 /// namespaces checked, and `{% generation %}` blocks, which mark the assistant's tokens for
-/// training and print their content unchanged, as `{% with %}`, which is a scope and nothing else.
+/// training, as calls of [`GENERATION`] (transformers makes calls of them too).
 pub(super) fn prepare(source: &str) -> Result<String> {
     if source.len() > MAX_SOURCE_BYTES {
         let limit = MAX_SOURCE_BYTES >> 10;
@@ -124,7 +127,10 @@ fn push_statement(out: &mut String, tag: &str) {
     let body = tag[sign..].trim_end_matches(['-', '+']);
     out.push_str(&tag[..sign]);
     match (body.trim(), namespace_assignment(body.trim())) {
-        ("generation" | "endgeneration", _) => out.push_str(&body.replace("generation", "with")),
+        ("generation", _) => {
+            out.push_str(&body.replace("generation", &format!("call {GENERATION}()")));
+        }
+        ("endgeneration", _) => out.push_str(&body.replace("generation", "call")),
         (_, Some((target, value))) => {
             out.push_str(&format!(" {target}= {CONTAINED}(({value})) "));
         }
@@ -218,7 +224,7 @@ mod tests {
         );
         assert_eq!(
             prepared("{%- generation -%}x{% endgeneration +%}"),
-            "{%- with -%}x{% endwith +%}"
+            "{%- call __generation() -%}x{% endcall +%}"
         );
     }
 

@@ -3,9 +3,10 @@
 //! A reply begins where the template's generation prompt for it ends, as it does when a model is asked for it, and ends
 //! with what the template writes after it, such as an end-of-turn token. Both places are found by rendering the
 //! conversation up to the reply, and with it, which must be how the whole conversation begins: templates that write
-//! earlier turns otherwise once there are later ones, such as those that drop earlier thoughts, are refused.
+//! earlier turns otherwise once there are later ones, such as those that drop earlier thoughts, are refused. Where a
+//! template has `{% generation %}` blocks, what they print are the replies instead.
 
-use super::{ChatTemplate, Message};
+use super::{ChatTemplate, Message, chat_template::MARKS};
 use crate::{Error, Result};
 
 /// The role whose turns are replies.
@@ -46,6 +47,9 @@ impl ChatTemplate {
         let Some(&last) = replies.last() else {
             return Err(Error::Tokenizer(format!("no message is of the role `{ASSISTANT}`")));
         };
+        if self.is_marked() {
+            return marked(&self.render_marked(&messages[..=last], false)?);
+        }
         let whole = self.render(&messages[..=last], false)?;
         let mut spans = Vec::new();
         let mut push = |text: &str, is_reply| {
@@ -65,7 +69,7 @@ impl ChatTemplate {
                 return Err(Error::Tokenizer(format!(
                     "chat template: message {} is not found in the whole conversation: rendered up to there, with the \
                      generation prompt, the conversation begins otherwise; use a template that writes every turn the \
-                     same way wherever it stands",
+                     same way wherever it stands, or put `{{% generation %}}` blocks around what the assistant writes",
                     index + 1
                 )));
             }
@@ -73,7 +77,33 @@ impl ChatTemplate {
             push(&whole[before.len()..after.len()], true);
             at = after.len();
         }
+        if !spans.iter().any(|span| span.is_reply) {
+            return Err(Error::Tokenizer("chat template: leaves the assistant's turns out".into()));
+        }
         Ok(spans)
+    }
+}
+
+/// The parts of a text with [`MARKS`] around the replies, up to the last one.
+fn marked(text: &str) -> Result<Vec<Span>> {
+    let [begin, end] = MARKS;
+    let mut spans = Vec::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(begin) {
+        let (reply, after) = after.split_once(end).unwrap_or((after, ""));
+        for (text, is_reply) in [(before, false), (reply, true)] {
+            if !text.is_empty() {
+                spans.push(Span { text: text.to_owned(), is_reply });
+            }
+        }
+        rest = after;
+    }
+    match spans.iter().any(|span| span.is_reply) {
+        true => Ok(spans),
+        false => Err(Error::Tokenizer(
+            "chat template: its `{% generation %}` blocks print nothing for this conversation"
+                .into(),
+        )),
     }
 }
 
@@ -118,6 +148,23 @@ mod tests {
     }
 
     #[test]
+    fn generation_blocks_say_what_a_reply_is() {
+        // Earlier replies are written otherwise, which without blocks would be refused.
+        let source = "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A' if loop.last else 'a' }}:\
+            {%- generation %}{% set said = m.content | upper %}{{ said }}.{% endgeneration %};\
+            {% else %}{{ m.content }};{% endif %}{% endfor %}";
+        let talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")];
+        let expected = [("a;a:", false), ("B.", true), (";c;A:", false), ("D.", true)];
+        let found = spans(source, &talk).unwrap();
+        assert_eq!(found, expected.map(|(text, is_reply)| (text.to_owned(), is_reply)));
+        let template = ChatTemplate::new(source, &Default::default()).unwrap();
+        let messages = talk.map(|(role, text)| Message::new(role, text));
+        assert_eq!(template.render(&messages, false).unwrap(), "a;a:B.;c;A:D.;");
+        let silent = "{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}";
+        assert!(spans(silent, &talk).unwrap_err().to_string().contains("print nothing"));
+    }
+
+    #[test]
     fn what_cannot_be_told_apart_is_refused() {
         let message = |source: &str, messages: &[(&str, &str)]| {
             spans(source, messages).unwrap_err().to_string()
@@ -130,6 +177,8 @@ mod tests {
         // The generation prompt is not how a reply begins.
         let other = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}";
         assert!(message(other, &talk[..2]).contains("message 2 is not found"));
+        let mute = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
+        assert!(message(mute, &talk).contains("leaves the assistant's turns out"));
         let strict = "{{ raise_exception('no!') }}";
         assert!(message(strict, &talk).contains("no!"));
     }

@@ -34,9 +34,17 @@ pub(super) fn export(
     start: Option<&ModelFiles>,
     best: &Path,
 ) -> Result<()> {
-    let describe = |dir: &Path| match start.filter(|files| files.tokenizer.is_some()) {
-        Some(files) => copy(files, dir),
-        None => describe(recipe, vocabulary, dir),
+    let describe = |dir: &Path| {
+        match start.filter(|files| files.tokenizer.is_some()) {
+            Some(files) => copy(files, dir)?,
+            None => describe(recipe, vocabulary, dir)?,
+        }
+        // The model answers in the template that it has learned to answer in.
+        if let Some(crate::sft::Template::File(path)) = &recipe.data.chat_template {
+            let source = fs::read(path).map_err(Error::io(path))?;
+            write_atomic(&dir.join("chat_template.jinja"), &source)?;
+        }
+        Ok::<_, Error>(())
     };
     let latent = recipe.output.dir.join("latent");
     fs::create_dir_all(&latent).map_err(Error::io(&latent))?;
