@@ -28,7 +28,7 @@ MAY_USE = {
     "checkpoint": {"error", "config", "kernels", "packed", "quant", "rows", "storage", "weights"},
     "config": {"error", "checkpoint", "quant"},
     "ops": {"activations", "error", "config", "kernels", "quant", "storage", "threads", "weights"},
-    "adapter": {"error", "checkpoint", "config", "ops", "storage"},
+    "adapter": {"error", "checkpoint", "config", "kernels", "ops", "quant", "storage", "weights"},
     "nn": {"activations", "error", "adapter", "config", "head_weights", "kernels", "kv_cache", "ops", "packed", "pages", "quant", "rows", "storage",
            "threads", "weights"},
     "kv_cache": {"adapter", "config", "ops"},

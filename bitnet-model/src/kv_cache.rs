@@ -89,7 +89,7 @@ impl KvCache {
             if found != layers {
                 bail!("an adapter for {found} layers does not fit a model of {layers}");
             }
-            if let [first, ..] = adapters.replaced() {
+            if let Some(first) = adapters.replaced().next() {
                 bail!(
                     "an adapter that replaces `{first}` cannot be beside one row, as the rows share it: put it beside \
                      the whole model"

@@ -74,10 +74,10 @@ impl Model {
             bail!("an adapter for {} layers does not fit a model of {layers}", blocks.len());
         }
         let mut vocabulary = self.vocabulary.clone();
-        if let Some(rows) = &adaptation.embed_tokens {
+        if let Some(rows) = adaptation.whole("model.embed_tokens.weight") {
             vocabulary.embed_tokens = Arc::new(DenseEmbedding::new(rows.clone()));
         }
-        if let Some(rows) = &adaptation.lm_head {
+        if let Some(rows) = adaptation.whole("lm_head.weight") {
             vocabulary.lm_head = Arc::new(DenseLinear::new(rows.clone(), None));
         }
         let blocks = self.blocks.iter().zip(blocks);
@@ -85,7 +85,7 @@ impl Model {
             config: self.config.clone(),
             vocabulary,
             blocks: blocks.map(|(block, adaptation)| block.adapted(adaptation)).collect(),
-            norm: self.norm.replaced(adaptation.norm.as_ref()),
+            norm: self.norm.replaced(adaptation.whole("model.norm.weight")),
             rope: self.rope.clone(),
             device: self.device.clone(),
             projection_bytes: self.projection_bytes.map(|bytes| bytes + adaptation.pair_bytes()),

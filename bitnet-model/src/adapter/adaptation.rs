@@ -1,5 +1,7 @@
 //! Adapters made ready for a model: scaled, summed, and sorted by the place where they act.
 
+use std::collections::BTreeMap;
+
 use candle_core::{Device, Tensor};
 
 use super::{Adapter, LowRank, PROJECTIONS};
@@ -13,11 +15,8 @@ use crate::{Error, Result, config::Config};
 #[derive(Clone, Debug, Default)]
 pub struct Adaptation {
     blocks: Vec<BlockAdaptation>,
-    pub(crate) embed_tokens: Option<Tensor>,
-    pub(crate) lm_head: Option<Tensor>,
-    pub(crate) norm: Option<Tensor>,
-    /// The names of the tensors that replace the base's.
-    replaced: Vec<String>,
+    /// What takes the place of the base's tensors, by their names.
+    whole: BTreeMap<String, Tensor>,
 }
 
 /// What adapters do to one block.
@@ -25,16 +24,19 @@ pub struct Adaptation {
 pub struct BlockAdaptation {
     /// In the order of [`PROJECTIONS`]: what is added to each, in this order.
     pairs: [Vec<LowRank>; PROJECTIONS.len()],
-    pub(crate) input_layernorm: Option<Tensor>,
-    pub(crate) post_attention_layernorm: Option<Tensor>,
-    pub(crate) attn_sub_norm: Option<Tensor>,
-    pub(crate) ffn_sub_norm: Option<Tensor>,
+    /// What takes the place of the block's norms, by their names in it.
+    norms: BTreeMap<String, Tensor>,
 }
 
 impl BlockAdaptation {
     /// What is added to the projection `name`.
     pub fn pairs(&self, name: &str) -> &[LowRank] {
         PROJECTIONS.iter().position(|known| *known == name).map_or(&[], |at| &self.pairs[at])
+    }
+
+    /// What takes the place of the first of the norms `names`, which a family has one of.
+    pub(crate) fn norm(&self, names: &[&str]) -> Option<&Tensor> {
+        names.iter().find_map(|name| self.norms.get(*name))
     }
 
     /// Those of several projections.
@@ -90,36 +92,17 @@ impl Adaptation {
                      applied to it, so give none"
                 ));
             }
-            let Some(slot) = self.slot(name) else {
-                return refuse(format!("`{name}` cannot be replaced"));
-            };
-            if slot.is_some() {
+            let tensor = tensor.to_device(device)?;
+            if self.whole.insert(name.clone(), tensor.clone()).is_some() {
                 return refuse(format!("`{name}` is already replaced by another adapter"));
             }
-            *slot = Some(tensor.to_device(device)?);
-            self.replaced.push(name.clone());
+            if let Some((layer, norm)) = name.strip_suffix(".weight").and_then(block_of)
+                && let Some(block) = self.blocks.get_mut(layer)
+            {
+                block.norms.insert(norm.into(), tensor);
+            }
         }
         Ok(())
-    }
-
-    /// Where the tensor that takes the place of `name` belongs.
-    fn slot(&mut self, name: &str) -> Option<&mut Option<Tensor>> {
-        let path = name.strip_suffix(".weight")?;
-        match path {
-            "model.embed_tokens" => return Some(&mut self.embed_tokens),
-            "model.norm" => return Some(&mut self.norm),
-            "lm_head" => return Some(&mut self.lm_head),
-            _ => {}
-        }
-        let (layer, norm) = block_of(path)?;
-        let block = self.blocks.get_mut(layer)?;
-        match norm {
-            "input_layernorm" => Some(&mut block.input_layernorm),
-            "post_attention_layernorm" => Some(&mut block.post_attention_layernorm),
-            "self_attn.attn_sub_norm" | "self_attn.inner_attn_ln" => Some(&mut block.attn_sub_norm),
-            "mlp.ffn_sub_norm" | "mlp.ffn_layernorm" => Some(&mut block.ffn_sub_norm),
-            _ => None,
-        }
     }
 
     /// What it does to each block.
@@ -128,8 +111,21 @@ impl Adaptation {
     }
 
     /// Names of the base's tensors that it replaces by whole ones.
-    pub fn replaced(&self) -> &[String] {
-        &self.replaced
+    pub fn replaced(&self) -> impl Iterator<Item = &str> {
+        self.whole.keys().map(String::as_str)
+    }
+
+    /// The tensor that takes the place of `name`.
+    pub fn whole(&self, name: &str) -> Option<&Tensor> {
+        self.whole.get(name)
+    }
+
+    /// What is added to the projection at `path`.
+    pub(super) fn pairs_at(&self, path: &str) -> &[LowRank] {
+        let place = block_of(path).and_then(|(layer, rest)| {
+            Some(self.blocks.get(layer)?.pairs(rest.rsplit('.').next()?))
+        });
+        place.unwrap_or_default()
     }
 
     /// Bytes of the low-rank pairs, all of which every token reads.

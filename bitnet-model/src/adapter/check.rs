@@ -64,6 +64,13 @@ impl Adapter {
         for (name, tensor) in &self.modules {
             let key = files::module_key(name);
             match shapes.get(name) {
+                Some(shape) if shape.len() == 2 && tensor.dims() != shape => {
+                    let reason = format!(
+                        "this is an adapter for another vocabulary: expected {shape:?}, found {:?}",
+                        tensor.dims()
+                    );
+                    return Err(self.wrong(&key, reason));
+                }
                 Some(shape) => self.expect(&key, tensor, shape)?,
                 None if config.projections().any(|(projection, _)| projection == *name) => {
                     let reason = "a whole projection is not supported, as the base's are ternary: \

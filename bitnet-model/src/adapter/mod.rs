@@ -10,6 +10,7 @@ mod config;
 mod files;
 mod json;
 mod low_rank;
+mod merge;
 mod rows;
 mod targets;
 #[cfg(test)]
@@ -28,6 +29,7 @@ pub use self::{
     config::{AdapterConfig, PROJECTIONS, PairSpec},
     files::{CONFIG, WEIGHTS},
     low_rank::LowRank,
+    merge::{MergedMatrix, merge},
     rows::RowAdapters,
     targets::{Modules, Pattern},
 };

@@ -211,7 +211,7 @@ impl Plan {
 
 /// The matrix `name` of `shape` (out_features, in_features), as `quantization` says it lies in
 /// `checkpoint`.
-fn ternary(
+pub(crate) fn ternary(
     checkpoint: &Checkpoint,
     name: &str,
     (out_features, in_features): (usize, usize),

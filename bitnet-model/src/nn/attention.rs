@@ -92,11 +92,11 @@ impl Attention {
 
     /// The same layer with adapters beside its projections, which are shared.
     pub(super) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
-        let sub_norm = self.sub_norm.as_ref();
+        let weight = adaptation.norm(&["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"]);
         Self {
             qkv_proj: beside_all(&self.qkv_proj, adaptation.pairs_of(QKV)),
             o_proj: beside_one(&self.o_proj, adaptation.pairs(O)),
-            sub_norm: sub_norm.map(|norm| norm.replaced(adaptation.attn_sub_norm.as_ref())),
+            sub_norm: self.sub_norm.as_ref().map(|norm| norm.replaced(weight)),
             spec: self.spec,
         }
     }

@@ -54,12 +54,14 @@ impl Block {
 
     /// This block with adapters beside it; the weights are shared.
     pub(crate) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
+        let norm = |norm: &RmsNorm, name| norm.replaced(adaptation.norm(&[name]));
         Self {
-            input_layernorm: self.input_layernorm.replaced(adaptation.input_layernorm.as_ref()),
+            input_layernorm: norm(&self.input_layernorm, "input_layernorm"),
             self_attn: self.self_attn.adapted(adaptation),
-            post_attention_layernorm: self
-                .post_attention_layernorm
-                .replaced(adaptation.post_attention_layernorm.as_ref()),
+            post_attention_layernorm: norm(
+                &self.post_attention_layernorm,
+                "post_attention_layernorm",
+            ),
             mlp: self.mlp.adapted(adaptation),
         }
     }

@@ -66,11 +66,11 @@ impl FeedForward {
 
     /// The same layer with adapters beside its projections, which are shared.
     pub(super) fn adapted(&self, adaptation: &BlockAdaptation) -> Self {
-        let sub_norm = self.sub_norm.as_ref();
+        let weight = adaptation.norm(&["mlp.ffn_sub_norm", "mlp.ffn_layernorm"]);
         Self {
             gate_up_proj: beside_all(&self.gate_up_proj, adaptation.pairs_of(GATE_UP)),
             down_proj: beside_one(&self.down_proj, adaptation.pairs(DOWN)),
-            sub_norm: sub_norm.map(|norm| norm.replaced(adaptation.ffn_sub_norm.as_ref())),
+            sub_norm: self.sub_norm.as_ref().map(|norm| norm.replaced(weight)),
             act: self.act,
         }
     }

@@ -61,6 +61,11 @@ impl WeightQuantizer {
         };
         WeightCodes { scale, inverse: 1. / scale, mean, quantizer: self }
     }
+
+    /// The codes nearest to weights in units of a `scale` that is given, and not theirs.
+    pub fn codes_at(self, scale: f32) -> WeightCodes {
+        WeightCodes { scale, inverse: 1. / scale, mean: 0., quantizer: self }
+    }
 }
 
 impl WeightCodes {
