@@ -67,6 +67,8 @@ pub enum Command {
     Plot(commands::plot::Args),
     /// Rewrite a checkpoint in another form
     Convert(commands::convert::Args),
+    /// Add adapters into a model's weights, and say what that did
+    Merge(commands::merge::Args),
     /// Write the logits of every position of a text
     Logits(commands::logits::Args),
     /// Say how well a model foresees a text

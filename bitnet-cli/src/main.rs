@@ -1,9 +1,11 @@
 //! `bitnet`: run, train and inspect 1.58-bit language models.
 
+mod adapter;
 mod args;
 mod commands;
 mod continuation;
 mod damage;
+mod folder;
 mod interrupt;
 mod model;
 mod progress;

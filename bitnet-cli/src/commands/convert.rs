@@ -17,7 +17,7 @@ use bitnet_model::{
     pretrained::{Origin, Precision, Source, default_files},
 };
 
-use crate::{args::Global, damage, progress};
+use crate::{args::Global, damage, folder, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
@@ -77,8 +77,8 @@ enum Form {
 
 /// Writes the folder.
 pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
-    let (parent, name) = place(&args.output)?;
-    check_free(&args.output, args.force)?;
+    let (parent, name) = folder::place(&args.output)?;
+    folder::check_free(&args.output, args.force)?;
     let precision = match args.ternarize || args.i_know {
         true => Precision::Ternarize,
         false => Precision::AsFound,
@@ -95,7 +95,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let before = match &args.text {
         Some(text) => {
             let full = Source::open(&args.input, Precision::Full, &hub)?;
-            Some((text, damage::perplexity(full, text)?))
+            Some((text, damage::perplexity(&full, text)?))
         }
         None => None,
     };
@@ -104,19 +104,10 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         Form::Latent => Target::Latent,
     };
 
-    // Beside OUT, so that a rename brings all of it at once.
-    let mut builder = tempfile::Builder::new();
-    let prefix = format!(".{name}.");
-    builder.prefix(&prefix).suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
-    let folder = builder
-        .tempdir_in(&parent)
-        .with_context(|| format!("{}: cannot be written to", parent.display()))?;
-    clean_up_on_interrupt(folder.path().to_owned())?;
+    let folder = folder::temporary(&parent, &name)?;
     let tensors = write(&source, folder.path(), target, global)?;
     let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
-    publish(folder, &args.output)?;
+    folder::publish(folder, &args.output)?;
 
     let read: u64 = match &source.origin {
         Origin::Embedded => default_files()
@@ -135,7 +126,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
                 Form::Latent => Precision::Ternarize, // a Llama's masters have a plain configuration
             };
             let after = Source::open(&path, after, &hub)?;
-            Some((before, damage::perplexity(after, text)?))
+            Some((before, damage::perplexity(&after, text)?))
         }
         None => None,
     };
@@ -164,57 +155,6 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The folder that will hold `output`, and the last part of its path.
-fn place(output: &Path) -> anyhow::Result<(PathBuf, String)> {
-    let Some(name) = output.file_name() else {
-        bail!("{}: names no folder of its own: give a new one", output.display());
-    };
-    let parent = match output.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    if !parent.is_dir() {
-        bail!("{}: no such folder: make it first", parent.display());
-    }
-    Ok((parent.to_owned(), name.to_string_lossy().into_owned()))
-}
-
-/// Refuses an `output` that is there, unless it is an empty folder, or a model's and `force` is given.
-fn check_free(output: &Path, force: bool) -> anyhow::Result<()> {
-    let path = output.display();
-    if output.symlink_metadata().is_err() {
-        return Ok(());
-    }
-    if !output.is_dir() || output.is_symlink() {
-        bail!("{path}: is there and no folder: choose another one");
-    }
-    let entries = fs::read_dir(output).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
-    let entries = entries.with_context(|| path.to_string())?;
-    if entries.is_empty() {
-        return Ok(());
-    }
-    if !force {
-        bail!("{path}: is not empty: choose another folder, or pass --force to replace a model's");
-    }
-    // What is replaced is deleted: only what looks like a model and nothing more.
-    let is_model = output.join("config.json").is_file();
-    if !is_model || entries.iter().any(|entry| entry.path().is_dir()) {
-        bail!(
-            "{path}: --force replaces a model's folder, and this has no config.json or has folders in it"
-        );
-    }
-    Ok(())
-}
-
-/// Ctrl-C leaves nothing behind.
-fn clean_up_on_interrupt(folder: PathBuf) -> anyhow::Result<()> {
-    let handler = move || {
-        let _ = fs::remove_dir_all(&folder);
-        std::process::exit(130); // 128 + SIGINT
-    };
-    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
-}
-
 /// Writes a whole model to `folder`, reads it back and compares. Returns how many tensors it has.
 fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> anyhow::Result<usize> {
     let bar = progress::bar(global, 0, "{msg:8} {bar:30} {pos}/{len} {eta}");
@@ -224,31 +164,7 @@ fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> any
     };
     bar.set_message("writing");
     let converted = export::convert(&source.config, &source.checkpoint, folder, target, step)?;
-    match &source.origin {
-        Origin::Embedded => {
-            let weights = ["config.json", "model.safetensors"];
-            for (name, data) in default_files().iter().filter(|(name, _)| !weights.contains(name)) {
-                let path = folder.join(name);
-                fs::write(&path, data).with_context(|| path.display().to_string())?;
-            }
-        }
-        Origin::Synthetic => {}
-        Origin::Files(files) => {
-            let files = [
-                &files.generation_config,
-                &files.tokenizer,
-                &files.tokenizer_config,
-                &files.special_tokens_map,
-                &files.chat_template,
-            ];
-            for path in files.into_iter().flatten() {
-                let name = path.file_name().unwrap_or_default();
-                // Not `copy`, which would take over the permissions of a read-only source.
-                let data = fs::read(path).with_context(|| path.display().to_string())?;
-                fs::write(folder.join(name), data).with_context(|| path.display().to_string())?;
-            }
-        }
-    }
+    folder::copy_beside(source, folder)?;
     bar.set_message("checking");
     let path = folder.join("config.json");
     let mut config = Config::from_file(&path)?;
@@ -265,27 +181,6 @@ fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> any
     export::verify((&source.config, &source.checkpoint), (&config, &written), step)?;
     bar.finish_and_clear();
     Ok(written.names().len())
-}
-
-/// Brings `folder` to `output`; a model that is there goes when the new one stands.
-fn publish(folder: tempfile::TempDir, output: &Path) -> anyhow::Result<()> {
-    let failed = || format!("{}: cannot be replaced by the converted model", output.display());
-    let old = folder.path().with_extension("old");
-    let is_replaced = output.exists();
-    if is_replaced {
-        fs::rename(output, &old).with_context(failed)?;
-    }
-    if let Err(error) = fs::rename(folder.path(), output) {
-        if is_replaced {
-            fs::rename(&old, output).with_context(failed)?;
-        }
-        return Err(error).with_context(failed);
-    }
-    let _ = folder.keep(); // it is no longer under that name
-    if is_replaced {
-        fs::remove_dir_all(&old).with_context(|| old.display().to_string())?;
-    }
-    Ok(())
 }
 
 fn sizes(files: &[PathBuf]) -> anyhow::Result<u64> {

@@ -18,6 +18,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use crate::{
+    adapter::{self, AdapterArgs},
     args::Global,
     continuation::{self, Finish, TextOutput, check_prompt},
     interrupt,
@@ -66,6 +67,9 @@ pub struct Args {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Adapters.
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
     /// How to run it.
     #[command(flatten)]
     pub session: SessionArgs,
@@ -89,11 +93,13 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if args.ignore_eos {
         plan.options.eos_token_ids.clear();
     }
+    let adaptation = args.adapters.read(&source, global)?;
     let open_time = start.elapsed();
     let prompt = args.prompt(&source)?;
 
     let start = Instant::now(); // waiting for stdin is not loading
-    let model = source.into_pretrained(&Device::Cpu)?;
+    let mut model = source.into_pretrained(&Device::Cpu)?;
+    model.model = adapter::beside(model.model, adaptation.as_ref())?;
     let (prompt, echo) = args.encode(prompt, &model)?;
     check_prompt(&prompt, model.model.config())?;
     let load_time = open_time + start.elapsed();

@@ -3,7 +3,7 @@
 use std::{
     io::{self, Write},
     path::PathBuf,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -16,7 +16,13 @@ use bitnet_model::{
 };
 use candle_core::{Device, Tensor};
 
-use crate::{args::Global, interrupt, model::ModelArgs, progress};
+use crate::{
+    adapter::{self, AdapterArgs},
+    args::Global,
+    interrupt,
+    model::ModelArgs,
+    progress,
+};
 
 /// The tensor's name in the file.
 const NAME: &str = "logits";
@@ -36,6 +42,9 @@ pub struct Args {
     /// The model
     #[command(flatten)]
     model: ModelArgs,
+    /// Adapters.
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// Token ids to run, separated by commas, at most the model's context; nothing is added to them
     #[arg(long, group = "input", value_delimiter = ',', value_name = "IDS")]
     tokens: Option<Vec<u32>>,
@@ -74,8 +83,9 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
         bail!("token id {id} is outside the model's vocabulary of {vocab_size}");
     }
+    let adaptation = args.adapters.read(&source, global)?;
     let interrupted = interrupt::flag()?;
-    let model = source.load(&Device::Cpu)?;
+    let model = adapter::beside(Arc::new(source.load(&Device::Cpu)?), adaptation.as_ref())?;
     let spec = TensorSpec::new(NAME, Dtype::F32, [tokens.len(), vocab_size]);
     let mut writer = SafetensorsWriter::create(&args.output, vec![spec])?;
     let bar = progress::bar(global, tokens.len(), "{bar:30} {pos}/{len} tokens {eta}");

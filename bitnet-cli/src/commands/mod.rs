@@ -8,6 +8,7 @@ pub mod download;
 pub mod generate;
 pub mod info;
 pub mod logits;
+pub mod merge;
 pub mod perplexity;
 pub mod plot;
 pub mod tokenize;
@@ -26,6 +27,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Train(command) => train::run(command, global),
         Command::Plot(args) => plot::run(&args),
         Command::Convert(args) => convert::run(args, global),
+        Command::Merge(args) => merge::run(&args, global),
         Command::Logits(args) => logits::run(args, global),
         Command::Perplexity(args) => perplexity::run(&args, global),
         Command::Tokenize(args) => tokenize::run(args, global),

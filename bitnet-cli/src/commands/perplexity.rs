@@ -20,6 +20,7 @@ use candle_core::Device;
 use serde_json::json;
 
 use crate::{
+    adapter::{self, AdapterArgs},
     args::Global,
     interrupt,
     model::{ModelArgs, kv_type},
@@ -56,6 +57,9 @@ pub struct Args {
     /// The model
     #[command(flatten)]
     model: ModelArgs,
+    /// Adapters.
+    #[command(flatten)]
+    adapters: AdapterArgs,
 }
 
 /// Runs it.
@@ -71,7 +75,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let stride =
         stride.context("a window of one token scores nothing: give at least --window 2")?;
     let kv_type = args.kv_cache.unwrap_or_else(|| args.model.kv_type());
-    let model = source.into_pretrained(&Device::Cpu)?;
+    let adaptation = args.adapters.read(&source, global)?;
+    let mut model = source.into_pretrained(&Device::Cpu)?;
+    model.model = adapter::beside(model.model, adaptation.as_ref())?;
     let Some(tokenizer) = &model.tokenizer else {
         bail!("{}: has no tokenizer, so it cannot read a text", model.name);
     };

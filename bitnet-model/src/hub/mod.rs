@@ -20,10 +20,10 @@
 
 mod cache;
 mod client;
-mod dataset;
 mod env;
 mod files;
 mod transfer;
+mod wanted;
 
 use std::{fmt, path::PathBuf, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Files of a dataset repository. Which of them are wanted is the caller's choice; they may be many and large, so nothing
-//! else is fetched.
+//! Single files of a repository, of a dataset or of an adapter. Which of them are wanted is the caller's choice; they may be
+//! many and large, so nothing else is fetched.
 
 use std::{fs, path::PathBuf};
 
@@ -10,11 +10,35 @@ use super::{
     cache::RepoCache,
     client::{Client, Failure},
     files::is_below,
-    hub_error, transfer,
+    hub_error, is_repo_id, transfer,
 };
 use crate::{Error, Result};
 
+/// The files of an adapter in PEFT's format.
+const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 impl Hub {
+    /// The folder of the adapter that `source` names: such a path if there is one, else a repository (`org/name`), of which
+    /// the adapter's two files are downloaded unless the cache has them.
+    ///
+    /// # Errors
+    /// Neither a path nor a repository id; those of [`download_dataset`](Self::download_dataset).
+    pub fn resolve_adapter(&self, source: &str) -> Result<PathBuf> {
+        let path = PathBuf::from(source);
+        if path.exists() {
+            return Ok(path);
+        }
+        if !is_repo_id(source) {
+            let reason =
+                "there is no such folder, and it is no repository id of the form `org/name`";
+            return Err(hub_error(source, reason));
+        }
+        let is_wanted = |name: &str| ADAPTER_FILES.contains(&name);
+        let files = self.download_wanted(RepoType::Model, source, &is_wanted)?;
+        let folder = files.first().and_then(|file| file.parent());
+        Ok(folder.unwrap_or(&path).to_owned())
+    }
+
     /// The files of the dataset repository `repo_id` (`org/name`) at this Hub's revision whose paths in it `is_wanted`
     /// takes, in the order of their paths, at least one. What the cache lacks is downloaded; without a network, what it
     /// has of them is used, with a warning.
@@ -26,8 +50,18 @@ impl Hub {
         repo_id: &str,
         is_wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Vec<PathBuf>> {
+        self.download_wanted(RepoType::Dataset, repo_id, is_wanted)
+    }
+
+    /// The same for a repository of any type.
+    fn download_wanted(
+        &self,
+        repo_type: RepoType,
+        repo_id: &str,
+        is_wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Vec<PathBuf>> {
         self.check(repo_id)?;
-        let cache = RepoCache::new(&self.cache_dir, RepoType::Dataset, repo_id, &self.revision);
+        let cache = RepoCache::new(&self.cache_dir, repo_type, repo_id, &self.revision);
         if self.offline {
             let files = cached(&cache, is_wanted)?;
             if files.is_empty() {
@@ -42,7 +76,7 @@ impl Hub {
         }
         let client = Client::new(&self.endpoint, self.token.as_deref(), self.timeout, self.retry)
             .map_err(|reason| hub_error(repo_id, reason))?
-            .of(RepoType::Dataset);
+            .of(repo_type);
         let listing = match client.listing(repo_id, &self.revision) {
             Ok(listing) => listing,
             Err(failure @ (Failure::Unreachable(_) | Failure::Transient { .. })) => {

@@ -1,0 +1,148 @@
+//! Which adapters go beside the model: `--adapter`, which several commands share.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::bail;
+use bitnet_model::{
+    adapter::{Adaptation, Adapter},
+    config::Config,
+    hub::Hub,
+    model::Model,
+    pretrained::Source,
+    text::Tokenizer,
+};
+use candle_core::Device;
+use clap::Args;
+
+use crate::args::Global;
+
+/// Options that name adapters.
+#[derive(Args, Clone, Debug)]
+pub struct AdapterArgs {
+    /// LoRA adapter in PEFT's format to put beside the model: folder or Hub repo id, and how much of it [scale: 1]; given
+    /// several times, they are summed
+    #[arg(long = "adapter", value_name = "DIR[:SCALE]", value_parser = AdapterSpec::parse)]
+    pub adapters: Vec<AdapterSpec>,
+}
+
+/// An adapter and how much of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterSpec {
+    /// Folder or repository.
+    pub source: String,
+    /// Multiplies what it adds.
+    pub scale: f64,
+}
+
+impl AdapterSpec {
+    /// Reads `SOURCE` or `SOURCE:SCALE`; a path that is there is one, whatever it is called.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let whole = || Self { source: text.into(), scale: 1. };
+        if text.is_empty() {
+            return Err("there is no name of an adapter".into());
+        }
+        if Path::new(text).exists() {
+            return Ok(whole());
+        }
+        let Some((source, scale)) = text.rsplit_once(':') else { return Ok(whole()) };
+        match scale.parse::<f64>() {
+            Ok(scale) if scale.is_finite() && !source.is_empty() => {
+                Ok(Self { source: source.into(), scale })
+            }
+            Ok(scale) => Err(format!("{scale} is no scale of an adapter")),
+            Err(_) if Path::new(source).exists() => {
+                Err(format!("`{scale}` behind `{source}:` is no number to scale it by"))
+            }
+            Err(_) => Ok(whole()),
+        }
+    }
+}
+
+impl AdapterArgs {
+    /// Reads the adapters and checks that they fit the model, whose weights need not be loaded for it; `None` if there are
+    /// none.
+    pub fn read(&self, source: &Source, global: &Global) -> anyhow::Result<Option<Adaptation>> {
+        let hub = Hub::from_env().progress(!global.quiet);
+        read(&self.adapters, &hub, &source.config, &|| Ok(source.tokenizer()?))
+    }
+}
+
+/// The sum of the adapters, checked against the configuration of a model and, where an adapter comes with a tokenizer,
+/// against the model's.
+pub fn read(
+    specs: &[AdapterSpec],
+    hub: &Hub,
+    config: &Config,
+    tokenizer: &dyn Fn() -> anyhow::Result<Option<Tokenizer>>,
+) -> anyhow::Result<Option<Adaptation>> {
+    if specs.is_empty() {
+        return Ok(None);
+    }
+    let mut adapters = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let folder = hub.resolve_adapter(&spec.source)?;
+        let adapter = Adapter::open(&folder)?;
+        adapter.check(config)?;
+        check_tokenizer(&folder.join("tokenizer.json"), tokenizer)?;
+        adapters.push((adapter, spec.scale));
+    }
+    let adapters: Vec<(&Adapter, f64)> = adapters.iter().map(|(a, scale)| (a, *scale)).collect();
+    Ok(Some(Adaptation::new(config, &adapters, &Device::Cpu)?))
+}
+
+/// Refuses an adapter that was trained with other tokens than the model has.
+fn check_tokenizer(
+    file: &Path,
+    tokenizer: &dyn Fn() -> anyhow::Result<Option<Tokenizer>>,
+) -> anyhow::Result<()> {
+    if !file.is_file() {
+        return Ok(());
+    }
+    let Some(model) = tokenizer()? else { return Ok(()) };
+    let adapter = Tokenizer::from_files(file, None, None, None)?;
+    let ids = 0..model.vocab_size().max(adapter.vocab_size()) as u32;
+    let shown = |token: Option<String>| match token {
+        Some(token) => format!("`{}`", token.escape_debug()),
+        None => "none".into(),
+    };
+    for id in ids {
+        let (ours, theirs) = (model.id_to_token(id), adapter.id_to_token(id));
+        if ours != theirs {
+            bail!(
+                "{}: token {id} is {} here and {} in the model's tokenizer: the adapter was trained with another one",
+                file.display(),
+                shown(theirs),
+                shown(ours)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The model with the adapters beside it; it is the same one if there are none.
+pub fn beside(model: Arc<Model>, adaptation: Option<&Adaptation>) -> anyhow::Result<Arc<Model>> {
+    Ok(match adaptation {
+        Some(adaptation) => Arc::new(model.adapted(adaptation)?),
+        None => model,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_follows_the_last_colon() {
+        let parse = |text| AdapterSpec::parse(text).map(|spec| (spec.source, spec.scale));
+        assert_eq!(parse("a/b"), Ok(("a/b".into(), 1.)));
+        assert_eq!(parse("a/b:0.5"), Ok(("a/b".into(), 0.5)));
+        assert_eq!(parse("a:b:-2"), Ok(("a:b".into(), -2.)));
+        assert_eq!(parse(r"C:\a"), Ok((r"C:\a".into(), 1.)));
+        assert!(parse("a:nan").unwrap_err().contains("no scale"));
+        assert!(parse(":2").unwrap_err().contains("no scale"));
+        assert!(parse("").is_err());
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().display();
+        assert!(parse(&format!("{text}:x")).unwrap_err().contains("no number"));
+    }
+}
