@@ -33,7 +33,7 @@ EXAMPLES
 
   The model inside this program, and what it makes of it:
     bitnet train lora --data mine.jsonl -o run
-    bitnet chat --adapter run/adapter
+    bitnet generate --adapter run/adapter 'Once upon a time'
 
   A model of the Hub, a smaller adapter, two prompts to watch:
     bitnet train lora -m microsoft/bitnet-b1.58-2B-4T --data mine.jsonl -o run --rank 16 --alpha 32 \
