@@ -194,7 +194,7 @@ def main():
     ]
     versions = {"jinja2": jinja2.__version__, "transformers": transformers.__version__}
     fixture = {"versions": versions, "special_tokens": SPECIAL_TOKENS, "chats": CHATS, "cases": cases}
-    print(json.dumps(fixture, ensure_ascii=False, indent=1))
+    print(json.dumps(fixture, ensure_ascii=False, separators=(",", ":")))
 
 
 main()

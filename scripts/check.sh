@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-fixtures_limit=9000000 # bytes, as SIZE_LIMIT in scripts/slim_fixtures.py
+fixtures_limit=8000000 # bytes, as SIZE_LIMIT in scripts/slim_fixtures.py
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 

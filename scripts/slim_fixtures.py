@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SIZE_LIMIT = 9 * 10**6  # bytes; scripts/check.sh enforces the same limit on the committed files
+SIZE_LIMIT = 8 * 10**6  # bytes; scripts/check.sh enforces the same limit on the committed files
 HEADER_LIMIT = 100 * 10**6  # bytes; the safetensors library's own limit
 
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -28,6 +28,8 @@ BATCH = ("batch.input_ids", "batch.attention_mask", "batch.position_ids", "batch
          "batch.logits", "greedy_batch.")
 # Other precisions, and a position convention this project does not have.
 DROPPED = {"single.logits_bf16", "batch.logits_arange", "logits_adapter_bf16"}
+# The input of the feed-forward layer is that of gate_proj, its output that of down_proj: tests take those.
+DROPPED |= {f"single.unit.model.layers.0.mlp.{end}" for end in ("input", "output")}
 GRAD = ("input_ids", "attention_mask", "labels", "logits", "grad.")
 ADAMW = ("adamw1.",)
 LORA = ("input_ids", "attention_mask", "labels", "logits_base", "logits_adapter")
@@ -49,7 +51,6 @@ FIXTURES = {
     "grad_bitnet_qat": (GRAD + ADAMW, ()),
     "grad_llama_onebit_qat": (GRAD, ()),
     "lora_bitnet_offline": (LORA + ("grad.",), ("source/latent.safetensors",) + ADAPTER),
-    "lora_bitnet_online": (LORA + ("logits_merged", "merged.model.layers.0."), ADAPTER),
 }
 
 
@@ -104,7 +105,11 @@ def slim(source, target, prefixes, extra):
     for path in sorted(files | {source / name for name in extra}):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        if path.name == "expected.json":
+            values = json.loads(path.read_text())
+            copy.write_text(json.dumps(values, separators=(",", ":")) + "\n")
+        else:
+            shutil.copyfile(path, copy)
 
 
 def main():

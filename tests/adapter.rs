@@ -8,20 +8,41 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 use bitnet_model::{
     adapter::{Adaptation, Adapter, AdapterConfig, MergedMatrix, Modules, Pair, WEIGHTS, merge},
     checkpoint::Checkpoint,
+    config::WeightForm,
+    kernels::TileFormat,
     kv_cache::KvCache,
     model::Model,
     nn::BitLinears,
     ops::KvType,
+    weights::TernaryWeight,
 };
 use bitnet_tests::{
-    fixture::{Fixture, flat, max_diff, relative_rms},
+    fixture::{Fixture, flat, max_diff, relative_rms, root},
     oracle,
 };
 use bitnet_train::loss::{IGNORED, cross_entropy};
 use candle_core::{D, DType, Device, IndexOp, Tensor, Var};
 
 const OFFLINE: &str = "lora_bitnet_offline";
+/// Masters; only the full set of fixtures has them (`BITNET_FIXTURES`).
 const ONLINE: &str = "lora_bitnet_online";
+
+fn masters() -> Option<Fixture> {
+    root().join(ONLINE).is_dir().then(|| Fixture::open(ONLINE))
+}
+
+/// [`OFFLINE`]'s masters in place of its codes, without values of the reference.
+fn latent() -> Fixture {
+    let mut fixture = Fixture::open(OFFLINE);
+    let weights = fixture.dir.join("source/latent.safetensors");
+    fixture.checkpoint = Arc::new(Checkpoint::open(&[weights]).unwrap());
+    fixture.config.quantization.as_mut().unwrap().weights = WeightForm::Latent;
+    fixture
+}
+
+fn fixtures() -> impl Iterator<Item = Fixture> {
+    [Fixture::open(OFFLINE)].into_iter().chain(masters())
+}
 
 fn adapter(fixture: &Fixture) -> Adapter {
     Adapter::open(&fixture.dir.join("adapter")).unwrap()
@@ -57,7 +78,7 @@ fn assert_logits(fixture: &Fixture, name: &str, ours: &Tensor) {
 
 #[test]
 fn the_first_code_of_the_masters_fixture_lies_on_a_tie() {
-    let fixture = Fixture::open(ONLINE);
+    let Some(fixture) = masters() else { return };
     let oracle = oracle::run(&fixture, &[1]);
     assert_eq!(oracle.codes["model.layers.0.self_attn.q_proj"].tie_distance[0], 0.);
     let first = fixture.rows("input_ids").into_iter().map(|row| row[0]);
@@ -66,8 +87,7 @@ fn the_first_code_of_the_masters_fixture_lies_on_a_tie() {
 
 #[test]
 fn logits_are_those_of_peft() {
-    for name in [OFFLINE, ONLINE] {
-        let fixture = Fixture::open(name);
+    for fixture in fixtures() {
         let (base, tokens) = (fixture.model(), fixture.tokens("input_ids"));
         let before = flat(&logits(&base, &tokens));
         assert_logits(&fixture, "logits_base", &logits(&base, &tokens));
@@ -159,9 +179,8 @@ fn continued(model: &Model, mut cache: KvCache, prompts: &[Vec<u32>]) -> Vec<Vec
 
 #[test]
 fn rows_with_adapters_of_their_own_are_what_they_are_alone() {
-    for name in [OFFLINE, ONLINE] {
-        let fixture = Fixture::open(name);
-        let model = fixture.model();
+    for fixture in fixtures() {
+        let (name, model) = (&fixture.name, fixture.model());
         let [first, second] = two_adapters(&fixture);
         let rows = [None, Some(&first), Some(&second), None, Some(&first)];
         let lengths = [9, 4, 12, 12, 7];
@@ -318,7 +337,7 @@ fn model_of(fixture: &Fixture, checkpoint: &Arc<Checkpoint>) -> Model {
 
 #[test]
 fn masters_merge_as_in_peft() {
-    let (fixture, dir) = (Fixture::open(ONLINE), tempfile::tempdir().unwrap());
+    let (Some(fixture), dir) = (masters(), tempfile::tempdir().unwrap()) else { return };
     // The reference merged f32 masters.
     let names = Vec::from_iter(fixture.checkpoint.names().map(String::from));
     let widened = names.iter().map(|name| {
@@ -347,10 +366,47 @@ fn masters_merge_as_in_peft() {
     assert_logits(&fixture, "logits_merged", &logits);
 }
 
+/// The formula, and the flips counted code by code.
+#[test]
+fn masters_take_the_sum() {
+    let (fixture, dir) = (latent(), tempfile::tempdir().unwrap());
+    let adapter = adapter(&fixture);
+    let sum = adaptation(&fixture, &[(&adapter, 2.)]);
+    let (checkpoint, matrices) = merged(&fixture, &fixture.checkpoint, &sum, dir.path());
+    assert_eq!(matrices.len(), 14);
+    for matrix in &matrices {
+        let path = matrix.name.strip_suffix(".weight").unwrap();
+        let (pair, scale) =
+            (&adapter.pairs[path], adapter.config.pair(path).unwrap().unwrap().scale);
+        let read = |checkpoint: &Checkpoint| {
+            checkpoint.read(&matrix.name).unwrap().to_dtype(DType::F32).unwrap()
+        };
+        let (before, after) = (read(&fixture.checkpoint), read(&checkpoint));
+        let delta = (pair.lora_b.matmul(&pair.lora_a).unwrap() * (2. * scale)).unwrap();
+        for (found, sum) in flat(&after).iter().zip(flat(&(&before + delta).unwrap())) {
+            // Rounded to bfloat16, of a sum that is itself a few roundings of f32 off.
+            assert!((found - sum).abs() <= sum.abs() * 2f32.powi(-8) + 1e-6, "{found}, {sum}");
+        }
+        let shape = before.dims2().unwrap();
+        let codes = |latent: &Tensor| {
+            TernaryWeight::from_latent(
+                &flat(latent),
+                shape,
+                fixture.config.quantization.unwrap().rounding,
+                TileFormat::TwoBit,
+            )
+        };
+        let (old, new) = (codes(&before), codes(&after));
+        let cells = (0..shape.0).flat_map(|row| (0..shape.1).map(move |col| (row, col)));
+        let flips = cells.filter(|&(row, col)| old.code(row, col) != new.code(row, col)).count();
+        assert_eq!(matrix.flipped, Some(flips), "{}", matrix.name);
+    }
+}
+
 #[test]
 fn what_is_merged_keeps_its_form() {
-    for name in [ONLINE, OFFLINE] {
-        let (fixture, dir) = (Fixture::open(name), tempfile::tempdir().unwrap());
+    for fixture in fixtures().chain([latent()]) {
+        let (name, dir) = (&fixture.name, tempfile::tempdir().unwrap());
         let adapter = adapter(&fixture);
         let same = |a: &Checkpoint, b: &Checkpoint, name: &str| {
             assert_eq!(a.get(name).unwrap().dtype, b.get(name).unwrap().dtype, "{name}");

@@ -118,26 +118,29 @@ fn every_unit_from_its_given_input() {
         let quantization = BitLinears::new(fixture.config.quantization.unwrap());
         let vb = fixture.checkpoint.var_builder(candle_core::DType::F32, &candle_core::Device::Cpu);
         let model = fixture.model();
+        let tensor =
+            |unit: &str, end: &str| &fixture.expected[&format!("single.unit.{unit}.{end}")];
         let mut units = 0;
         for name in fixture.expected.keys() {
-            let Some(unit) =
-                name.strip_prefix("single.unit.").and_then(|n| n.strip_suffix(".input"))
-            else {
-                continue;
-            };
-            let x = &fixture.expected[name];
-            let want = &fixture.expected[&format!("single.unit.{unit}.output")];
+            let unit = name.strip_prefix("single.unit.").and_then(|n| n.strip_suffix(".input"));
+            // The full set has the feed-forward layer too, which is below.
+            let Some(unit) = unit.filter(|unit| !unit.ends_with(".mlp")) else { continue };
+            let (x, want) = (tensor(unit, "input"), tensor(unit, "output"));
             let (in_features, out_features) = (x.dim(2).unwrap(), want.dim(2).unwrap());
-            let got = if unit.ends_with(".mlp") {
-                model.blocks()[0].feed_forward().forward(x)
-            } else {
-                let spec = LinearSpec { name: "unit", in_features, out_features, bias: false };
-                quantization.linear(spec, vb.pp(unit)).unwrap().forward(x)
-            };
-            let diff = max_diff(&flat(&got.unwrap()), &flat(want));
+            let spec = LinearSpec { name: "unit", in_features, out_features, bias: false };
+            let got = quantization.linear(spec, vb.pp(unit)).unwrap().forward(x).unwrap();
+            let diff = max_diff(&flat(&got), &flat(want));
             assert!(diff < 1e-5, "{}: {unit}: {diff:e}", fixture.name);
             units += 1;
         }
+        // The feed-forward layer has the input of one projection and the output of another.
+        let mlp = "model.layers.0.mlp";
+        let x = tensor(&format!("{mlp}.gate_proj"), "input");
+        let want = tensor(&format!("{mlp}.down_proj"), "output");
+        let got = model.blocks()[0].feed_forward().forward(x).unwrap();
+        let diff = max_diff(&flat(&got), &flat(want));
+        assert!(diff < 1e-5, "{}: {mlp}: {diff:e}", fixture.name);
+        units += 1;
         assert!(units >= 5, "{}: {units} units", fixture.name);
     }
 }
