@@ -5,7 +5,6 @@ use std::{path::Path, sync::Arc};
 use anyhow::bail;
 use bitnet_model::{
     adapter::{Adaptation, Adapter},
-    config::Config,
     hub::Hub,
     model::Model,
     pretrained::Source,
@@ -59,46 +58,32 @@ impl AdapterSpec {
 }
 
 impl AdapterArgs {
-    /// Reads the adapters and checks that they fit the model, whose weights need not be loaded for it; `None` if there are
-    /// none.
+    /// The sum of the adapters; `None` if there are none. They are checked against the configuration of the model, whose weights
+    /// need not be loaded for it, and where an adapter comes with a tokenizer, against the model's.
     pub fn read(&self, source: &Source, global: &Global) -> anyhow::Result<Option<Adaptation>> {
+        if self.adapters.is_empty() {
+            return Ok(None);
+        }
         let hub = Hub::from_env().progress(!global.quiet);
-        read(&self.adapters, &hub, &source.config, &|| Ok(source.tokenizer()?))
+        let mut adapters = Vec::with_capacity(self.adapters.len());
+        for spec in &self.adapters {
+            let folder = hub.resolve_adapter(&spec.source)?;
+            let adapter = Adapter::open(&folder)?;
+            adapter.check(&source.config)?;
+            check_tokenizer(&folder.join("tokenizer.json"), source)?;
+            adapters.push((adapter, spec.scale));
+        }
+        let adapters = Vec::from_iter(adapters.iter().map(|(adapter, scale)| (adapter, *scale)));
+        Ok(Some(Adaptation::new(&source.config, &adapters, &Device::Cpu)?))
     }
-}
-
-/// The sum of the adapters, checked against the configuration of a model and, where an adapter comes with a tokenizer,
-/// against the model's.
-pub fn read(
-    specs: &[AdapterSpec],
-    hub: &Hub,
-    config: &Config,
-    tokenizer: &dyn Fn() -> anyhow::Result<Option<Tokenizer>>,
-) -> anyhow::Result<Option<Adaptation>> {
-    if specs.is_empty() {
-        return Ok(None);
-    }
-    let mut adapters = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let folder = hub.resolve_adapter(&spec.source)?;
-        let adapter = Adapter::open(&folder)?;
-        adapter.check(config)?;
-        check_tokenizer(&folder.join("tokenizer.json"), tokenizer)?;
-        adapters.push((adapter, spec.scale));
-    }
-    let adapters: Vec<(&Adapter, f64)> = adapters.iter().map(|(a, scale)| (a, *scale)).collect();
-    Ok(Some(Adaptation::new(config, &adapters, &Device::Cpu)?))
 }
 
 /// Refuses an adapter that was trained with other tokens than the model has.
-fn check_tokenizer(
-    file: &Path,
-    tokenizer: &dyn Fn() -> anyhow::Result<Option<Tokenizer>>,
-) -> anyhow::Result<()> {
+fn check_tokenizer(file: &Path, source: &Source) -> anyhow::Result<()> {
     if !file.is_file() {
         return Ok(());
     }
-    let Some(model) = tokenizer()? else { return Ok(()) };
+    let Some(model) = source.tokenizer()? else { return Ok(()) };
     let adapter = Tokenizer::from_files(file, None, None, None)?;
     let ids = 0..model.vocab_size().max(adapter.vocab_size()) as u32;
     let shown = |token: Option<String>| match token {

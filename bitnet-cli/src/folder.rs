@@ -86,14 +86,7 @@ pub fn copy_beside(source: &Source, folder: &Path) -> anyhow::Result<()> {
         }
         Origin::Synthetic => {}
         Origin::Files(files) => {
-            let files = [
-                &files.generation_config,
-                &files.tokenizer,
-                &files.tokenizer_config,
-                &files.special_tokens_map,
-                &files.chat_template,
-            ];
-            for path in files.into_iter().flatten() {
+            for path in files.companions() {
                 copy(path, folder)?;
             }
         }

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use bitnet_model::{model::Model, nn::Context, quant::WeightQuantizer};
+use bitnet_model::{config::PROJECTIONS, model::Model, nn::Context, quant::WeightQuantizer};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
 use crate::{
@@ -53,10 +53,6 @@ impl EmbeddingNoise {
         Ok((&embedded + Tensor::from_vec(noise, embedded.shape(), embedded.device())?)?)
     }
 }
-
-/// The last part of the names of quantized matrices.
-const PROJECTIONS: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 impl LanguageModel {
     /// `model` is loaded from the variables that are trained, `frozen` shares their memory and records nothing.

@@ -18,6 +18,7 @@ pub mod distill;
 pub mod distributed;
 mod error;
 pub mod experiment;
+mod fingerprint;
 pub mod head_loss;
 pub mod init;
 pub mod language_model;

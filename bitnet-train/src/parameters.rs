@@ -11,6 +11,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
+use crate::fingerprint::Fnv;
+
 /// Named variables, made as a model asks for them: each starts from its own stream of the seed, so a
 /// value depends on seed and name alone and not on the order of construction.
 #[derive(Debug)]
@@ -107,12 +109,9 @@ impl Parameters {
     }
 
     fn sample(&self, name: &str, shape: &Shape, values: impl Distribution<f32>) -> Vec<f32> {
-        // FNV-1a: the same stream for the same name, whatever the compiler.
-        let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
+        // The same stream for the same name, whatever the compiler.
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(stream);
+        rng.set_stream(Fnv::of(name));
         (0..shape.elem_count()).map(|_| values.sample(&mut rng)).collect()
     }
 }

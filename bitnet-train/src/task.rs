@@ -11,9 +11,14 @@ use crate::{
 
 /// A network with its objective, as the trainer sees it.
 pub trait Task {
+    /// The task that this one is put around, which answers for it wherever it says nothing else.
+    fn inner(&self) -> Option<&dyn Task> {
+        None
+    }
+
     /// Called before the passes of update `step`, counted from 0: schedules that live in the network follow it.
-    fn begin(&self, _step: usize) -> Result<()> {
-        Ok(())
+    fn begin(&self, step: usize) -> Result<()> {
+        self.inner().map_or(Ok(()), |task| task.begin(step))
     }
 
     /// One forward and one backward pass: adds the gradients of the loss to `gradients` and returns the terms of the
@@ -21,13 +26,13 @@ pub trait Task {
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>>;
 
     /// The codes −1, 0 and 1 that parameter `name` is quantized to where it is used, if it is; `latent` holds its values.
-    fn codes(&self, _name: &str, _latent: &[f32]) -> Option<Vec<i8>> {
-        None
+    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
+        self.inner()?.codes(name, latent)
     }
 
     /// How much of the quantization is in force, from 0 (none) to 1, if it is warmed up.
     fn lambda(&self) -> Option<f64> {
-        None
+        self.inner()?.lambda()
     }
 
     /// What the model makes of every label of `batch`, row by row; ignored ones are left out.
@@ -35,7 +40,7 @@ pub trait Task {
 
     /// What the model answers to the prompts it was given, if it was given any.
     fn samples(&self) -> Result<Vec<Sample>> {
-        Ok(Vec::new())
+        self.inner().map_or(Ok(Vec::new()), |task| task.samples())
     }
 }
 

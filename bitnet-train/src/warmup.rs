@@ -109,6 +109,10 @@ impl<T> Warmup<T> {
 }
 
 impl<T: Task> Task for Warmup<T> {
+    fn inner(&self) -> Option<&dyn Task> {
+        Some(&self.task)
+    }
+
     fn begin(&self, step: usize) -> Result<()> {
         self.lambda.set(self.schedule.at(step));
         self.task.begin(step)
@@ -116,10 +120,6 @@ impl<T: Task> Task for Warmup<T> {
 
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
         self.task.pass(batch, items, gradients)
-    }
-
-    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
-        self.task.codes(name, latent)
     }
 
     fn lambda(&self) -> Option<f64> {

@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use bitnet_model::{
-    adapter::{Adaptation, MergedMatrix, PROJECTIONS, merge},
+    adapter::{Adaptation, MergedMatrix, merge},
+    config::PROJECTIONS,
     pretrained::{Origin, Precision, Source},
 };
 use candle_core::Device;

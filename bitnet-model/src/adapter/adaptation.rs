@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 
-use super::{Adapter, LowRank, PROJECTIONS};
-use crate::{Error, Result, config::Config};
+use super::{Adapter, LowRank};
+use crate::{
+    Error, Result,
+    config::{Config, PROJECTIONS},
+};
 
 /// What one or several adapters, each times a factor, do to models of one geometry. It has the adapters' tensors and
 /// nothing of a base: it goes with every model that they fit.

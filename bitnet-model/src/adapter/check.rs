@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
-use super::{Adapter, Modules, PROJECTIONS, files};
-use crate::{Error, Result, config::Config};
+use super::{Adapter, Modules, files};
+use crate::{
+    Error, Result,
+    config::{Config, PROJECTIONS},
+};
 
 impl Adapter {
     /// Checks that the adapter fits the model of `config`: every target has its pair, every tensor has its place and its
@@ -110,8 +113,8 @@ impl Adapter {
     }
 }
 
-/// The tensors of a model that an adapter may replace, with their shapes: embedding, head and norms.
-fn whole_tensors(config: &Config) -> BTreeMap<String, Vec<usize>> {
+/// The tensors of a model of `config` that an adapter may replace, with their shapes: embedding, head and norms.
+pub fn whole_tensors(config: &Config) -> BTreeMap<String, Vec<usize>> {
     let &Config { vocab_size, hidden_size, intermediate_size, .. } = config;
     let mut shapes = BTreeMap::from([
         ("model.embed_tokens.weight".to_owned(), vec![vocab_size, hidden_size]),

@@ -1,10 +1,7 @@
 //! What a LoRA adapter is: PEFT's `LoraConfig`, as far as it can be computed here.
 
 use super::targets::{Modules, Pattern, ends_in};
-
-/// The projections of a block, as `target_modules` names them.
-pub const PROJECTIONS: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+use crate::config::PROJECTIONS;
 
 /// The settings of an adapter, which `adapter_config.json` holds.
 #[derive(Clone, Debug, PartialEq)]

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use candle_core::{DType, Tensor};
 
-use super::{Adapter, Pair, json};
+use super::{Adapter, AdapterConfig, Pair, json};
 use crate::{
     Error, Result,
     checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, is_float, write_atomic},
@@ -30,7 +30,7 @@ pub(super) fn module_key(name: &str) -> String {
     format!("{PREFIX}{name}")
 }
 
-/// What a name in the file says.
+/// What the name of a tensor says, without the [`PREFIX`] it has in the file.
 enum Role {
     A(String),
     B(String),
@@ -38,8 +38,7 @@ enum Role {
 }
 
 impl Role {
-    fn parse(key: &str) -> Option<Self> {
-        let name = key.strip_prefix(PREFIX)?;
+    fn parse(name: &str) -> Option<Self> {
         let path = name.strip_suffix(".weight")?;
         if let Some(path) = path.strip_suffix(".lora_A") {
             return Some(Self::A(path.into()));
@@ -84,17 +83,44 @@ impl Adapter {
         Ok(adapter)
     }
 
+    /// The adapter of these tensors, f32, by their names in the model: `model.layers.0.self_attn.q_proj.lora_A.weight`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), of tensors.
+    pub fn from_tensors(
+        config: AdapterConfig,
+        tensors: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<Self> {
+        let mut adapter = Self::new(config, BTreeMap::new(), BTreeMap::new());
+        let mut roles = Vec::new();
+        for (name, tensor) in tensors {
+            let Some(role) = Role::parse(&name) else {
+                return Err(adapter.wrong(&name, "not a tensor of an adapter".into()));
+            };
+            roles.push((role, tensor));
+        }
+        adapter.fill(roles)?;
+        Ok(adapter)
+    }
+
     fn read(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
+        let mut tensors = Vec::new();
         for key in checkpoint.names() {
-            let Some(role) = Role::parse(key) else {
+            let Some(role) = key.strip_prefix(PREFIX).and_then(Role::parse) else {
                 let reason = format!(
                     "not a tensor that can be used: expected {PREFIX}….lora_A.weight, \
                      ….lora_B.weight or a whole module's {PREFIX}….weight"
                 );
                 return Err(self.wrong(key, reason));
             };
-            let tensor = read_f32(checkpoint, key)?;
+            tensors.push((role, read_f32(checkpoint, key)?));
+        }
+        self.fill(tensors)
+    }
+
+    fn fill(&mut self, tensors: Vec<(Role, Tensor)>) -> Result<()> {
+        let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
+        for (role, tensor) in tensors {
             match role {
                 Role::A(path) => drop(a.insert(path, tensor)),
                 Role::B(path) => drop(b.insert(path, tensor)),

@@ -8,11 +8,14 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::{
-    config::{AdapterConfig, PROJECTIONS},
+    config::AdapterConfig,
     targets::{Modules, Pattern},
 };
 use crate::{
-    config::fields::{Fields, parse_object, read_text},
+    config::{
+        PROJECTIONS,
+        fields::{Fields, parse_object, read_text},
+    },
     error::Result,
 };
 

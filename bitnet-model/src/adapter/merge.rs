@@ -65,7 +65,11 @@ pub fn merge(
     for (index, name) in names.iter().enumerate() {
         let pairs = name.strip_suffix(".weight").map_or(&[][..], |path| adaptation.pairs_at(path));
         if let Some(whole) = adaptation.whole(name) {
-            writer.write_tensor(name, &like(checkpoint, name, whole)?)?;
+            let dtype = match checkpoint.get(name) {
+                Some(info) => DType::try_from(info.dtype)?,
+                None => whole.dtype(),
+            };
+            writer.write_tensor(name, &whole.to_dtype(dtype)?)?;
         } else if pairs.is_empty() {
             writer.write(name, &checkpoint.read_bytes(name)?)?;
         } else {
@@ -94,11 +98,6 @@ fn sum(pairs: &[LowRank]) -> Result<Tensor> {
     let deltas = pairs.iter().map(LowRank::weight_delta);
     let sum = deltas.reduce(|sum, delta| sum? + delta?);
     Ok(sum.unwrap_or_else(|| Err(candle_core::Error::Msg("no pair to merge".into())))?)
-}
-
-/// `tensor` in the element type that `name` has in the checkpoint.
-fn like(checkpoint: &Checkpoint, name: &str, tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.to_dtype(checkpoint.read(name)?.dtype())?)
 }
 
 /// Merges into a float matrix. Returns how many of its codes flip, if it has any.

@@ -26,12 +26,13 @@ use candle_core::Tensor;
 pub(crate) use self::low_rank::add_pairs;
 pub use self::{
     adaptation::{Adaptation, BlockAdaptation},
-    config::{AdapterConfig, PROJECTIONS, PairSpec},
+    check::whole_tensors,
+    config::{AdapterConfig, PairSpec},
     files::{CONFIG, WEIGHTS},
     low_rank::LowRank,
     merge::{MergedMatrix, merge},
     rows::RowAdapters,
-    targets::{Modules, Pattern},
+    targets::{Modules, Pattern, ends_in},
 };
 use crate::{Error, Result};
 

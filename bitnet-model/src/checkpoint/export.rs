@@ -12,16 +12,12 @@ use candle_core::{DType, Tensor};
 use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
 use crate::{
     Error, Result,
-    config::{Config, Family, Quantization, ScaleConvention, WeightForm},
+    config::{Config, Family, PROJECTIONS, Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
     quant::Rounding,
     storage::with_slice,
     weights::TernaryWeight,
 };
-
-/// The seven projections of a block.
-const PROJECTIONS: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// The form to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

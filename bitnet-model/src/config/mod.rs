@@ -29,6 +29,10 @@ use crate::{
     quant::{Rounding, Scheme},
 };
 
+/// The projections of a block, by the last part of their names.
+pub const PROJECTIONS: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
 /// The nonlinearity of the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

@@ -74,6 +74,19 @@ impl ModelFiles {
         Ok(Self::new(&source, root, vec![path.to_path_buf()]))
     }
 
+    /// What goes with the weights into another form of the model, as far as it is there: generation settings, tokenizer and
+    /// chat template.
+    pub fn companions(&self) -> impl Iterator<Item = &Path> {
+        let files = [
+            &self.generation_config,
+            &self.tokenizer,
+            &self.tokenizer_config,
+            &self.special_tokens_map,
+            &self.chat_template,
+        ];
+        files.into_iter().flatten().map(PathBuf::as_path)
+    }
+
     /// The snapshot folder of the repository `repo_id`.
     pub(super) fn from_snapshot(snapshot: &Path, repo_id: &str) -> Result<Self> {
         Self::from_folder(snapshot, repo_id)

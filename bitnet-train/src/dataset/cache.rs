@@ -19,12 +19,11 @@ use bitnet_model::checkpoint::write_atomic;
 use super::{
     Progress, Stage, Tokens, Vocabulary,
     corpus::{Corpus, Document},
-    fingerprint::Fnv,
     sample::Sample,
     shards::{Identity, SHARD_BYTES, Writer, open_or_write},
     split::Split,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// A vocabulary is trained on at most this much text: more changes it little and takes memory.
 const SAMPLE_BYTES: usize = 64 << 20;

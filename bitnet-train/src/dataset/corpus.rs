@@ -5,11 +5,10 @@ use std::{cell::Cell, hash::Hasher, ops::ControlFlow};
 use bitnet_model::hub::Hub;
 
 use super::{
-    fingerprint::Fnv,
     reader,
     source::{InputFile, Source},
 };
-use crate::Result;
+use crate::{Result, fingerprint::Fnv};
 
 /// Sources and the files they name.
 #[derive(Clone, Debug)]

@@ -6,7 +6,6 @@ mod cache;
 mod content;
 mod corpus;
 mod documents;
-mod fingerprint;
 mod reader;
 mod sample;
 mod shards;
@@ -31,7 +30,6 @@ pub use self::{
 };
 pub(crate) use self::{
     corpus::Corpus,
-    fingerprint::{Fnv, scatter},
     reader::{
         read_records,
         record::{RecordSink, Refusal, keys, kind},

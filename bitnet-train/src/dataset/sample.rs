@@ -1,6 +1,6 @@
 //! A sample of a corpus of unknown size, taken in one pass and in bounded memory.
 
-use super::fingerprint::scatter;
+use crate::fingerprint::scatter;
 
 /// A share of the documents that halves whenever what is kept grows too large: all of a small corpus, and of a large one
 /// between half of the limit and all of it. Which documents are kept depends on their numbers alone.

@@ -12,8 +12,8 @@ use bitnet_model::hub::Hub;
 use glob::{MatchOptions, Pattern};
 use serde::{Deserialize, Serialize};
 
-use super::{Documents, fingerprint::Fnv};
-use crate::{Error, Result};
+use super::Documents;
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// Begins the address of a dataset repository.
 const HUB: &str = "hf://";

@@ -1,6 +1,6 @@
 //! Which documents are held out of a corpus that is trained on.
 
-use super::fingerprint::scatter;
+use crate::fingerprint::place;
 
 /// A share of all documents, chosen by their numbers and a seed: a document can be asked for before the corpus has been
 /// read to its end.
@@ -15,8 +15,7 @@ pub(super) struct Split {
 impl Split {
     /// Whether document `index` is evaluated on, and neither trained on nor in the vocabulary's text.
     pub fn holds_out(&self, index: usize) -> bool {
-        let place = scatter(scatter(self.seed) ^ index as u64);
-        (place as f64) < self.share * 2f64.powi(64)
+        (place(self.seed, index as u64) as f64) < self.share * 2f64.powi(64)
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::{hash::Hasher, ops::Range, sync::Arc};
 
-use super::{fingerprint::Fnv, shards::Shards, split::Split};
-use crate::{Error, Result};
+use super::{shards::Shards, split::Split};
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// The documents of a corpus, or some of them. A copy shares their tokens.
 #[derive(Clone, Debug)]

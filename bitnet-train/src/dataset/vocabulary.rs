@@ -18,8 +18,7 @@ use tokenizers::{
     processors::template::TemplateProcessing,
 };
 
-use super::fingerprint::Fnv;
-use crate::{Error, Result};
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// Begins every document.
 pub const BOS: &str = "<|begin_of_text|>";

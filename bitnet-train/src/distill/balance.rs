@@ -20,7 +20,6 @@ use crate::{
     batch::Batch,
     metrics::Record,
     objective::CROSS_ENTROPY,
-    samples::Sample,
     task::{Gradients, Part, Prediction, Task},
 };
 
@@ -114,6 +113,10 @@ impl<T> Balanced<T> {
 }
 
 impl<T: Task> Task for Balanced<T> {
+    fn inner(&self) -> Option<&dyn Task> {
+        Some(&self.task)
+    }
+
     fn begin(&self, step: usize) -> Result<()> {
         let mut state = self.balance.lock();
         let values = std::mem::take(&mut state.update);
@@ -133,20 +136,8 @@ impl<T: Task> Task for Balanced<T> {
         Ok(parts)
     }
 
-    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
-        self.task.codes(name, latent)
-    }
-
-    fn lambda(&self) -> Option<f64> {
-        self.task.lambda()
-    }
-
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         self.task.evaluate(batch)
-    }
-
-    fn samples(&self) -> Result<Vec<Sample>> {
-        self.task.samples()
     }
 }
 

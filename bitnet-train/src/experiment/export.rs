@@ -91,14 +91,7 @@ fn describe(recipe: &Recipe, vocabulary: &Vocabulary, dir: &Path) -> Result<()> 
 
 /// Tokenizer and generation settings of the checkpoint that was trained on.
 fn copy(files: &ModelFiles, dir: &Path) -> Result<()> {
-    let files = [
-        &files.generation_config,
-        &files.tokenizer,
-        &files.tokenizer_config,
-        &files.special_tokens_map,
-        &files.chat_template,
-    ];
-    for path in files.into_iter().flatten() {
+    for path in files.companions() {
         let bytes = fs::read(path).map_err(Error::io(path))?;
         write_atomic(&dir.join(path.file_name().unwrap_or_default()), &bytes)?;
     }

@@ -1,9 +1,9 @@
 //! A checkpoint with a trainable adapter beside it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use bitnet_model::{
-    adapter::{Adapter, AdapterConfig, Pair},
+    adapter::{Adapter, AdapterConfig},
     checkpoint::Checkpoint,
     config::{Config, WeightForm},
     kernels::TileFormat,
@@ -12,7 +12,7 @@ use bitnet_model::{
     ops::gemm::Precision,
     pretrained::Source,
 };
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -153,21 +153,7 @@ fn latent_rounding(config: &Config) -> Result<bitnet_model::quant::Rounding> {
 /// # Errors
 /// Tensors that cannot be read.
 pub(crate) fn adapter(config: &AdapterConfig, checkpoint: &Checkpoint) -> Result<Adapter> {
-    let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
-    let mut modules = BTreeMap::<String, Tensor>::new();
-    for name in checkpoint.names() {
-        let tensor = checkpoint.read(name)?;
-        if let Some(path) = name.strip_suffix(".lora_A.weight") {
-            a.insert(path.to_owned(), tensor);
-        } else if let Some(path) = name.strip_suffix(".lora_B.weight") {
-            b.insert(path.to_owned(), tensor);
-        } else {
-            modules.insert(name.to_owned(), tensor);
-        }
-    }
-    let pairs = a.into_iter().filter_map(|(path, lora_a)| {
-        let lora_b = b.remove(&path)?;
-        Some((path, Pair { lora_a, lora_b }))
-    });
-    Ok(Adapter::new(config.clone(), pairs.collect(), modules))
+    let read = |name: &str| Ok((name.to_owned(), checkpoint.read(name)?));
+    let tensors = checkpoint.names().map(read).collect::<Result<Vec<_>>>()?;
+    Ok(Adapter::from_tensors(config.clone(), tensors)?)
 }

@@ -12,6 +12,7 @@ use bitnet_model::{
 };
 
 use super::kept::Kept;
+use crate::fingerprint::{Fnv, place, scatter};
 
 /// The step that is being made, shared by all places that need randomness; outside of one there is none.
 #[derive(Clone, Debug)]
@@ -39,7 +40,7 @@ impl Step {
     /// Begins the pass over micro-batch `micro` of update `update`, of whose tokens this process has those from
     /// `first_token` on.
     pub fn begin(&self, update: usize, micro: usize, first_token: usize) {
-        let key = mix(mix(mix(self.seed) ^ update as u64) ^ micro as u64);
+        let key = scatter(place(self.seed, update as u64) ^ micro as u64);
         self.set(Some((key, first_token as u64)));
     }
 
@@ -56,11 +57,7 @@ impl Step {
     /// The randomness of the place `name` in this step.
     pub fn stream(&self, name: &str) -> Option<Stream> {
         let (key, first_token) = (*self.lock())?;
-        // FNV-1a, as the streams of the initial weights.
-        let name = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        Some(Stream { key: mix(key ^ name), first_token })
+        Some(Stream { key: scatter(key ^ Fnv::of(name)), first_token })
     }
 }
 
@@ -69,14 +66,6 @@ impl Step {
 pub struct Stream {
     key: u64,
     first_token: u64,
-}
-
-/// SplitMix64's output function.
-fn mix(x: u64) -> u64 {
-    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
 
 /// A word of a row: a bijection of 32 bits with little bias (`lowbias32` of Chris Wellons' hash prospector).
@@ -92,7 +81,7 @@ fn word(row: u32, column: usize) -> u32 {
 
 impl Stream {
     fn row(self, token: usize) -> u32 {
-        mix(self.key ^ (self.first_token + token as u64)) as u32
+        scatter(self.key ^ (self.first_token + token as u64)) as u32
     }
 
     /// Sets the part `rate` of `x`, rows of `width` values, to 0 and divides what is left by `1 − rate`.

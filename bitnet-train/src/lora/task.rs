@@ -6,7 +6,6 @@ use super::noise::Step;
 use crate::{
     Result,
     batch::Batch,
-    samples::Sample,
     task::{Gradients, Part, Prediction, Task},
 };
 
@@ -29,6 +28,10 @@ impl<T> LoraTask<T> {
 }
 
 impl<T: Task> Task for LoraTask<T> {
+    fn inner(&self) -> Option<&dyn Task> {
+        Some(&self.task)
+    }
+
     fn begin(&self, step: usize) -> Result<()> {
         self.update.store(step, Ordering::Relaxed);
         self.micro.store(0, Ordering::Relaxed);
@@ -44,19 +47,7 @@ impl<T: Task> Task for LoraTask<T> {
         parts
     }
 
-    fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {
-        self.task.codes(name, latent)
-    }
-
-    fn lambda(&self) -> Option<f64> {
-        self.task.lambda()
-    }
-
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
         self.task.evaluate(batch)
-    }
-
-    fn samples(&self) -> Result<Vec<Sample>> {
-        self.task.samples()
     }
 }

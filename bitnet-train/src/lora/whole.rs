@@ -5,7 +5,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use bitnet_model::{adapter::AdapterConfig, config::Config, nn::Vocabulary};
+use bitnet_model::{
+    adapter::{AdapterConfig, ends_in, whole_tensors},
+    config::Config,
+    nn::Vocabulary,
+};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 
@@ -19,11 +23,12 @@ const LM_HEAD: &str = "lm_head";
 /// # Errors
 /// The first name that cannot, with those that can.
 pub fn check(config: &AdapterConfig, model: &Config) -> crate::Result<()> {
-    let modules = whole_modules(model);
+    let tensors = whole_tensors(model);
+    let modules = || tensors.keys().filter_map(|name| name.strip_suffix(".weight"));
     for name in &config.modules_to_save {
-        if !modules.iter().any(|path| path == name || path.ends_with(&format!(".{name}"))) {
+        if !modules().any(|path| ends_in(path, name)) {
             let mut names: Vec<&str> =
-                modules.iter().filter_map(|path| path.rsplit('.').next()).collect();
+                modules().filter_map(|path| path.rsplit('.').next()).collect();
             names.sort_unstable();
             names.dedup();
             let reason = format!(
@@ -35,21 +40,6 @@ pub fn check(config: &AdapterConfig, model: &Config) -> crate::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The paths of embedding, head and norms.
-fn whole_modules(config: &Config) -> Vec<String> {
-    let mut modules = vec![EMBED_TOKENS.into(), LM_HEAD.into(), "model.norm".into()];
-    for layer in 0..config.num_hidden_layers {
-        let layer = format!("model.layers.{layer}");
-        modules.push(format!("{layer}.input_layernorm"));
-        modules.push(format!("{layer}.post_attention_layernorm"));
-        if let Some((attn, ffn)) = config.sub_norm_names() {
-            modules.push(format!("{layer}.self_attn.{attn}"));
-            modules.push(format!("{layer}.mlp.{ffn}"));
-        }
-    }
-    modules
 }
 
 /// The tensors of a checkpoint, of which some are variables. Each is read once, however often it is asked for.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use bitnet_model::{
-    adapter::{AdapterConfig, Modules, PROJECTIONS, Pattern},
+    adapter::{AdapterConfig, Modules, Pattern},
+    config::PROJECTIONS,
     kernels::Bf16Panels,
 };
 use serde::{Deserialize, Serialize};

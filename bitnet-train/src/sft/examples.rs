@@ -2,7 +2,7 @@
 
 use std::{hash::Hasher, sync::Arc};
 
-use crate::{Error, Result, dataset::Fnv};
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// A text of which some tokens are trained.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

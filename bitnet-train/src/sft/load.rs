@@ -18,9 +18,8 @@ use super::{
 };
 use crate::{
     Error, Result,
-    dataset::{
-        Corpus, Dataset, Progress, RecordSink, Refusal, Stage, Vocabulary, read_records, scatter,
-    },
+    dataset::{Corpus, Dataset, Progress, RecordSink, Refusal, Stage, Vocabulary, read_records},
+    fingerprint::place,
     recipe::{Data, Recipe},
 };
 
@@ -121,7 +120,7 @@ fn split(examples: Vec<Example>, share: f64, seed: u64) -> Result<(Vec<Example>,
         return Err(Error::recipe("data.validation_split", reason));
     }
     let mut order: Vec<usize> = (0..count).collect();
-    order.sort_by_key(|&index| scatter(scatter(seed) ^ index as u64));
+    order.sort_by_key(|&index| place(seed, index as u64));
     let held_out = ((count as f64 * share).round() as usize).clamp(1, count - 1);
     let mut is_held_out = vec![false; count];
     order[..held_out].iter().for_each(|&index| is_held_out[index] = true);

@@ -16,7 +16,10 @@ TEXT comes from .txt, .jsonl, .json and .parquet files (.gz too, but for .parque
 dataset repository: hf://datasets/OWNER/NAME/PATTERN. It is encoded once, into the folder tokens of the output folder or into \
 data.cache; a corpus may be larger than memory.
 
-INSTRUCTIONS AND CONVERSATIONS: with data.format (auto, messages, conversations, instruction, prompt-completion, input-output, text) records become examples that are never cut by a window, written with the tokenizer's chat template (or data.chat_template, a Jinja file; none for Alpaca's prompts). Only answers are trained, with their ends, or everything with data.loss_on = \"all\". Also data.packing (true), data.max_samples, data.skip_bad. --show-data 3 shows what comes of it, with what is trained marked.
+INSTRUCTIONS AND CONVERSATIONS: with data.format (auto, messages, conversations, instruction, prompt-completion, input-output, text) \
+records become examples that are never cut by a window, written with the tokenizer's chat template (or data.chat_template, a Jinja file; \
+none for Alpaca's prompts). Only answers are trained, with their ends, or everything with data.loss_on = \"all\". Also data.packing \
+(true), data.max_samples, data.skip_bad. --show-data 3 shows what comes of it, with what is trained marked.
 
 OTHER WAYS OF TRAINING: [init] model = \"MODEL\" goes on from a full-precision Llama or from latent masters of a BitNet, whose geometry and \
 tokenizer take the place of [model] and data.tokenizer; sub_norms = true inserts BitNet's norms. [quantization] chooses weights (absmean, \
@@ -63,9 +66,6 @@ pub struct QatArgs {
     /// The recipe, a TOML file
     #[arg(value_name = "RECIPE")]
     recipe: PathBuf,
-    /// Go on from the newest checkpoint of the output folder; start if there is none
-    #[arg(long)]
-    pub resume: bool,
     /// Folder of checkpoints, metrics and results, instead of output.dir
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -74,13 +74,23 @@ pub struct QatArgs {
     /// Override any key of the recipe, such as optimizer.beta2=0.99; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     set: Vec<(String, String)>,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What is asked of a run, whatever is trained.
+#[derive(clap::Args, Clone, Copy)]
+pub struct RunArgs {
+    /// Go on from the newest checkpoint of the output folder; start if there is none
+    #[arg(long)]
+    pub resume: bool,
     /// Print the complete recipe as TOML, with options and defaults, and do not train
     #[arg(long, conflicts_with_all = ["dry_run", "json"])]
     pub print_recipe: bool,
     /// Say what would be trained and how long it would take, measured in a few updates; write nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Print the first N examples that data.format makes, with what is trained of them marked, and do not train
+    /// Print the first N examples, with what is trained of them marked, and do not train
     #[arg(long, value_name = "N", conflicts_with_all = ["dry_run", "print_recipe"])]
     pub show_data: Option<usize>,
     /// Print the result as JSON

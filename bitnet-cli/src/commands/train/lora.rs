@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_train::recipe::Recipe;
 
-use super::args::{model, setting};
+use super::args::{RunArgs, model, setting};
 
 /// Options of `bitnet train lora`.
 #[derive(clap::Args)]
@@ -59,9 +59,6 @@ pub struct LoraArgs {
     /// Folder of adapter, checkpoints and metrics, instead of output.dir
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Go on from the newest checkpoint of the output folder; start if there is none
-    #[arg(long)]
-    pub resume: bool,
     #[command(flatten)]
     adapter: Adapter,
     #[command(flatten)]
@@ -69,18 +66,8 @@ pub struct LoraArgs {
     /// Override any key of the recipe, such as lora.rank_pattern={"o_proj"=64}; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     set: Vec<(String, String)>,
-    /// Print the complete recipe as TOML, with options and defaults, and do not train
-    #[arg(long, conflicts_with_all = ["dry_run", "json"])]
-    pub print_recipe: bool,
-    /// Say what would be trained and how long it would take, measured in a few updates; write nothing
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Print the first N examples, with what is trained of them marked, and do not train
-    #[arg(long, value_name = "N", conflicts_with_all = ["dry_run", "print_recipe"])]
-    pub show_data: Option<usize>,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 /// Keys of `[lora]`.
@@ -226,9 +213,11 @@ impl LoraArgs {
         let float = |value: Option<f64>| value.map(|x| format!("{x:?}"));
         let switch = |value: bool| value.then(|| "true".to_owned());
         let names = |names: &[String]| (!names.is_empty()).then(|| format!("{names:?}"));
-        let is_text = |path: &String| path.ends_with(".txt") || path.ends_with(".txt.gz");
         let has_format = keys.format.is_some() || self.recipe.is_some();
-        let format = match !has_format && !self.data.is_empty() && !self.data.iter().any(is_text) {
+        let format = match !has_format
+            && !self.data.is_empty()
+            && !self.data.iter().any(|file| is_text(file))
+        {
             true => Some("auto".to_owned()),
             false => keys.format.clone(),
         };
@@ -272,7 +261,7 @@ impl LoraArgs {
     /// Files as a list of sources.
     fn sources(&self, files: &[String]) -> Option<String> {
         let source = |file: &String| {
-            let documents = match file.ends_with(".txt") || file.ends_with(".txt.gz") {
+            let documents = match is_text(file) {
                 true => format!(", documents = {:?}", self.keys.documents),
                 false => String::new(),
             };
@@ -281,4 +270,9 @@ impl LoraArgs {
         let sources: Vec<String> = files.iter().map(source).collect();
         (!files.is_empty()).then(|| format!("[{}]", sources.join(", ")))
     }
+}
+
+/// Whether it is a text that is cut into documents, and no file of records.
+fn is_text(file: &str) -> bool {
+    file.ends_with(".txt") || file.ends_with(".txt.gz")
 }

@@ -29,27 +29,11 @@ pub enum Command {
     Lora(Box<LoraArgs>),
 }
 
-/// What is asked of a run beside its recipe.
-#[derive(Clone, Copy)]
-struct Mode {
-    resume: bool,
-    print_recipe: bool,
-    dry_run: bool,
-    show_data: Option<usize>,
-    json: bool,
-}
-
 /// Trains, and prints how it ended to stdout.
 pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     let (recipe, mode) = match command {
-        Command::Qat(args) => {
-            let QatArgs { resume, print_recipe, dry_run, show_data, json, .. } = *args;
-            (args.resolve()?, Mode { resume, print_recipe, dry_run, show_data, json })
-        }
-        Command::Lora(args) => {
-            let LoraArgs { resume, print_recipe, dry_run, show_data, json, .. } = *args;
-            (args.resolve()?, Mode { resume, print_recipe, dry_run, show_data, json })
-        }
+        Command::Qat(args) => (args.resolve()?, args.run),
+        Command::Lora(args) => (args.resolve()?, args.run),
     };
     if mode.print_recipe {
         return Ok(write!(io::stdout().lock(), "{}", recipe.to_toml()?)?);

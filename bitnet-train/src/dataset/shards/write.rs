@@ -11,7 +11,7 @@ use super::{
     header::{HEADER_BYTES, Header, Identity},
     shard_name,
 };
-use crate::{Error, Result, dataset::fingerprint::Fnv};
+use crate::{Error, Result, fingerprint::Fnv};
 
 /// Bytes of tokens at which a shard ends; a longer document makes a longer shard.
 pub(in crate::dataset) const SHARD_BYTES: usize = 64 << 20;

@@ -1,4 +1,5 @@
-//! FNV-1a, 64 bits: tells contents apart that nobody forges.
+//! Hashes that are the same on every machine, of what nobody forges: FNV-1a tells contents apart, SplitMix64 puts numbers into
+//! random orders.
 
 use std::hash::Hasher;
 
@@ -9,6 +10,15 @@ pub(crate) struct Fnv(u64);
 impl Default for Fnv {
     fn default() -> Self {
         Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    /// The hash of `text`.
+    pub fn of(text: &str) -> u64 {
+        let mut hash = Self::default();
+        hash.write(text.as_bytes());
+        hash.finish()
     }
 }
 
@@ -42,4 +52,9 @@ pub(crate) fn scatter(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)
+}
+
+/// The place of number `index` in the random order that `seed` gives.
+pub(crate) fn place(seed: u64, index: u64) -> u64 {
+    scatter(scatter(seed) ^ index)
 }
