@@ -49,11 +49,14 @@ impl Prompts {
             None => None,
         };
         let encode = |prompt: &String| {
-            let text = match &template {
-                Some(template) => template.render(&[Message::new("user", prompt.clone())], true)?,
-                None => prompt.clone(),
+            let tokens = match &template {
+                Some(template) => {
+                    let message = Message::new("user", prompt.clone());
+                    tokenizer.encode_prompt(&template.render(&[message], true)?)?
+                }
+                None => tokenizer.encode(prompt, true)?,
             };
-            Ok((prompt.clone(), tokenizer.encode(&text, true)?))
+            Ok((prompt.clone(), tokens))
         };
         let prompts = samples.prompts.iter().map(encode).collect::<Result<_>>()?;
         let mut eos_token_ids = config.eos_token_ids.clone();
