@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::{bf16, slice::HalfFloatSliceExt};
 
-use super::{DEPTH, Operand, Panel, panels::Panels};
+use super::{Operand, Panel, panels::Panels};
 
 /// A factor of a product: its values by index (row of the left factor, column of the right one) and depth.
 #[derive(Clone, Copy)]
@@ -43,6 +43,20 @@ impl<'a, T: Copy, F: Fn(T, usize) -> f32> Factor<'a, T, F> {
             *out = (self.value)(*x, depth(i));
         }
     }
+
+    /// The values of `out.len()` neighbouring indices at a depth, or of those of `indices` where the data ends before.
+    #[inline(always)]
+    fn line<const M: usize>(&self, indices: &Range<usize>, depth: usize, out: &mut [f32; M]) {
+        let data = &self.data[depth * self.stride + indices.start..];
+        match data.first_chunk::<M>() {
+            Some(data) => *out = std::array::from_fn(|i| (self.value)(data[i], depth)),
+            None => {
+                for (out, x) in out.iter_mut().zip(&data[..indices.len()]) {
+                    *out = (self.value)(*x, depth);
+                }
+            }
+        }
+    }
 }
 
 /// An element that is a value as it is.
@@ -52,78 +66,71 @@ pub fn plain(x: f32, _depth: usize) -> f32 {
 }
 
 impl<T: Copy + Sync, F: Fn(T, usize) -> f32 + Sync> Operand for Factor<'_, T, F> {
+    /// Constant widths become vector moves.
     #[inline(always)]
     fn pack<P: Panels>(&self, panels: &P, panel: Panel, out: &mut [P::Value]) {
-        let Panel { indices, depth, width } = panel;
-        match self.order {
-            Order::DepthInner => {
-                let mut line = [0f32; DEPTH];
-                let line = &mut line[..depth.len().next_multiple_of(P::PAIR)];
-                for (i, index) in indices.enumerate() {
-                    let first = index * self.stride + depth.start;
-                    self.fill(first, |d| depth.start + d, &mut line[..depth.len()]);
-                    panels.scatter(line, &mut out[i..], width);
-                }
-            }
-            // A constant width becomes vector moves; the last panel may have fewer indices than its width.
-            Order::IndexInner => match (width, indices.len()) {
-                (4, 4) => lines::<4, T, F, P>(panels, self, indices.start, depth, out),
-                (6, 6) => lines::<6, T, F, P>(panels, self, indices.start, depth, out),
-                (12, 12) => lines::<12, T, F, P>(panels, self, indices.start, depth, out),
-                (16, 16) => lines::<16, T, F, P>(panels, self, indices.start, depth, out),
-                (32, 32) => lines::<32, T, F, P>(panels, self, indices.start, depth, out),
-                _ => {
-                    for (i, index) in indices.enumerate() {
-                        let value = |d: usize| match d < depth.end {
-                            true => (self.value)(self.data[d * self.stride + index], d),
-                            false => 0.,
-                        };
-                        let starts = depth.clone().step_by(P::PAIR);
-                        for (d, out) in starts.zip(out[i..].iter_mut().step_by(width)) {
-                            *out = panels.join(value(d), value(d + P::PAIR - 1));
-                        }
-                    }
-                }
-            },
+        match (self.order, panel.width) {
+            (Order::DepthInner, 4) => transposed::<4, T, F, P>(panels, self, panel, out),
+            (Order::DepthInner, 6) => transposed::<6, T, F, P>(panels, self, panel, out),
+            (Order::DepthInner, 12) => transposed::<12, T, F, P>(panels, self, panel, out),
+            (Order::DepthInner, 32) => transposed::<32, T, F, P>(panels, self, panel, out),
+            (Order::DepthInner, _) => transposed::<16, T, F, P>(panels, self, panel, out),
+            (Order::IndexInner, 4) => lines::<4, 4, T, F, P>(panels, self, panel, out),
+            (Order::IndexInner, 6) => lines::<6, 8, T, F, P>(panels, self, panel, out),
+            (Order::IndexInner, 12) => lines::<12, 16, T, F, P>(panels, self, panel, out),
+            (Order::IndexInner, 32) => lines::<32, 32, T, F, P>(panels, self, panel, out),
+            (Order::IndexInner, _) => lines::<16, 16, T, F, P>(panels, self, panel, out),
         }
     }
 }
 
-/// Panels of exactly `N` indices from `first` on.
+/// A panel of a factor whose values over the depth are neighbours, `N` indices wide: pieces of its lines are converted and
+/// then transposed, in the first-level cache.
 #[inline(always)]
-fn lines<const N: usize, T: Copy, F: Fn(T, usize) -> f32, P: Panels>(
+fn transposed<const N: usize, T: Copy, F: Fn(T, usize) -> f32, P: Panels>(
     panels: &P,
     factor: &Factor<'_, T, F>,
-    first: usize,
-    depth: Range<usize>,
+    Panel { indices, depth, .. }: Panel,
     out: &mut [P::Value],
 ) {
-    let line = |d: usize| -> &[T; N] {
-        factor.data[d * factor.stride + first..].first_chunk().unwrap_or_else(|| outside())
-    };
+    const PIECE: usize = 32;
     let (outs, _) = out.as_chunks_mut::<N>();
-    for (d, out) in depth.clone().step_by(P::PAIR).zip(outs) {
-        let (low, last) = (line(d), d + P::PAIR - 1);
-        match last < depth.end {
-            true => {
-                let high = line(last);
-                for i in 0..N {
-                    let (low, high) = ((factor.value)(low[i], d), (factor.value)(high[i], last));
-                    out[i] = panels.join(low, high);
-                }
-            }
-            false => {
-                for i in 0..N {
-                    out[i] = panels.join((factor.value)(low[i], d), 0.);
-                }
-            }
+    let starts = depth.clone().step_by(PIECE * P::PAIR);
+    for (start, outs) in starts.zip(outs.chunks_mut(PIECE)) {
+        let len = (depth.end - start).min(PIECE * P::PAIR);
+        let mut lines = [[P::Value::default(); PIECE]; N];
+        for (line, index) in lines.iter_mut().zip(indices.clone()) {
+            let mut values = [[0f32; PIECE]; 2];
+            let values = &mut values.as_flattened_mut()[..PIECE * P::PAIR];
+            factor.fill(index * factor.stride + start, |d| start + d, &mut values[..len]);
+            panels.convert(values, line);
+        }
+        for (d, out) in outs.iter_mut().enumerate() {
+            *out = std::array::from_fn(|i| lines[i][d]);
         }
     }
 }
 
-#[cold]
-fn outside() -> ! {
-    panic!("a factor outside its slice")
+/// A panel of `N` indices of a factor whose values over the indices are neighbours. `M` are converted at a time, as many as
+/// fill a vector.
+#[inline(always)]
+fn lines<const N: usize, const M: usize, T: Copy, F: Fn(T, usize) -> f32, P: Panels>(
+    panels: &P,
+    factor: &Factor<'_, T, F>,
+    Panel { indices, depth, .. }: Panel,
+    out: &mut [P::Value],
+) {
+    let (outs, _) = out.as_chunks_mut::<N>();
+    for (d, out) in depth.clone().step_by(P::PAIR).zip(outs) {
+        let [mut low, mut high] = [[0f32; M]; 2];
+        factor.line(&indices, d, &mut low);
+        let last = d + P::PAIR - 1;
+        if P::PAIR > 1 && last < depth.end {
+            factor.line(&indices, last, &mut high);
+        }
+        let joined: [P::Value; M] = std::array::from_fn(|i| panels.join(low[i], high[i]));
+        out.copy_from_slice(&joined[..N]);
+    }
 }
 
 /// A factor of bfloat16, which needs no rounding on its way into panels of these.

@@ -1,6 +1,5 @@
 //! Panels of values in single precision, and of pairs of bfloat16.
 
-use super::DEPTH;
 use crate::kernels::{self, Bf16Panels, PanelProduct, PanelWidths};
 
 /// How panels are stored and multiplied.
@@ -10,9 +9,9 @@ pub trait Panels: Sync {
     const PAIR: usize;
     /// Indices of a panel.
     fn widths(&self) -> PanelWidths;
-    /// The values of one index over the depth, to every `width`-th place.
-    fn scatter(&self, line: &[f32], out: &mut [Self::Value], width: usize);
-    /// The values of an index at [`PAIR`](Self::PAIR) depths, of which the first may be the last.
+    /// The values of one index over the depth, [`PAIR`](Self::PAIR) to a value.
+    fn convert(&self, line: &[f32], out: &mut [Self::Value]);
+    /// The values of an index at [`PAIR`](Self::PAIR) depths.
     fn join(&self, low: f32, high: f32) -> Self::Value;
     /// As [`join`](Self::join), of the weights `code − 1` of two ternary codes.
     fn join_codes(&self, low: u32, high: u32) -> Self::Value;
@@ -40,8 +39,8 @@ impl Panels for F32Panels {
     }
 
     #[inline(always)]
-    fn scatter(&self, line: &[f32], out: &mut [f32], width: usize) {
-        for (value, out) in line.iter().zip(out.iter_mut().step_by(width)) {
+    fn convert(&self, line: &[f32], out: &mut [f32]) {
+        for (value, out) in line.iter().zip(out) {
             *out = self.join(*value, 0.);
         }
     }
@@ -75,13 +74,9 @@ impl Panels for Bf16Panels {
     }
 
     #[inline(always)]
-    fn scatter(&self, line: &[f32], out: &mut [u32], width: usize) {
-        let mut pairs = [0u32; DEPTH / 2];
-        for (pair, values) in pairs.iter_mut().zip(line.as_chunks::<2>().0) {
-            *pair = bf16_pair(values[0], values[1]);
-        }
-        for (pair, out) in pairs[..line.len() / 2].iter().zip(out.iter_mut().step_by(width)) {
-            *out = *pair;
+    fn convert(&self, line: &[f32], out: &mut [u32]) {
+        for (pair, out) in line.as_chunks::<2>().0.iter().zip(out) {
+            *out = bf16_pair(pair[0], pair[1]);
         }
     }
 
