@@ -14,13 +14,14 @@ mod statistics;
 
 use std::{io, process::ExitCode};
 
-use bitnet_model::pages;
+use bitnet_model::{pages, threads};
 use clap::{Parser, error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand};
 
 use crate::args::Cli;
 
 fn main() -> ExitCode {
     pages::keep_freed_memory();
+    threads::keep_candle_from_spinning();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),

@@ -10,7 +10,7 @@
 #![allow(unsafe_code)] // a region borrows from its caller's stack; every block states why that is sound
 
 use std::{
-    hint,
+    env, fs, hint,
     marker::PhantomData,
     num::NonZeroUsize,
     panic::{self, AssertUnwindSafe},
@@ -81,6 +81,18 @@ static POOL: Pool = Pool {
 pub fn set_count(threads: NonZeroUsize) {
     STARTED.get_or_init(|| ());
     POOL.enlist(threads.get() - 1);
+}
+
+/// Makes Candle's own threads sleep between its operations, instead of spinning for a while on the cores that these threads
+/// need. To be called once, first thing in `main`: it sets a variable of the environment, so it does nothing where other
+/// threads may be reading that, or where `CANDLE_BARRIER_POOL_SPIN_LIMIT` is set already.
+pub fn keep_candle_from_spinning() {
+    const SPINS: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+    let alone = fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
+    if alone && env::var_os(SPINS).is_none() {
+        // SAFETY: this is the only thread, as the system has just counted, so nobody else reads the environment.
+        unsafe { env::set_var(SPINS, "1") };
+    }
 }
 
 /// The number of threads that operations run on: what [`set_count`] said, else as many as rayon has.

@@ -15,6 +15,7 @@ use bitnet_model::{
     ops::gemm::Precision,
     pages,
     pretrained::{Precision as Form, Source},
+    threads,
 };
 use bitnet_train::{
     batch::Batch,
@@ -29,6 +30,7 @@ use bitnet_train::{
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     pages::keep_freed_memory();
+    threads::keep_candle_from_spinning();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |index: usize, default: usize| match args.get(index) {
         Some(arg) => arg.parse().map_err(|e| format!("{arg}: {e}")),
