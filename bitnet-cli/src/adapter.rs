@@ -1,10 +1,11 @@
 //! Which adapters go beside the model: `--adapter`, which several commands share.
 
-use std::{path::Path, sync::Arc};
+use std::{fmt, path::Path, sync::Arc};
 
 use anyhow::bail;
 use bitnet_model::{
     adapter::{Adaptation, Adapter},
+    config::Config,
     hub::Hub,
     model::Model,
     pretrained::Source,
@@ -57,33 +58,55 @@ impl AdapterSpec {
     }
 }
 
-impl AdapterArgs {
-    /// The sum of the adapters; `None` if there are none. They are checked against the configuration of the model, whose weights
-    /// need not be loaded for it, and where an adapter comes with a tokenizer, against the model's.
-    pub fn read(&self, source: &Source, global: &Global) -> anyhow::Result<Option<Adaptation>> {
-        if self.adapters.is_empty() {
-            return Ok(None);
+impl fmt::Display for AdapterSpec {
+    /// As it is given.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.scale {
+            1. => f.write_str(&self.source),
+            scale => write!(f, "{}:{scale}", self.source),
         }
-        let hub = Hub::from_env().progress(!global.quiet);
-        let mut adapters = Vec::with_capacity(self.adapters.len());
-        for spec in &self.adapters {
-            let folder = hub.resolve_adapter(&spec.source)?;
-            let adapter = Adapter::open(&folder)?;
-            adapter.check(&source.config)?;
-            check_tokenizer(&folder.join("tokenizer.json"), source)?;
-            adapters.push((adapter, spec.scale));
-        }
-        let adapters = Vec::from_iter(adapters.iter().map(|(adapter, scale)| (adapter, *scale)));
-        Ok(Some(Adaptation::new(&source.config, &adapters, &Device::Cpu)?))
     }
 }
 
-/// Refuses an adapter that was trained with other tokens than the model has.
-fn check_tokenizer(file: &Path, source: &Source) -> anyhow::Result<()> {
-    if !file.is_file() {
-        return Ok(());
+impl AdapterArgs {
+    /// The sum of the adapters; `None` if there are none. They are checked against the model, whose weights need not be loaded
+    /// for it.
+    pub fn read(&self, source: &Source, global: &Global) -> anyhow::Result<Option<Adaptation>> {
+        read(&self.adapters, &source.config, || Ok(source.tokenizer()?), !global.quiet)
     }
-    let Some(model) = source.tokenizer()? else { return Ok(()) };
+}
+
+/// The sum of adapters; `None` if there are none. They are checked against the configuration of the model and, where an adapter
+/// comes with a tokenizer, against the model's.
+pub fn read(
+    specs: &[AdapterSpec],
+    config: &Config,
+    tokenizer: impl Fn() -> anyhow::Result<Option<Tokenizer>>,
+    progress: bool,
+) -> anyhow::Result<Option<Adaptation>> {
+    if specs.is_empty() {
+        return Ok(None);
+    }
+    let hub = Hub::from_env().progress(progress);
+    let mut adapters = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let folder = hub.resolve_adapter(&spec.source)?;
+        let adapter = Adapter::open(&folder)?;
+        adapter.check(config)?;
+        let file = folder.join("tokenizer.json");
+        if file.is_file()
+            && let Some(model) = tokenizer()?
+        {
+            check_tokenizer(&file, &model)?;
+        }
+        adapters.push((adapter, spec.scale));
+    }
+    let adapters = Vec::from_iter(adapters.iter().map(|(adapter, scale)| (adapter, *scale)));
+    Ok(Some(Adaptation::new(config, &adapters, &Device::Cpu)?))
+}
+
+/// Refuses an adapter that was trained with other tokens than the model has.
+fn check_tokenizer(file: &Path, model: &Tokenizer) -> anyhow::Result<()> {
     let adapter = Tokenizer::from_files(file, None, None, None)?;
     let ids = 0..model.vocab_size().max(adapter.vocab_size()) as u32;
     let shown = |token: Option<String>| match token {

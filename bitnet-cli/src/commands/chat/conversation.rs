@@ -1,10 +1,12 @@
 //! The messages so far and the session that answers them.
 
-use std::{fs, io::Write, path::Path, time::Duration};
+use std::{fs, io::Write, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use bitnet_model::{
+    adapter::Adaptation,
     config::Config,
+    model::Model,
     session::Session,
     text::{Message, Tokenizer},
 };
@@ -12,6 +14,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
+    adapter::{self, AdapterSpec},
     continuation::{self, Finish, TextOutput, check_prompt},
     sampling::Plan,
     statistics::{Bytes, Statistics},
@@ -20,6 +23,11 @@ use crate::{
 /// A conversation with a model. One session holds it, so only what is new is run.
 pub struct Conversation {
     config: Config,
+    /// The model without adapters.
+    base: Arc<Model>,
+    /// Beside it in the session.
+    adapters: Vec<AdapterSpec>,
+    open: OpenSession,
     session: Session,
     tokenizer: Tokenizer,
     plan: Plan,
@@ -32,18 +40,24 @@ pub struct Conversation {
     statistics: Option<Statistics>,
 }
 
+/// Makes an empty session of a model.
+pub type OpenSession = Box<dyn Fn(&Arc<Model>) -> Session>;
+
 impl Conversation {
     /// An empty conversation; `tokenizer` has a chat template.
     pub fn new(
-        session: Session,
+        (base, open): (Arc<Model>, OpenSession),
         tokenizer: Tokenizer,
         plan: Plan,
         system: Option<String>,
         load_time: Duration,
     ) -> Self {
         Self {
-            config: session.model().config().clone(),
-            session,
+            config: base.config().clone(),
+            session: open(&base),
+            base,
+            adapters: Vec::new(),
+            open,
             tokenizer,
             rng: ChaCha8Rng::seed_from_u64(plan.seed),
             plan,
@@ -117,6 +131,31 @@ impl Conversation {
     /// Puts a system message in front.
     pub fn set_system(&mut self, text: String) {
         self.system = Some(text);
+    }
+
+    /// The adapters beside the model.
+    pub fn adapters(&self) -> &[AdapterSpec] {
+        &self.adapters
+    }
+
+    /// Reads `adapters` and puts them beside the model, and no others; on an error everything stays as it was.
+    pub fn adapt(&mut self, adapters: Vec<AdapterSpec>, progress: bool) -> anyhow::Result<()> {
+        let tokenizer = || Ok(Some(self.tokenizer.clone()));
+        let adaptation = adapter::read(&adapters, &self.config, tokenizer, progress)?;
+        self.put_beside(adapters, adaptation.as_ref())
+    }
+
+    /// Puts `adaptation`, which is what `adapters` come to, beside the model. The messages stay, and are run again with the
+    /// next one.
+    pub fn put_beside(
+        &mut self,
+        adapters: Vec<AdapterSpec>,
+        adaptation: Option<&Adaptation>,
+    ) -> anyhow::Result<()> {
+        let model = adapter::beside(self.base.clone(), adaptation)?;
+        self.session = (self.open)(&model);
+        self.adapters = adapters;
+        Ok(())
     }
 
     /// Forgets everything but the system message.

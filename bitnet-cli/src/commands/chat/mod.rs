@@ -24,10 +24,11 @@ use candle_core::Device;
 
 use self::{
     command::{Command, HELP},
-    conversation::Conversation,
+    conversation::{Conversation, OpenSession},
     input::{Input, Line},
 };
 use crate::{
+    adapter::AdapterArgs,
     args::Global,
     continuation::Finish,
     interrupt,
@@ -61,6 +62,9 @@ pub struct Args {
     /// How to run it.
     #[command(flatten)]
     pub session: SessionArgs,
+    /// What is beside it.
+    #[command(flatten)]
+    pub adapters: AdapterArgs,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -76,6 +80,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         fs::read_to_string(path).with_context(|| format!("--chat-template {}", path.display()))
     });
     let template = template.transpose()?;
+    let adaptation = args.adapters.read(&source, global)?;
 
     let mut model = source.into_pretrained(&Device::Cpu)?;
     let Some(tokenizer) = model.tokenizer.take() else {
@@ -88,9 +93,11 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     if is_terminal && !global.quiet {
         say(&format!("Chatting with {}; /help lists the commands, Ctrl-D leaves", model.name));
     }
-    let session = args.session.session(&model.model, &args.model);
+    let Args { session, model: options, .. } = args;
+    let open: OpenSession = Box::new(move |model| session.session(model, &options));
     let mut conversation =
-        Conversation::new(session, tokenizer, plan, args.system.clone(), start.elapsed());
+        Conversation::new((model.model, open), tokenizer, plan, args.system, start.elapsed());
+    conversation.put_beside(args.adapters.adapters, adaptation.as_ref())?;
     let mut input = match is_terminal {
         true => Input::terminal(!args.no_history)?,
         false => Input::pipe(),
@@ -161,6 +168,11 @@ fn handle(line: Line, conversation: &mut Conversation, quiet: bool) -> anyhow::R
         Command::System(text) => conversation.set_system(text),
         Command::Save(path) => conversation.save(&path)?,
         Command::Load(path) => conversation.load(&path)?,
+        Command::ShowAdapters => match conversation.adapters() {
+            [] => say("no adapter is beside the model"),
+            adapters => say(&Vec::from_iter(adapters.iter().map(ToString::to_string)).join(" ")),
+        },
+        Command::Adapters(adapters) => conversation.adapt(adapters, !quiet)?,
     }
     Ok(true)
 }

@@ -1,12 +1,16 @@
-//! `bitnet info`: what a model is and what it needs, from its headers alone.
+//! `bitnet info`: what a model is and what it needs, from its headers alone; or what an adapter is.
+
+mod adapter;
 
 use std::{
     collections::BTreeMap,
     io::{self, Write},
+    path::Path,
 };
 
 use anyhow::Context;
 use bitnet_model::{
+    checkpoint::{Checkpoint, TensorInfo},
     config::{Activation, Config, Family, Quantization, ScaleConvention, WeightForm},
     kernels,
     kv_cache::KvCache,
@@ -16,6 +20,7 @@ use bitnet_model::{
 };
 use serde::Serialize;
 
+use self::adapter::AdapterInfo;
 use crate::{
     args::Global,
     model::ModelArgs,
@@ -26,10 +31,11 @@ use crate::{
 #[derive(clap::Args)]
 #[command(
     after_long_help = "Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
-and values grows with the text, by `cache` for 1000 tokens."
+and values grows with the text, by `cache` for 1000 tokens. Of a folder with a LoRA adapter in PEFT's format it tells the model it \
+was trained on, ranks, scales and projections."
 )]
 pub struct Args {
-    /// The model, as with --model
+    /// The model, as with --model, or the folder of an adapter
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     positional: Option<String>,
     /// The model
@@ -148,6 +154,16 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
     if let Some(model) = args.positional {
         args.model.model = model;
     }
+    let out = &mut io::BufWriter::new(io::stdout().lock());
+    let folder = Path::new(&args.model.model);
+    if AdapterInfo::is_adapter(folder) {
+        let info = AdapterInfo::of(folder)?;
+        match args.json {
+            true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
+            false => info.print(args.tensors, out)?,
+        }
+        return Ok(out.flush()?);
+    }
     let precision = match (args.model.ternarize, args.model.full_precision) {
         (true, _) => Precision::Ternarize,
         (_, true) => Precision::Full,
@@ -155,7 +171,6 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
     };
     let source = args.model.open_as(precision, global)?;
     let info = Info::of(&source)?;
-    let out = &mut io::BufWriter::new(io::stdout().lock());
     match args.json {
         true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
         false => info.print(args.tensors, out)?,
@@ -168,20 +183,7 @@ impl Info {
         let (config, checkpoint) = (&source.config, &source.checkpoint);
         let parameters = Parameters::of(config);
         let files = files(source)?;
-        let tensors: Vec<TensorRow> = checkpoint
-            .names()
-            .filter_map(|name| Some((name, checkpoint.get(name)?)))
-            .map(|(name, info)| TensorRow {
-                name: name.into(),
-                dtype: info.dtype.to_string(),
-                shape: info.shape.to_vec(),
-                bytes: info.bytes,
-            })
-            .collect();
-        let mut dtypes = BTreeMap::new();
-        for tensor in &tensors {
-            *dtypes.entry(tensor.dtype.clone()).or_default() += 1;
-        }
+        let tensors = TensorRow::all(checkpoint);
         let stored: usize = config
             .projections()
             .flat_map(|(name, _)| [format!("{name}_scale"), name])
@@ -213,7 +215,7 @@ impl Info {
             tokenizer: tokenizer(source)?,
             generation: source.generation.to_json(),
             kernel: kernels::active().name(),
-            dtypes,
+            dtypes: TensorRow::dtypes(&tensors),
             tensors,
         })
     }
@@ -306,16 +308,39 @@ impl Info {
         }
         row("kernel", self.kernel.into())?;
         if with_tensors {
-            let width = self.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
-            writeln!(out)?;
-            for TensorRow { name, dtype, shape, bytes: size } in &self.tensors {
-                writeln!(
-                    out,
-                    "{name:width$}  {dtype:5} {:16} {}",
-                    format!("{shape:?}"),
-                    bytes(*size as u64)
-                )?;
-            }
+            TensorRow::print(&self.tensors, out)?;
+        }
+        Ok(())
+    }
+}
+
+impl TensorRow {
+    fn all(checkpoint: &Checkpoint) -> Vec<Self> {
+        let tensors = checkpoint.names().filter_map(|name| Some((name, checkpoint.get(name)?)));
+        let row = |(name, info): (&str, TensorInfo<'_>)| Self {
+            name: name.into(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.to_vec(),
+            bytes: info.bytes,
+        };
+        tensors.map(row).collect()
+    }
+
+    /// How many there are of each element type.
+    fn dtypes(rows: &[Self]) -> BTreeMap<String, usize> {
+        let mut dtypes = BTreeMap::new();
+        for row in rows {
+            *dtypes.entry(row.dtype.clone()).or_default() += 1;
+        }
+        dtypes
+    }
+
+    fn print(rows: &[Self], out: &mut impl Write) -> io::Result<()> {
+        let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
+        writeln!(out)?;
+        for Self { name, dtype, shape, bytes: size } in rows {
+            let (shape, size) = (format!("{shape:?}"), bytes(*size as u64));
+            writeln!(out, "{name:width$}  {dtype:5} {shape:16} {size}")?;
         }
         Ok(())
     }
