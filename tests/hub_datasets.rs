@@ -1,4 +1,4 @@
-//! Repositories of data.
+//! Repositories of data, and of adapters.
 
 use std::{fs, ops::ControlFlow};
 
@@ -70,4 +70,23 @@ fn a_corpus_may_lie_in_a_dataset_repository() {
     let dataset =
         Dataset::open_with(&recipe, &it.hub(), &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(dataset.train.documents() + dataset.validation.documents(), 300);
+}
+
+#[test]
+fn an_adapter_is_fetched_and_found_again() {
+    let it = Fixture::new();
+    let files = ["adapter_config.json", "adapter_model.safetensors", "README.md"];
+    let content = |file: &str| (file.to_string(), file.as_bytes().to_vec());
+    it.server.commit("tuned", NEXT, Files::from(files.map(content)));
+    let hub = || it.hub().revision("tuned");
+    let folder = hub().resolve_adapter(REPO).unwrap();
+    assert!(folder.ends_with(format!("snapshots/{NEXT}")), "{}", folder.display());
+    assert_eq!(fs::read_to_string(folder.join(files[1])).unwrap(), files[1]);
+    assert!(!folder.join("README.md").exists());
+    assert_eq!(hub().offline(true).resolve_adapter(REPO).unwrap(), folder);
+
+    let reason = |source: &str| it.hub().resolve_adapter(source).unwrap_err().to_string();
+    assert!(reason(REPO).contains("none of the"), "a model is no adapter");
+    assert!(reason("./no/such").contains("there is no such folder"));
+    assert_eq!(it.hub().resolve_adapter(folder.to_str().unwrap()).unwrap(), folder);
 }

@@ -22,7 +22,7 @@ use crate::{adapter::AdapterArgs, args::Global, damage::Text, folder, model::Mod
     after_long_help = "Masters become W + scale · B·A in their own element type; they are ternarized anew whenever the model runs. A \
 packed base takes the codes nearest to what its codes stand for and the adapter, and keeps its scales. Both round most of an \
 adapter away, and a code that flips changes a weight by far more than the adapter did: the merged model computes another \
-function than the adapter beside its base (`--adapter` of `generate`, `logits` and `perplexity`), which is exact. The \
+function than the adapter beside its base (`--adapter` of `generate`, `chat`, `logits` and `perplexity`), which is exact. The \
 report says how many codes flipped and, with --text, the loss of the base, of the adapter beside it and of the merged model.
 
 OUT appears when it is complete. With more flips than --max-flipped allows, nothing is written."
