@@ -88,8 +88,7 @@ impl Adapter {
             }
         }
         for name in &self.config.modules_to_save {
-            let is_saved =
-                |tensor: &String| super::targets::ends_in(tensor.trim_end_matches(".weight"), name);
+            let is_saved = |tensor: &String| tensor.trim_end_matches(".weight").ends_with(name);
             if !self.modules.keys().any(is_saved) {
                 return Err(Error::Config {
                     path: self.origin.join(super::CONFIG),

@@ -1,6 +1,6 @@
 //! What a LoRA adapter is: PEFT's `LoraConfig`, as far as it can be computed here.
 
-use super::targets::{Modules, Pattern, ends_in};
+use super::targets::{Modules, Pattern};
 use crate::config::PROJECTIONS;
 
 /// The settings of an adapter, which `adapter_config.json` holds.
@@ -26,7 +26,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: Vec<(Pattern, f64)>,
     /// Whether a pair is scaled by `alpha / √rank` and not by `alpha / rank`.
     pub use_rslora: bool,
-    /// Modules that are stored whole, by the end of their path: `lm_head`, `embed_tokens`, `norm`.
+    /// Modules that are stored whole, by the end of their path: `lm_head`, `embed_tokens`, `norm` for all norms, `model.norm`
+    /// for the last one.
     pub modules_to_save: Vec<String>,
     /// The model that the adapter was trained on, a repo id or a path; for people.
     pub base_model: Option<String>,
@@ -118,9 +119,10 @@ impl AdapterConfig {
         Ok(false)
     }
 
-    /// Whether the module at `path` is stored whole.
+    /// Whether the module at `path` is stored whole. As in PEFT, and other than for targets, a name need not begin at a dot:
+    /// `norm` means `input_layernorm` too.
     pub fn saves(&self, path: &str) -> bool {
-        self.modules_to_save.iter().any(|name| ends_in(path, name))
+        self.modules_to_save.iter().any(|name| path.ends_with(name))
     }
 }
 

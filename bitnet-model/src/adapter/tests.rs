@@ -63,6 +63,16 @@ fn ranks_and_scales_follow_their_patterns() {
 }
 
 #[test]
+fn what_is_stored_whole_is_named_by_any_end_of_its_path() {
+    let norms = config(json!({"modules_to_save": ["norm"]}));
+    let paths = ["model.norm", "model.layers.0.input_layernorm", "model.layers.1.mlp.ffn_sub_norm"];
+    assert!(paths.iter().all(|path| norms.saves(path)));
+    let last = config(json!({"modules_to_save": ["model.norm"]}));
+    assert_eq!(paths.map(|path| last.saves(path)), [true, false, false]);
+    assert!(!norms.saves("lm_head"));
+}
+
+#[test]
 fn settings_survive_being_written() {
     let changes = json!({
         "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 2.5}, "use_rslora": true,

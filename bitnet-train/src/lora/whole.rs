@@ -6,7 +6,7 @@ use std::{
 };
 
 use bitnet_model::{
-    adapter::{AdapterConfig, ends_in, whole_tensors},
+    adapter::{AdapterConfig, whole_tensors},
     config::Config,
     nn::Vocabulary,
 };
@@ -26,7 +26,7 @@ pub fn check(config: &AdapterConfig, model: &Config) -> crate::Result<()> {
     let tensors = whole_tensors(model);
     let modules = || tensors.keys().filter_map(|name| name.strip_suffix(".weight"));
     for name in &config.modules_to_save {
-        if !modules().any(|path| ends_in(path, name)) {
+        if !modules().any(|path| path.ends_with(name)) {
             let mut names: Vec<&str> =
                 modules().filter_map(|path| path.rsplit('.').next()).collect();
             names.sort_unstable();

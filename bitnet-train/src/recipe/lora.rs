@@ -23,7 +23,7 @@ use crate::{Error, Result, lora::Mode};
 /// dropout = 0.1
 /// target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 /// rank_pattern = { "layers\\.0\\..*" = 64 }    # of modules whose path ends so
-/// modules_to_save = ["norm"]                  # trained whole: norms, embed_tokens, lm_head
+/// modules_to_save = ["norm"]                  # trained whole: all norms; also model.norm, embed_tokens, lm_head
 /// neftune_alpha = 5                           # noise on the embedded tokens of training steps
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

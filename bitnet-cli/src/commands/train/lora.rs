@@ -90,7 +90,8 @@ struct Adapter {
     /// [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     target_modules: Vec<String>,
-    /// lora.modules_to_save: norms, embed_tokens or lm_head to train whole
+    /// lora.modules_to_save: embed_tokens, lm_head or norms to train whole, by the ends of their names: `norm` is all norms,
+    /// `model.norm` the last one
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     modules_to_save: Vec<String>,
     /// lora.mode: `adapter`, or `qat` to train latent masters' pairs inside the quantizer
