@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Executes notebooks/qat_experiments.ipynb.
+# Executes the notebooks.
 #
-#   scripts/notebook.sh [BITNET]      trains tiny models on this repository's own texts with the binary (default:
-#                                     target/release/bitnet) and executes a copy: a check that leaves nothing behind
-#   scripts/notebook.sh --runs DIR    executes the notebook itself, in place, on the runs in DIR
-#   scripts/notebook.sh --install     makes the environment and executes nothing
+#   scripts/notebook.sh [BITNET]             trains tiny models on this repository's own texts with the binary (default:
+#                                            target/release/bitnet) and executes copies: a check that leaves nothing behind
+#   scripts/notebook.sh --runs DIR [NAME]    executes notebooks/NAME.ipynb itself (default: qat_experiments), in place, on the
+#                                            runs in DIR
+#   scripts/notebook.sh --install            makes the environment and executes nothing
 #
 # Needs Python 3.11 and, the first time, PyPI: packages go into a virtual environment outside the repository,
 # $NOTEBOOK_VENV or ~/.cache/bitnet-notebook.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=${NOTEBOOK_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/bitnet-notebook}
-notebook=$root/notebooks/qat_experiments.ipynb
 
 if [[ ! -x $venv/bin/jupyter-nbconvert ]]; then
     python3 -m venv "$venv"
@@ -22,19 +22,36 @@ fi
 # The environment's own kernel, whatever kernels the user has installed.
 export JUPYTER_PATH=$venv/share/jupyter
 
-execute() { # execute RUNS ARGUMENT...: nbconvert with the runs' folder
-    BITNET_RUNS=$1 "$venv/bin/jupyter-nbconvert" --to notebook --execute "${@:2}" "$notebook"
+execute() { # execute NAME RUNS ARGUMENT...: nbconvert with the runs' folder
+    BITNET_RUNS=$2 "$venv/bin/jupyter-nbconvert" --to notebook --execute "${@:3}" "$root/notebooks/$1.ipynb"
 }
 
 if [[ ${1-} == --runs ]]; then
-    [[ -d ${2-} ]] || { echo "usage: $0 --runs DIR: no such folder: ${2-}" >&2 && exit 2; }
-    execute "$(cd "$2" && pwd)" --inplace
+    [[ -d ${2-} ]] || { echo "usage: $0 --runs DIR [NAME]: no such folder: ${2-}" >&2 && exit 2; }
+    execute "${3:-qat_experiments}" "$(cd "$2" && pwd)" --inplace
     exit
 fi
 
 bitnet=$(realpath "${1:-$root/target/release/bitnet}")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+
+check() { # check NAME RUNS PICTURES: executes a copy, which must show so many runs and pictures at least
+    execute "$1" "$scratch/$1" --output-dir "$scratch"
+    python3 - "$scratch/$1.ipynb" "$2" "$3" <<'PYTHON'
+import json, sys
+path, runs, least = sys.argv[1], sys.argv[2], int(sys.argv[3])
+cells = json.load(open(path))["cells"]
+outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
+pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+texts = "".join("".join(output.get("text", [])) for output in outputs)
+skipped = texts.count("skipped")
+print(f"{len(cells)} cells, {pictures} pictures, {skipped} sections skipped")
+if f"{runs} runs in " not in texts or pictures < least:
+    sys.exit(f"{path}: the notebook did not show the runs")
+PYTHON
+}
+
 cat >"$scratch/recipe.toml" <<TOML
 [model]
 hidden_size = 32
@@ -58,21 +75,22 @@ save_every = 60
 peak_lr = 2e-3
 warmup_steps = 5
 [output]
-dir = "runs/bitnet"
+dir = "bitnet"
 TOML
-train() { "$bitnet" train qat "$scratch/recipe.toml" --quiet -o "$scratch/runs/$1" "${@:2}" >/dev/null; }
+train() { "$bitnet" train qat "$scratch/recipe.toml" --quiet -o "$scratch/qat_experiments/$1" "${@:2}" >/dev/null; }
 train bitnet
 train full --precision full
 train slow --peak-lr 5e-4
-execute "$scratch/runs" --output-dir "$scratch"
-python3 - "$scratch/qat_experiments.ipynb" <<'PYTHON'
-import json, sys
-cells = json.load(open(sys.argv[1]))["cells"]
-outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
-pictures = sum("image/png" in output.get("data", {}) for output in outputs)
-texts = "".join("".join(output.get("text", [])) for output in outputs)
-skipped = texts.count("skipped")
-print(f"{len(cells)} cells, {pictures} pictures, {skipped} sections skipped")
-if "3 runs in " not in texts or pictures < 6:
-    sys.exit("the notebook did not show the runs")
-PYTHON
+check qat_experiments 3 6
+
+for number in {1..12}; do
+    echo "{\"prompt\": \"What comes after $number?\", \"completion\": \"After $number comes $((number + 1)).\"}"
+done >"$scratch/numbers.jsonl"
+tune() {
+    "$bitnet" train lora --data "$scratch/numbers.jsonl" --validation-split 0.2 --steps 6 --eval-every 2 --max-length 48 \
+        --gradient-accumulation 2 --prompt "What comes after 3?" --quiet -o "$scratch/lora_finetuning/$1" "${@:2}" >/dev/null
+}
+tune fast --rank 4 --alpha 8 --lr 2e-3
+tune slow --rank 4 --alpha 8 --lr 2e-4
+tune small --rank 2 --alpha 4 --lr 2e-3
+check lora_finetuning 3 3

@@ -32,7 +32,7 @@ pub use self::{
     low_rank::LowRank,
     merge::{MergedMatrix, merge},
     rows::RowAdapters,
-    targets::{Modules, Pattern, ends_in},
+    targets::{Modules, Pattern},
 };
 use crate::{Error, Result};
 

@@ -82,6 +82,6 @@ impl Modules {
 }
 
 /// Whether `path` is `name`, or ends in it behind a dot.
-pub fn ends_in(path: &str, name: &str) -> bool {
+pub(super) fn ends_in(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }

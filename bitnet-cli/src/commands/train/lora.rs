@@ -185,8 +185,10 @@ impl LoraArgs {
                     !self.data.is_empty(),
                     "what is it to be trained on? give --data FILE, or a recipe"
                 );
-                let Some(output) = &self.output else {
-                    anyhow::bail!("where is the adapter to go? give -o DIR, or a recipe")
+                let output = match &self.output {
+                    Some(output) => output,
+                    None if self.run.show_data.is_some() => Path::new("not-written"),
+                    None => anyhow::bail!("where is the adapter to go? give -o DIR, or a recipe"),
                 };
                 let output = format!(
                     "[init]\nmodel = \"default\"\n[lora]\n[output]\ndir = {:?}\n",
