@@ -35,6 +35,7 @@ MAY_USE = {
     "model": {"error", "adapter", "config", "kv_cache", "nn", "ops"},
     "sampler": {"error", "config", "nn"},
     "session": {"error", "kv_cache", "model", "nn", "ops", "sampler", "speculative"},
+    "batch": {"error", "adapter", "kv_cache", "model", "nn", "ops", "sampler", "score", "session"},
     "speculative": set(),
     "score": {"error", "model", "ops", "storage"},
     "synthetic": {"error", "config", "checkpoint"},

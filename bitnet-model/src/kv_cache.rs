@@ -101,6 +101,40 @@ impl KvCache {
         Ok(())
     }
 
+    /// The adapter of row `row`.
+    pub fn adapter(&self, row: usize) -> Option<&Arc<Adaptation>> {
+        self.adapters.get(row)?.as_ref()
+    }
+
+    /// A cache of the same sequences that holds only their first `len` tokens, with room for `room` in all.
+    ///
+    /// # Errors
+    /// More tokens than are held, or than the model's context.
+    pub fn prefix(&self, len: usize, room: usize) -> Result<Self> {
+        if len > self.len {
+            bail!("the cache holds {} tokens, not {len}", self.len);
+        }
+        let layers = (0..self.layers.len()).map(|_| Layer::default()).collect();
+        let (starts, adapters, device) =
+            (self.starts.clone(), self.adapters.clone(), self.device.clone());
+        let mut prefix = Self { layers, starts, adapters, device, len: 0, ..*self };
+        prefix.reserve(room.max(len))?;
+        for (new, old) in prefix.layers.iter().zip(&self.layers) {
+            let (Some(new), Some(old)) = (&new.kv, &old.kv) else { continue };
+            for (new, old) in [(&new.0, &old.0), (&new.1, &old.1)] {
+                new.slice_set(&old.narrow(2, 0, len)?.contiguous()?, 2, 0)?;
+            }
+        }
+        prefix.len = len;
+        Ok(prefix)
+    }
+
+    /// Bytes of a sequence for which room for `tokens` tokens was [reserved](Self::reserve) at once.
+    pub fn reserved_bytes(config: &Config, kv_type: KvType, tokens: usize) -> usize {
+        let slots = tokens.max(INITIAL_CAPACITY).min(config.max_position_embeddings);
+        slots * Self::token_bytes(config, kv_type)
+    }
+
     /// Bytes of one token of one sequence.
     pub fn token_bytes(config: &Config, kv_type: KvType) -> usize {
         let rows = 2 * config.num_hidden_layers * config.num_key_value_heads; // keys and values
@@ -153,8 +187,11 @@ impl KvCache {
             .collect()
     }
 
-    /// Makes room for `seq` more tokens in every layer.
-    pub(crate) fn reserve(&mut self, seq: usize) -> Result<()> {
+    /// Makes room for `seq` more tokens in every layer, so that no pass allocates until then.
+    ///
+    /// # Errors
+    /// More tokens than the model's context holds.
+    pub fn reserve(&mut self, seq: usize) -> Result<()> {
         let needed = self.len + seq;
         if needed > self.max_len {
             bail!(

@@ -27,6 +27,7 @@
 //! ```
 pub mod activations;
 pub mod adapter;
+pub mod batch;
 pub mod calibration;
 pub mod checkpoint;
 pub mod config;

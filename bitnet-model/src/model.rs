@@ -7,7 +7,7 @@ use candle_core::{Device, IndexOp, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use crate::{
-    adapter::Adaptation,
+    adapter::{Adaptation, RowAdapters},
     config::Config,
     kv_cache::KvCache,
     nn::{
@@ -26,6 +26,15 @@ pub struct Model {
     rope: RotaryEmbedding,
     device: Device,
     projection_bytes: Option<usize>,
+}
+
+/// New tokens of one sequence among others.
+#[derive(Debug)]
+pub struct Next<'a> {
+    /// Their ids, at least one.
+    pub tokens: &'a [u32],
+    /// What they continue, of this sequence alone.
+    pub cache: &'a mut KvCache,
 }
 
 impl Model {
@@ -163,6 +172,44 @@ impl Model {
         let states = self.states(tokens, &angles, Some(&mut *cache), &[])?;
         cache.advance(seq);
         Ok(states)
+    }
+
+    /// The final norm's output for new tokens of several sequences, which continue what their caches hold and extend them:
+    /// (tokens in all, hidden_size) f32, one sequence after the other. All projections are multiplied with all tokens at once.
+    /// The bits of a sequence, and its adapter, are its own, whatever others run beside it.
+    ///
+    /// # Errors
+    /// No tokens, an id outside the vocabulary, more than a context holds, or a cache of more than one sequence. The caches
+    /// then hold what they held.
+    pub fn next_states(&self, sequences: &mut [Next<'_>]) -> Result<Tensor> {
+        let mut adapters = Vec::new();
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        for Next { tokens: new, cache } in sequences.iter_mut() {
+            if new.is_empty() || cache.batch() != 1 {
+                bail!("{} tokens for a cache of {} sequences", new.len(), cache.batch());
+            }
+            cache.reserve(new.len())?;
+            tokens.extend_from_slice(new);
+            positions.extend(cache.positions(new.len()));
+            adapters.extend(std::iter::repeat_n(cache.adapter(0).cloned(), new.len()));
+        }
+        if adapters.iter().all(Option::is_none) {
+            adapters.clear();
+        }
+        let rows = tokens.len();
+        let tokens = Tensor::from_vec(tokens, (rows, 1), &self.device)?;
+        let (mut x, angles) = (self.embed(&tokens)?, self.angles(&positions, rows)?);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let views = sequences.iter_mut();
+            let sequences =
+                views.map(|next| (next.cache.layer(index), next.tokens.len())).collect();
+            let adapters = RowAdapters::new(&adapters, index);
+            x = block.forward(&x, &angles, Context::Sequences { sequences, adapters })?;
+        }
+        for Next { tokens, cache } in sequences {
+            cache.advance(tokens.len());
+        }
+        self.norm(&x)?.squeeze(1)
     }
 
     /// The final norm's output for `tokens` (batch, seq) u32, rows of whole documents packed one behind another:

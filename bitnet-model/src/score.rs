@@ -32,8 +32,34 @@ impl LogLikelihood {
     }
 }
 
+/// How likely a token was, and what was likelier or nearly so.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// ln p of the token.
+    pub logprob: f32,
+    /// The likeliest tokens with their ln p, likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl TokenLogprobs {
+    /// Of `token` and the `count` likeliest, by their logits (vocab_size).
+    pub fn of(logits: &[f32], token: u32, count: usize) -> Self {
+        let (max, log_sum) = log_sum_exp(logits);
+        let logprob = |id: u32| (f64::from(logits[id as usize] - max) - log_sum) as f32;
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        let order =
+            |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        if count < ids.len() {
+            ids.select_nth_unstable_by(count, order);
+            ids.truncate(count);
+        }
+        ids.sort_unstable_by(order);
+        Self { logprob: logprob(token), top: ids.iter().map(|&id| (id, logprob(id))).collect() }
+    }
+}
+
 /// Rows of logits computed at once: 32 · 128256 · 4 bytes = 16 MB for the largest vocabulary.
-const LOGIT_ROWS: usize = 32;
+pub(crate) const LOGIT_ROWS: usize = 32;
 
 /// Scores all `requests`, `batch_size` at a time, in the order given. The batch size changes memory
 /// and speed, never a bit of the result. A context that does not fit is cut on the left.
@@ -204,11 +230,17 @@ pub fn perplexity(
     Ok(sum)
 }
 
-/// `ln softmax(logits)[target]`, and whether `target` has the largest logit. Summed in f64.
-fn token_logprob(logits: &[f32], target: usize) -> (f32, bool) {
+/// The largest logit `max` and `ln Σ exp(logit − max)`, summed in f64.
+fn log_sum_exp(logits: &[f32]) -> (f32, f64) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
-    let logprob = f64::from(logits[target] - max) - sum.ln();
+    (max, sum.ln())
+}
+
+/// `ln softmax(logits)[target]`, and whether `target` has the largest logit.
+fn token_logprob(logits: &[f32], target: usize) -> (f32, bool) {
+    let (max, log_sum) = log_sum_exp(logits);
+    let logprob = f64::from(logits[target] - max) - log_sum;
     // On a tie greedy decoding takes the lowest id.
     let is_greedy = logits[target] == max && !logits[..target].contains(&max);
     (logprob as f32, is_greedy)

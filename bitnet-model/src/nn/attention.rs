@@ -35,6 +35,14 @@ pub struct Attention {
 pub enum Context<'a> {
     /// What the cache holds and themselves: their keys and values go through it.
     Cache(LayerCache<'a>),
+    /// Each to those of its own sequence: the rows of the batch, of one token each, are so many tokens of each sequence, one
+    /// sequence after the other, and their keys and values go through the cache of that.
+    Sequences {
+        /// The caches, each of one sequence, and the numbers of tokens.
+        sequences: Vec<(LayerCache<'a>, usize)>,
+        /// Of the tokens.
+        adapters: RowAdapters<'a>,
+    },
     /// One another: token `i` of the flattened (batch, seq) sees the positions of its row from `starts[i]` to its own,
     /// all of them from 0 if there are no starts.
     Own(&'a [usize]),
@@ -45,6 +53,7 @@ impl<'a> Context<'a> {
     pub(super) fn adapters(&self) -> RowAdapters<'a> {
         match self {
             Self::Cache(cache) => cache.adapters(),
+            Self::Sequences { adapters, .. } => *adapters,
             Self::Own(_) => RowAdapters::NONE,
         }
     }
@@ -112,11 +121,21 @@ impl Attention {
         let k = angles.rotate(k, kv_heads)?; // (batch, seq, kv_heads, head_dim)
         let mut y = match context {
             Context::Cache(cache) => {
-                let k = k.transpose(1, 2)?; // (batch, kv_heads, seq, head_dim)
-                let v = v.reshape((batch, seq, kv_heads, head_dim))?.transpose(1, 2)?;
-                let starts = cache.query_starts(seq);
-                let (k, v) = cache.append(&k, &v)?; // (batch, kv_heads, context, head_dim)
-                ops::attention(&q, &k, &v, &starts)?.reshape((batch, seq, heads * head_dim))?
+                let v = v.reshape((batch, seq, kv_heads, head_dim))?;
+                attend(&q, &k, &v, cache)?.reshape((batch, seq, heads * head_dim))?
+            }
+            Context::Sequences { sequences, .. } => {
+                let mut first = 0;
+                let mut parts = Vec::with_capacity(sequences.len());
+                for (cache, len) in sequences {
+                    let part = |x: &Tensor, heads| {
+                        x.narrow(0, first, len)?.reshape((1, len, heads, head_dim))
+                    };
+                    let (q, k, v) = (part(&q, heads)?, part(&k, kv_heads)?, part(v, kv_heads)?);
+                    parts.push(attend(&q, &k, &v, cache)?);
+                    first += len;
+                }
+                Tensor::cat(&parts, 1)?.reshape((batch, seq, heads * head_dim))?
             }
             Context::Own(starts) => ops::self_attention(&q, &k, v, starts)?,
         };
@@ -125,4 +144,12 @@ impl Attention {
         }
         adapters.add(O, &y, self.o_proj.forward(&y)?)
     }
+}
+
+/// `q` (batch, seq, heads, head_dim) over what `cache` holds, with `k` and `v` (batch, seq, kv_heads, head_dim) appended:
+/// (batch, seq, heads, head_dim).
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, cache: LayerCache<'_>) -> Result<Tensor> {
+    let starts = cache.query_starts(q.dim(1)?);
+    let (k, v) = cache.append(&k.transpose(1, 2)?, &v.transpose(1, 2)?)?; // (batch, kv_heads, context, head_dim)
+    ops::attention(q, &k, &v, &starts)
 }
