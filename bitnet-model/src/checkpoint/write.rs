@@ -34,8 +34,7 @@ impl TensorSpec {
 /// Writes a safetensors file whose tensors are declared first and delivered one at a time, in any
 /// order.
 ///
-/// The file is byte for byte what the `safetensors` crate writes with the metadata `{"format":
-/// "pt"}`, which transformers demands. It appears under its name with [`finish`](Self::finish),
+/// The file is byte for byte what the `safetensors` crate writes. It appears under its name with [`finish`](Self::finish),
 /// complete, or not at all.
 #[derive(Debug)]
 pub struct SafetensorsWriter {
@@ -52,8 +51,18 @@ struct Pending {
 }
 
 impl SafetensorsWriter {
-    /// Declares the contents of `path` and writes the header.
-    pub fn create(path: &Path, mut tensors: Vec<TensorSpec>) -> Result<Self> {
+    /// Declares the contents of `path` and writes the header, with the metadata `{"format": "pt"}`, which transformers
+    /// demands.
+    pub fn create(path: &Path, tensors: Vec<TensorSpec>) -> Result<Self> {
+        Self::with_metadata(path, tensors, ("format", "pt".into()))
+    }
+
+    /// [`create`](Self::create) with another entry of metadata.
+    pub fn with_metadata(
+        path: &Path,
+        mut tensors: Vec<TensorSpec>,
+        (key, value): (&str, String),
+    ) -> Result<Self> {
         // The crate's order: widest element first, so that every tensor is aligned to its element;
         // then by name.
         tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
@@ -77,8 +86,8 @@ impl SafetensorsWriter {
             path: path.into(),
             reason: e.to_string(),
         };
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata = Metadata::new(Some(format), infos).map_err(|e| malformed(&e))?;
+        let entries = HashMap::from([(key.to_owned(), value)]);
+        let metadata = Metadata::new(Some(entries), infos).map_err(|e| malformed(&e))?;
         let mut header = serde_json::to_vec(&metadata).map_err(|e| malformed(&e))?;
         header.resize(header.len().next_multiple_of(8), b' ');
 

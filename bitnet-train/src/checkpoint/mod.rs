@@ -124,13 +124,7 @@ impl Checkpoints {
 
     /// Writes the weights of the best evaluation, replacing earlier ones at one stroke.
     pub fn save_best(&self, parameters: &[(String, Var)]) -> Result<()> {
-        let (path, partial) = (self.best(), self.dir.join(format!(".{BEST}")));
-        if let Err(error) = write_weights(&partial, parameters) {
-            let _ = fs::remove_file(&partial);
-            return Err(error);
-        }
-        fs::rename(&partial, &path).map_err(Error::io(&path))?;
-        sync_dir(&self.dir)
+        write_weights(&self.best(), parameters)
     }
 
     /// The file of the best weights.

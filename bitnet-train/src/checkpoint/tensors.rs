@@ -8,6 +8,7 @@ use std::{
     str::FromStr,
 };
 
+use bitnet_model::checkpoint::{SafetensorsWriter, TensorSpec};
 use candle_core::{Tensor, Var};
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 
@@ -39,18 +40,21 @@ impl View for F32View<'_> {
     }
 }
 
-/// Writes tensors and one metadata entry, and waits until they are on the disk. Equal contents make equal bytes.
+/// Writes tensors and one metadata entry: the file is complete and on the disk, or what it was. Equal contents make equal
+/// bytes.
 pub fn write_tensors<V: View>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, V)>,
-    (key, value): (&str, String),
+    metadata: (&str, String),
 ) -> Result<()> {
-    let metadata = HashMap::from([(key.to_owned(), value)]);
-    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(error) => Error::io(path)(error),
-        error => Error::Checkpoint { path: path.to_owned(), reason: error.to_string() },
-    })?;
-    sync(path)
+    let tensors = Vec::from_iter(tensors);
+    let spec = |(name, tensor): &(String, V)| TensorSpec::new(name, tensor.dtype(), tensor.shape());
+    let specs = tensors.iter().map(spec).collect();
+    let mut writer = SafetensorsWriter::with_metadata(path, specs, metadata)?;
+    for (name, tensor) in &tensors {
+        writer.write(name, &tensor.data())?;
+    }
+    Ok(writer.finish()?)
 }
 
 /// Waits until a file is on the disk.
