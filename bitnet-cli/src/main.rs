@@ -8,6 +8,7 @@ mod damage;
 mod folder;
 mod interrupt;
 mod model;
+mod openai;
 mod progress;
 mod sampling;
 mod statistics;

@@ -1,5 +1,6 @@
 //! One file a verb: each has its `Args` and a `run`.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod completions;
@@ -21,6 +22,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     match command {
         Command::Generate(args) => generate::run(args, global),
         Command::Chat(args) => chat::run(args, global),
+        Command::Batch(args) => batch::run(&args, global),
         Command::Bench(args) => bench::run(&args, global),
         Command::Info(args) => info::run(args, global),
         Command::Download(args) => download::run(args, global),

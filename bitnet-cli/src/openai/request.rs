@@ -1,0 +1,280 @@
+//! A request as sequences to be continued.
+
+use std::num::NonZeroUsize;
+
+use bitnet_model::{
+    batch::Sequence,
+    config::{Config, GenerationConfig},
+    text::{Message, StopStrings, Tokenizer},
+};
+use serde_json::Value;
+
+use super::{
+    Refusal, Route,
+    fields::{Fields, wrong},
+};
+use crate::{
+    continuation::check_prompt,
+    sampling::{MaxNewTokens, Plan, SamplingArgs},
+};
+
+/// New tokens of a reply, and of a text, if neither the request nor the model's publisher says how many.
+const REPLY_TOKENS: usize = 512;
+const TEXT_TOKENS: u64 = 16;
+/// The most choices of a request, likeliest tokens of a place, and stop strings, as OpenAI has it but for the last.
+const MOST_CHOICES: u64 = 128;
+const MOST_TOP_LOGPROBS: u64 = 20;
+const MOST_STOPS: usize = 64;
+
+/// What requests are read with.
+pub struct Reader<'a> {
+    /// The model's name, for answers to requests that give it none.
+    pub model: &'a str,
+    /// Of the model.
+    pub tokenizer: &'a Tokenizer,
+    /// Of the model.
+    pub config: &'a Config,
+    /// What its publisher recommends, where a request says nothing.
+    pub generation: &'a GenerationConfig,
+}
+
+/// What a request asks for.
+pub struct Asked {
+    /// Which kind of answer.
+    pub route: Route,
+    /// The name of the model in the answer.
+    pub model: String,
+    /// To be continued, one for each choice of the answer.
+    pub sequences: Vec<Sequence>,
+    /// Prompts of the choices, one after the other, have so many choices each.
+    pub n: usize,
+    /// Where texts end besides.
+    pub stop: StopStrings,
+    /// Whether a text begins with its prompt.
+    pub echo: bool,
+}
+
+impl Reader<'_> {
+    /// Reads the body of a request. Unknown fields are overlooked.
+    ///
+    /// # Errors
+    /// The first field that cannot be answered.
+    pub fn read(&self, route: Route, body: &Value) -> Result<Asked, Refusal> {
+        let fields = Fields::new(body)?;
+        for name in ["stream", "suffix", "tools", "functions", "audio"] {
+            fields.refuse(name)?;
+        }
+        check_format(fields)?;
+        let model = fields.text("model")?.unwrap_or(self.model).to_owned();
+        let n = at_most(fields, "n", MOST_CHOICES)?.unwrap_or(1);
+        let best_of = fields.count("best_of")?.unwrap_or(n);
+        if n == 0 || best_of != n {
+            let reason = format!(
+                "`n` is {n} and `best_of` {best_of}, but all choices are returned, at least one"
+            );
+            return Err(Refusal::of(if n == 0 { "n" } else { "best_of" }, reason));
+        }
+        let echo = fields.flag("echo")?.unwrap_or(false) && route == Route::Completion;
+        let logprobs = self.logprobs(route, fields)?;
+        let plan = self.plan(route, fields)?;
+        let prompts = match route {
+            Route::Chat => vec![self.conversation(fields)?],
+            Route::Completion => self.prompts(fields)?,
+        };
+        let mut sequences = Vec::new();
+        for prompt in prompts {
+            let param = if route == Route::Chat { "messages" } else { "prompt" };
+            if prompt.is_empty() {
+                return Err(Refusal::of(param, "the prompt has no tokens"));
+            }
+            check_prompt(&prompt, self.config).map_err(|e| Refusal::of(param, e.to_string()))?;
+            sequences.extend((0..n).map(|choice| Sequence {
+                prompt: prompt.clone(),
+                sampler: plan.options.sampler.clone(),
+                seed: plan.seed.wrapping_add(choice),
+                max_new_tokens: plan.options.max_new_tokens,
+                eos_token_ids: plan.options.eos_token_ids.clone(),
+                adapter: None,
+                logprobs,
+                prompt_logprobs: echo && logprobs.is_some(),
+            }));
+        }
+        Ok(Asked { route, model, sequences, n: n as usize, stop: plan.stop, echo })
+    }
+
+    /// How the text is to go on, as the command line has it.
+    fn plan(&self, route: Route, fields: Fields<'_>) -> Result<Plan, Refusal> {
+        let stop = fields.texts("stop")?;
+        if stop.len() > MOST_STOPS {
+            let reason =
+                format!("`stop` has {} strings, but at most {MOST_STOPS} are allowed", stop.len());
+            return Err(Refusal::of("stop", reason));
+        }
+        let length = match fields.count("max_completion_tokens")? {
+            Some(length) => Some(length),
+            None => fields.count("max_tokens")?,
+        };
+        let length = length.or((route == Route::Completion).then_some(TEXT_TOKENS));
+        let length = length.map(|length| length as usize);
+        let args = SamplingArgs {
+            temperature: fields.number("temperature")?,
+            top_k: fields.count("top_k")?.map(|k| k as usize),
+            top_p: fields.number("top_p")?,
+            min_p: fields.number("min_p")?,
+            repetition_penalty: fields.number("repetition_penalty")?,
+            frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(0.),
+            presence_penalty: fields.number("presence_penalty")?.unwrap_or(0.),
+            logit_bias: self.logit_bias(fields)?,
+            seed: fields.count("seed")?,
+            stop,
+        };
+        let bound =
+            MaxNewTokens { flag: length.and_then(NonZeroUsize::new), default: REPLY_TOKENS };
+        let plan = args.resolve(self.config, self.generation, bound);
+        let mut plan = plan.map_err(|error| {
+            let message = error.to_string();
+            let param = message.split_whitespace().next().unwrap_or_default().to_owned();
+            Refusal { param: fields.any(&param).map(|_| param), message }
+        })?;
+        if length == Some(0) {
+            plan.options.max_new_tokens = 0;
+        }
+        Ok(plan)
+    }
+
+    /// `{"ID": bias}`.
+    fn logit_bias(&self, fields: Fields<'_>) -> Result<Vec<(u32, f32)>, Refusal> {
+        const NAME: &str = "logit_bias";
+        let Some(value) = fields.any(NAME) else { return Ok(Vec::new()) };
+        let expected = "an object of token ids with numbers from -100 to 100";
+        let Some(biases) = value.as_object() else { return Err(wrong(NAME, value, expected)) };
+        let read = |(id, bias): (&String, &Value)| {
+            let (id, bias) = (id.parse::<u32>().ok()?, bias.as_f64()?);
+            let fits = (id as usize) < self.config.vocab_size && (-100. ..=100.).contains(&bias);
+            fits.then_some((id, bias as f32))
+        };
+        let entry = |entry: (&String, &Value)| {
+            read(entry).ok_or_else(|| {
+                let (id, bias) = entry;
+                Refusal::of(NAME, format!("`{NAME}` has `{id}`: {bias}, but must be {expected}, of a vocabulary of {}", self.config.vocab_size))
+            })
+        };
+        biases.iter().map(entry).collect()
+    }
+
+    /// How many of the likeliest tokens are asked for, if log-probabilities are.
+    fn logprobs(&self, route: Route, fields: Fields<'_>) -> Result<Option<usize>, Refusal> {
+        let count = match route {
+            Route::Chat => {
+                let count = at_most(fields, "top_logprobs", MOST_TOP_LOGPROBS)?;
+                match (fields.flag("logprobs")?.unwrap_or(false), count) {
+                    (true, count) => Some(count.unwrap_or(0)),
+                    (false, None) => None,
+                    (false, Some(_)) => {
+                        return Err(Refusal::of(
+                            "top_logprobs",
+                            "`top_logprobs` needs `logprobs`: true",
+                        ));
+                    }
+                }
+            }
+            Route::Completion => at_most(fields, "logprobs", MOST_TOP_LOGPROBS)?,
+        };
+        Ok(count.map(|count| count as usize))
+    }
+
+    /// The tokens of a conversation.
+    fn conversation(&self, fields: Fields<'_>) -> Result<Vec<u32>, Refusal> {
+        const NAME: &str = "messages";
+        let refuse = |reason: String| Refusal::of(NAME, reason);
+        let Some(value) = fields.any(NAME) else {
+            return Err(refuse("there are no `messages`".into()));
+        };
+        let Some(values) = value.as_array() else { return Err(wrong(NAME, value, "a list")) };
+        let messages = values.iter().enumerate().map(|(index, value)| message(index, value));
+        let messages = messages.collect::<Result<Vec<_>, _>>()?;
+        let template = match self.tokenizer.chat_template() {
+            Ok(Some(template)) => template,
+            Ok(None) => {
+                return Err(refuse("the model has no chat template: ask /v1/completions".into()));
+            }
+            Err(error) => return Err(refuse(error.to_string())),
+        };
+        let text = template.render(&messages, true).map_err(|error| refuse(error.to_string()))?;
+        self.tokenizer.encode_prompt(&text).map_err(|error| refuse(error.to_string()))
+    }
+
+    /// The tokens of texts: a text, several, ids, or several lists of these.
+    fn prompts(&self, fields: Fields<'_>) -> Result<Vec<Vec<u32>>, Refusal> {
+        const NAME: &str = "prompt";
+        let expected = "a string, a list of strings, a list of token ids, or a list of such lists";
+        let Some(value) = fields.any(NAME) else {
+            return Err(Refusal::of(NAME, "there is no `prompt`"));
+        };
+        let encode = |text: &str| {
+            self.tokenizer.encode(text, true).map_err(|error| Refusal::of(NAME, error.to_string()))
+        };
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids = |values: &Vec<Value>| values.iter().map(id).collect::<Option<Vec<u32>>>();
+        match value {
+            Value::String(text) => Ok(vec![encode(text)?]),
+            Value::Array(values) if !values.is_empty() => {
+                if let Some(ids) = ids(values) {
+                    return Ok(vec![ids]);
+                }
+                let each = |value: &Value| match value {
+                    Value::String(text) => encode(text),
+                    Value::Array(values) => ids(values).ok_or_else(|| wrong(NAME, value, expected)),
+                    _ => Err(wrong(NAME, value, expected)),
+                };
+                values.iter().map(each).collect()
+            }
+            _ => Err(wrong(NAME, value, expected)),
+        }
+    }
+}
+
+/// One message; its content is a text or parts of the type `text`.
+fn message(index: usize, value: &Value) -> Result<Message, Refusal> {
+    let name = |field: &str| format!("messages[{index}].{field}");
+    let role = value.get("role").and_then(Value::as_str);
+    let Some(role) = role else {
+        return Err(Refusal::of(&name("role"), format!("`{}` must be a string", name("role"))));
+    };
+    let part = |part: &Value| match part.get("type").and_then(Value::as_str) {
+        Some("text") => part.get("text").and_then(Value::as_str).map(String::from),
+        _ => None,
+    };
+    let content = match value.get("content") {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
+        _ => None,
+    };
+    let Some(content) = content else {
+        let reason =
+            format!("`{}` must be a string or a list of parts of the type `text`", name("content"));
+        return Err(Refusal::of(&name("content"), reason));
+    };
+    Ok(Message::new(role, content))
+}
+
+/// Only texts are answered.
+fn check_format(fields: Fields<'_>) -> Result<(), Refusal> {
+    const NAME: &str = "response_format";
+    let Some(value) = fields.any(NAME) else { return Ok(()) };
+    match value.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(()),
+        _ => Err(Refusal::of(NAME, "`response_format` is not supported but for the type `text`")),
+    }
+}
+
+/// A whole number with a largest value.
+fn at_most(fields: Fields<'_>, name: &str, most: u64) -> Result<Option<u64>, Refusal> {
+    let value = fields.count(name)?;
+    match value.filter(|value| *value > most) {
+        Some(value) => {
+            Err(Refusal::of(name, format!("`{name}` is {value}, but must be at most {most}")))
+        }
+        None => Ok(value),
+    }
+}
