@@ -195,6 +195,7 @@ fn memory_is_set_aside_and_given_back() {
     let room = |tokens| KvCache::reserved_bytes(config, KvType::F16, tokens);
     let limits = Limits { kv_bytes: room(256) * 2 + room(300), ..LIMITS };
     let mut batch = Batch::new(model.clone(), limits);
+    assert_eq!(batch.bytes_for(&sequence(&[5], usize::MAX)), room(512), "a whole context");
     let (first, _) = batch.admit(sequence(&ids(rng, 100), 101)).unwrap().unwrap();
     batch.admit(sequence(&ids(rng, 250), 51)).unwrap().unwrap();
     batch.admit(sequence(&ids(rng, 5), 2)).unwrap().unwrap();

@@ -105,7 +105,7 @@ pub struct Batch {
     model: Arc<Model>,
     limits: Limits,
     running: BTreeMap<SequenceId, Running>,
-    /// Of sequences that have ended, the oldest first.
+    /// Of sequences that have ended, those first that were of use longest ago.
     kept: Vec<Kept>,
     next_id: u64,
     /// Which sequence's prompt comes first in the next step.
@@ -184,7 +184,8 @@ impl Batch {
 
     /// Tokens for which there must be room: the last one that is added is not run.
     fn room(&self, sequence: &Sequence) -> usize {
-        let all = sequence.prompt.len() + sequence.max_new_tokens.saturating_sub(1);
+        let new = sequence.max_new_tokens.saturating_sub(1);
+        let all = sequence.prompt.len().saturating_add(new);
         all.min(self.model.config().max_position_embeddings)
     }
 
@@ -201,8 +202,7 @@ impl Batch {
         if self.running.len() >= self.limits.sequences || taken + bytes > self.limits.kv_bytes {
             return Ok(None);
         }
-        let (cache, reused) = self.cache_for(&sequence)?;
-        self.evict(self.limits.kv_bytes - taken - bytes);
+        let (cache, reused) = self.cache_for(&sequence, self.limits.kv_bytes - taken - bytes)?;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         self.usage.joined += 1;
@@ -242,27 +242,32 @@ impl Batch {
     }
 
     /// A cache with room for the sequence, and how many tokens of the prompt it holds: as many as the sequence has in common
-    /// with one that has ended or runs, under the same adapter. At least the last token is left to run.
-    fn cache_for(&mut self, sequence: &Sequence) -> Result<(KvCache, usize)> {
+    /// with one that has ended or runs, under the same adapter. At least the last token is left to run. What is kept is
+    /// forgotten until it takes no more than `kept_bytes`, this one last.
+    fn cache_for(&mut self, sequence: &Sequence, kept_bytes: usize) -> Result<(KvCache, usize)> {
         let room = self.room(sequence);
         let most = if sequence.prompt_logprobs { 0 } else { sequence.prompt.len() - 1 };
         let shared = |cache: &KvCache, tokens: &[u32]| {
-            let same = match (cache.adapter(0), &sequence.adapter) {
-                (None, None) => true,
-                (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-                _ => false,
-            };
+            let adapter = sequence.adapter.as_ref();
             let held = tokens.iter().take(cache.len());
             let equal = held.zip(&sequence.prompt).take_while(|(a, b)| a == b).count();
-            if same { equal.min(most) } else { 0 }
+            if is_same(cache.adapter(0), adapter) { equal.min(most) } else { 0 }
         };
-        let kept = self.kept.iter().map(|kept| (&kept.cache, &kept.tokens));
-        let running = self.running.values().map(|running| (&running.cache, &running.tokens));
-        let all = kept.chain(running);
-        let best = all
-            .map(|(cache, tokens)| (shared(cache, tokens), cache))
-            .max_by_key(|(shared, _)| *shared)
-            .filter(|(shared, _)| *shared > 0);
+        let running = self.running.values();
+        let running =
+            running.map(|running| (shared(&running.cache, &running.tokens), &running.cache));
+        let mut best = running.max_by_key(|(len, _)| *len).filter(|(len, _)| *len > 0);
+        let kept = self.kept.iter().map(|kept| shared(&kept.cache, &kept.tokens)).enumerate();
+        let kept = kept.max_by_key(|(_, len)| *len);
+        let kept = kept.filter(|(_, len)| *len > best.map_or(0, |(len, _)| len));
+        if let Some((index, _)) = kept {
+            let last = self.kept.remove(index);
+            self.kept.push(last);
+        }
+        evict(&mut self.kept, kept_bytes);
+        if let Some((_, len)) = kept {
+            best = self.kept.last().map(|kept| (len, &kept.cache));
+        }
         if let Some((len, cache)) = best {
             return Ok((cache.prefix(len, room)?, len));
         }
@@ -270,14 +275,6 @@ impl Batch {
         cache.adapt(0, sequence.adapter.clone())?;
         cache.reserve(room)?;
         Ok((cache, 0))
-    }
-
-    /// Forgets the oldest of what is kept until it takes no more than `bytes`.
-    fn evict(&mut self, bytes: usize) {
-        let mut kept: usize = self.kept.iter().map(|kept| kept.cache.bytes()).sum();
-        while kept > bytes && !self.kept.is_empty() {
-            kept -= self.kept.remove(0).cache.bytes();
-        }
     }
 
     /// Takes a sequence out of the batch; it is not heard of again.
@@ -293,15 +290,12 @@ impl Batch {
         if tokens.is_empty() {
             return;
         }
-        let same = |a: Option<&Arc<Adaptation>>, b: Option<&Arc<Adaptation>>| {
-            a.map(Arc::as_ptr) == b.map(Arc::as_ptr)
-        };
         self.kept.retain(|kept| {
-            !(same(kept.cache.adapter(0), cache.adapter(0)) && tokens.starts_with(&kept.tokens))
+            !(is_same(kept.cache.adapter(0), cache.adapter(0)) && tokens.starts_with(&kept.tokens))
         });
         self.kept.push(Kept { cache, tokens });
         let running: usize = self.running.values().map(|running| running.bytes).sum();
-        self.evict(self.limits.kv_bytes.saturating_sub(running));
+        evict(&mut self.kept, self.limits.kv_bytes.saturating_sub(running));
     }
 
     /// Runs the next tokens, and says what became of each sequence of which there is something to say.
@@ -418,5 +412,18 @@ impl Batch {
     fn end(&mut self, id: SequenceId, update: Update, updates: &mut Vec<(SequenceId, Update)>) {
         updates.push((id, update));
         self.cancel(id);
+    }
+}
+
+/// Whether two sequences have the same adapter, or none.
+fn is_same(a: Option<&Arc<Adaptation>>, b: Option<&Arc<Adaptation>>) -> bool {
+    a.map(Arc::as_ptr) == b.map(Arc::as_ptr)
+}
+
+/// Forgets the first of `kept` until it takes no more than `bytes`.
+fn evict(kept: &mut Vec<Kept>, bytes: usize) {
+    let mut taken: usize = kept.iter().map(|kept| kept.cache.bytes()).sum();
+    while taken > bytes && !kept.is_empty() {
+        taken -= kept.remove(0).cache.bytes();
     }
 }
