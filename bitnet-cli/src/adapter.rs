@@ -58,6 +58,28 @@ impl AdapterSpec {
     }
 }
 
+/// An adapter that requests choose by its name, or one without a name beside the model for all.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedAdapter {
+    /// By which it is chosen.
+    pub name: Option<String>,
+    /// Which one.
+    pub spec: AdapterSpec,
+}
+
+impl NamedAdapter {
+    /// Reads `NAME=SOURCE[:SCALE]`, or without a name as [`AdapterSpec::parse`].
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let is_name = |name: &str| !name.is_empty() && !name.contains(['/', ':', '\\']);
+        let named = text.split_once('=').filter(|(name, _)| is_name(name));
+        let (name, spec) = match named {
+            Some((name, spec)) if !Path::new(text).exists() => (Some(name.to_owned()), spec),
+            _ => (None, text),
+        };
+        Ok(Self { name, spec: AdapterSpec::parse(spec)? })
+    }
+}
+
 impl fmt::Display for AdapterSpec {
     /// As it is given.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -149,6 +171,12 @@ mod tests {
         assert!(parse("a:nan").unwrap_err().contains("no scale"));
         assert!(parse(":2").unwrap_err().contains("no scale"));
         assert!(parse("").is_err());
+        let named = NamedAdapter::parse("mine=a/b:0.5").unwrap();
+        assert_eq!(
+            (named.name.as_deref(), named.spec.to_string()),
+            (Some("mine"), "a/b:0.5".into())
+        );
+        assert_eq!(NamedAdapter::parse("a/b=c").unwrap().name, None);
         let folder = tempfile::tempdir().unwrap();
         let text = folder.path().display();
         assert!(parse(&format!("{text}:x")).unwrap_err().contains("no number"));

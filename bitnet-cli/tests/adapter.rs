@@ -228,3 +228,52 @@ fn a_merge_reports_and_refuses() {
     let nothing = bitnet(&["merge", "-o", "x"]).output().unwrap();
     assert!(String::from_utf8_lossy(&nothing.stderr).contains("there is nothing to merge"));
 }
+
+#[test]
+fn requests_of_one_batch_choose_their_adapters() {
+    let folder = adapters();
+    let [one, two] = ["one", "two"].map(|name| text(&folder.path().join(name)).to_owned());
+    let models = ["default", "first", "default:second", "first"];
+    let line = |(index, model): (usize, &str)| {
+        let body = json!({
+            "model": model, "prompt": "A red dragon", "max_tokens": 12, "temperature": 0,
+            "repetition_penalty": 1,
+        });
+        let url = "/v1/completions";
+        json!({"custom_id": index.to_string(), "method": "POST", "url": url, "body": body})
+    };
+    let [input, output] = ["in", "out"].map(|name| folder.path().join(name));
+    let write = |models: &[&str]| {
+        let lines =
+            models.iter().copied().enumerate().map(|request| format!("{}\n", line(request)));
+        fs::write(&input, lines.collect::<String>()).unwrap();
+        let _ = fs::remove_file(&output);
+    };
+    write(&models);
+    let (first, second) = (format!("first={one}"), format!("second={two}:0.5"));
+    let args = ["batch", "-q", "-i", text(&input), "-o", text(&output)];
+    let args = [&args[..], &["--adapter", &first, "--adapter", &second]].concat();
+    stdout(&args, "");
+    let half = format!("{two}:0.5");
+    let expected = [vec![], vec![&*one], vec![&*half], vec![&*one]].map(|named| generated(&named));
+    assert!(expected[0] != expected[1] && expected[1] != expected[2]);
+    for line in fs::read_to_string(&output).unwrap().lines() {
+        let answer: Value = serde_json::from_str(line).unwrap();
+        let index: usize = answer["custom_id"].as_str().unwrap().parse().unwrap();
+        let body = &answer["response"]["body"];
+        let found = format!("A red dragon{}\n", body["choices"][0]["text"].as_str().unwrap());
+        assert_eq!((found, &body["model"]), (expected[index].clone(), &json!(models[index])));
+    }
+
+    write(&["third"]);
+    stdout(&args, "");
+    let answer: Value = serde_json::from_slice(&fs::read(&output).unwrap()).unwrap();
+    let error = &answer["response"]["body"]["error"];
+    assert_eq!(
+        (&answer["response"]["status_code"], &error["param"]),
+        (&json!(400), &json!("model"))
+    );
+    assert!(error["message"].as_str().unwrap().contains("with the adapters first, second"));
+    let again = failure(&[&args[..], &["--adapter", &first]].concat(), "");
+    assert!(again.contains("two of the name `first`"), "{again}");
+}

@@ -1,8 +1,9 @@
 //! A request as sequences to be continued.
 
-use std::num::NonZeroUsize;
+use std::{collections::BTreeMap, num::NonZeroUsize, sync::Arc};
 
 use bitnet_model::{
+    adapter::Adaptation,
     batch::Sequence,
     config::{Config, GenerationConfig},
     text::{Message, StopStrings, Tokenizer},
@@ -30,6 +31,8 @@ const MOST_STOPS: usize = 64;
 pub struct Reader<'a> {
     /// The model's name, for answers to requests that give it none.
     pub model: &'a str,
+    /// What a request may name instead of the model, or behind it and a colon.
+    pub adapters: &'a BTreeMap<String, Arc<Adaptation>>,
     /// Of the model.
     pub tokenizer: &'a Tokenizer,
     /// Of the model.
@@ -66,6 +69,7 @@ impl Reader<'_> {
         }
         check_format(fields)?;
         let model = fields.text("model")?.unwrap_or(self.model).to_owned();
+        let adapter = self.adapter(&model)?;
         let n = at_most(fields, "n", MOST_CHOICES)?.unwrap_or(1);
         let best_of = fields.count("best_of")?.unwrap_or(n);
         if n == 0 || best_of != n {
@@ -94,12 +98,28 @@ impl Reader<'_> {
                 seed: plan.seed.wrapping_add(choice),
                 max_new_tokens: plan.options.max_new_tokens,
                 eos_token_ids: plan.options.eos_token_ids.clone(),
-                adapter: None,
+                adapter: adapter.cloned(),
                 logprobs,
                 prompt_logprobs: echo && logprobs.is_some(),
             }));
         }
         Ok(Asked { route, model, sequences, n: n as usize, stop: plan.stop, echo })
+    }
+
+    /// The adapter that a request names. Where there are none, a model may have any name.
+    fn adapter(&self, model: &str) -> Result<Option<&Arc<Adaptation>>, Refusal> {
+        let name = model.rsplit_once(':').map_or(model, |(_, name)| name);
+        match self.adapters.get(name) {
+            None if model != self.model && !self.adapters.is_empty() => {
+                let names = Vec::from_iter(self.adapters.keys().map(String::as_str)).join(", ");
+                let reason = format!(
+                    "there is no model `{model}`: there is {}, with the adapters {names}",
+                    self.model
+                );
+                Err(Refusal::of("model", reason))
+            }
+            adapter => Ok(adapter),
+        }
     }
 
     /// How the text is to go on, as the command line has it.

@@ -4,14 +4,15 @@ mod files;
 mod work;
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
     num::NonZeroUsize,
     path::PathBuf,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
 };
 
 use anyhow::bail;
-use bitnet_model::{batch::Limits, ops::KvType};
+use bitnet_model::{adapter::Adaptation, batch::Limits, ops::KvType, pretrained::Source};
 use candle_core::Device;
 
 use self::{
@@ -19,7 +20,7 @@ use self::{
     work::Work,
 };
 use crate::{
-    adapter::{self, AdapterArgs},
+    adapter::{self, AdapterSpec, NamedAdapter},
     args::Global,
     interrupt,
     model::{ModelArgs, kv_type},
@@ -62,15 +63,45 @@ pub struct Args {
     /// The model
     #[command(flatten)]
     model: ModelArgs,
-    /// What is beside it
-    #[command(flatten)]
-    adapters: AdapterArgs,
+    /// LoRA adapter in PEFT's format, folder or Hub repo id. With a name it is beside the model for requests whose `model` is
+    /// NAME or ends in `:NAME`; without one, for all. Repeatable: those without a name are summed
+    #[arg(long = "adapter", value_name = "[NAME=]DIR[:SCALE]", value_parser = NamedAdapter::parse)]
+    adapters: Vec<NamedAdapter>,
 }
+
+impl Args {
+    /// The sum of the adapters without a name, and those that have one.
+    fn adapters(&self, source: &Source, global: &Global) -> anyhow::Result<Adapters> {
+        let read = |specs: &[AdapterSpec]| {
+            adapter::read(specs, &source.config, || Ok(source.tokenizer()?), !global.quiet)
+        };
+        let (mut for_all, mut named) = (Vec::new(), BTreeMap::new());
+        for NamedAdapter { name, spec } in &self.adapters {
+            let Some(name) = name else {
+                for_all.push(spec.clone());
+                continue;
+            };
+            let Some(adaptation) = read(std::slice::from_ref(spec))? else { continue };
+            if let Some(first) = adaptation.replaced().next() {
+                bail!(
+                    "{spec}: replaces `{first}`, which all requests share: give it without a name, for all of them"
+                );
+            }
+            if named.insert(name.clone(), Arc::new(adaptation)).is_some() {
+                bail!("--adapter: there are two of the name `{name}`");
+            }
+        }
+        Ok((read(&for_all)?, named))
+    }
+}
+
+/// What is beside the model for all, and what requests choose.
+type Adapters = (Option<Adaptation>, BTreeMap<String, Arc<Adaptation>>);
 
 /// Answers the file.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let source = args.model.open(global)?;
-    let adaptation = args.adapters.read(&source, global)?;
+    let (for_all, adapters) = args.adapters(&source, global)?;
     let answered = Answered::read(&args.output)?;
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
@@ -78,7 +109,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let Some(tokenizer) = model.tokenizer else {
         bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
     };
-    let network = adapter::beside(model.model, adaptation.as_ref())?;
+    let network = adapter::beside(model.model, for_all.as_ref())?;
     let limits = Limits {
         sequences: args.max_batch.get(),
         kv_bytes: args.kv_memory.get() << 20,
@@ -87,6 +118,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     };
     let reader = Reader {
         model: &model.name,
+        adapters: &adapters,
         tokenizer: &tokenizer,
         config: &config,
         generation: &generation,
