@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_USE = {
     "error": set(),
     "kernels": set(),
+    "isolated": set(),
     "storage": set(),
     "pages": set(),
     "calibration": {"kernels", "pages", "threads"},
@@ -35,12 +36,13 @@ MAY_USE = {
     "model": {"error", "adapter", "config", "kv_cache", "nn", "ops"},
     "sampler": {"error", "config", "nn"},
     "session": {"error", "kv_cache", "model", "nn", "ops", "sampler", "speculative"},
-    "batch": {"error", "adapter", "kv_cache", "model", "nn", "ops", "sampler", "score", "session"},
+    "batch": {"error", "adapter", "grammar", "kv_cache", "model", "nn", "ops", "sampler", "score", "session"},
     "speculative": set(),
     "score": {"error", "model", "ops", "storage"},
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
-    "text": {"error"},
+    "text": {"error", "isolated"},
+    "grammar": {"error", "isolated", "text"},
     "pretrained": {"calibration", "error", "checkpoint", "config", "head_weights", "hub", "kv_cache", "model", "nn", "kernels", "ops",
                    "pages", "quant", "rows", "sampler", "score", "session", "synthetic", "text", "weights"},
 }

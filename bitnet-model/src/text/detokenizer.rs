@@ -93,7 +93,7 @@ struct Window {
 
 impl Window {
     fn push(&mut self, tokenizer: &Tokenizer, token: String) -> Result<String> {
-        let in_run = self.byte_fallback && is_byte_token(&token);
+        let in_run = self.byte_fallback && byte_token(&token).is_some();
         self.tokens.push(token);
         if in_run {
             return Ok(String::new());
@@ -134,7 +134,7 @@ fn added(prefix: &str, text: &str) -> String {
     text[shared.map(|(c, _)| c.len_utf8()).sum()..].to_owned()
 }
 
-fn is_byte_level(decoder: &DecoderWrapper) -> bool {
+pub(super) fn is_byte_level(decoder: &DecoderWrapper) -> bool {
     match decoder {
         DecoderWrapper::ByteLevel(_) => true,
         DecoderWrapper::Sequence(sequence) => {
@@ -152,15 +152,15 @@ fn has_byte_fallback(decoder: &DecoderWrapper) -> bool {
     }
 }
 
-/// `<0x00>` to `<0xFF>`, as tokenizers' `ByteFallback` tests it.
-fn is_byte_token(token: &str) -> bool {
+/// The byte of `<0x00>` to `<0xFF>`, as tokenizers' `ByteFallback` reads it.
+pub(super) fn byte_token(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-    token.len() == 6 && digits.is_some_and(|digits| u8::from_str_radix(digits, 16).is_ok())
+    digits.filter(|_| token.len() == 6).and_then(|digits| u8::from_str_radix(digits, 16).ok())
 }
 
 /// Appends a byte-level token's bytes: one per character, or its UTF-8 if it has a character
 /// outside the byte alphabet, as added tokens may.
-fn extend_bytes(bytes: &mut Vec<u8>, token: &str) {
+pub(super) fn extend_bytes(bytes: &mut Vec<u8>, token: &str) {
     let start = bytes.len();
     for c in token.chars() {
         match byte_of(c) {

@@ -9,6 +9,7 @@ mod python;
 mod sandbox;
 mod spans;
 mod stop;
+mod token_bytes;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, Message};

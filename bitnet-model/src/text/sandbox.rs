@@ -6,12 +6,6 @@
 //! what is assigned to one is checked. The rest is bounded by the length of the source, a large
 //! stack and, at last, a deadline.
 
-use std::{
-    sync::mpsc::{self, RecvTimeoutError},
-    thread,
-    time::Duration,
-};
-
 use minijinja::{Environment, Error as TemplateError, ErrorKind, State, Value, value::ValueKind};
 
 use crate::{Error, Result};
@@ -21,18 +15,12 @@ use crate::{Error, Result};
 /// one stops within a fraction of a second and about 64 MB.
 const FUEL: u64 = 1_000_000;
 
-/// Far above the longest real templates (about 20 KiB). It bounds the compiler's recursion.
+/// Far above the longest real templates (about 20 KiB). It bounds the compiler's recursion over chains of operators, for
+/// which the stack has room.
 const MAX_SOURCE_BYTES: usize = 128 << 10;
 
 /// Lists and objects nest at most this deep where they are stored, printed or written as JSON.
 pub(super) const MAX_DEPTH: usize = 64;
-
-/// minijinja recurses over chains of operators: this is room for the longest one that
-/// [`MAX_SOURCE_BYTES`] can hold. Untouched stack takes no memory.
-const STACK_BYTES: usize = 256 << 20;
-
-/// For work that nothing else bounds, such as comparing lists that share their parts.
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// The function that checks what is assigned to a namespace. Not a name that a template would use.
 const CONTAINED: &str = "__contained";
@@ -176,24 +164,12 @@ fn namespace_assignment(statement: &str) -> Option<(&str, &str)> {
     (target.contains('.') && !target.contains('|')).then_some((target, &value[1..]))
 }
 
-/// Runs `work` where a deep recursion, a panic or an endless loop of the template engine cannot
-/// harm the caller.
+/// Runs the template engine, on a thread of its own.
 pub(super) fn isolated<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let failed = |reason: &str| Error::Tokenizer(format!("chat template: {reason}"));
-    let (sender, receiver) = mpsc::channel();
-    let worker = move || {
-        let _ = sender.send(work()); // nobody listens after the deadline
-    };
-    let thread = thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
-    thread.spawn(worker).map_err(|e| failed(&format!("no thread to run it in: {e}")))?;
-    receiver.recv_timeout(DEADLINE).unwrap_or_else(|error| {
-        Err(failed(match error {
-            RecvTimeoutError::Timeout => "takes too long",
-            RecvTimeoutError::Disconnected => "the template engine failed on it",
-        }))
-    })
+    let failed = |reason| Error::Tokenizer(format!("chat template: {reason}"));
+    crate::isolated::isolated("chat template", work).map_err(failed)?
 }
 
 #[cfg(test)]
