@@ -41,6 +41,7 @@ fn sequence(prompt: &[u32], max_new_tokens: usize) -> Sequence {
         seed: 0,
         max_new_tokens,
         eos_token_ids: Vec::new(),
+        grammar: None,
         adapter: None,
         logprobs: None,
         prompt_logprobs: false,

@@ -17,6 +17,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::{
     Error, Result,
     adapter::Adaptation,
+    grammar::{Grammar, Matcher},
     kv_cache::KvCache,
     model::{Model, Next},
     nn::Need,
@@ -39,6 +40,8 @@ pub struct Sequence {
     pub max_new_tokens: usize,
     /// Tokens that end the text; the one met is not part of it.
     pub eos_token_ids: Vec<u32>,
+    /// The form that the new text is to have; the text ends where it is complete.
+    pub grammar: Option<Grammar>,
     /// An adapter beside the model for this sequence alone.
     pub adapter: Option<Arc<Adaptation>>,
     /// How likely each token was and so many of the likeliest, if that is asked.
@@ -116,6 +119,7 @@ pub struct Batch {
 struct Running {
     sequence: Sequence,
     rng: ChaCha8Rng,
+    matcher: Option<Matcher>,
     cache: KvCache,
     /// The tokens that the cache holds or will hold after the next steps: the prompt and what was added.
     tokens: Vec<u32>,
@@ -138,12 +142,34 @@ impl Running {
         &self.tokens[self.sequence.prompt.len()..]
     }
 
+    /// Chooses the token after these logits, if it is part of the text, and says whether the text ends.
+    fn sample(&mut self, logits: &[f32]) -> Result<(Option<u32>, bool)> {
+        let Sequence { sampler, prompt, eos_token_ids, .. } = &self.sequence;
+        let generated = &self.tokens[prompt.len()..];
+        let mut allowed = Vec::new();
+        let logits = match &mut self.matcher {
+            Some(matcher) => {
+                allowed.extend(logits);
+                matcher.allow(&mut allowed, eos_token_ids)?;
+                &allowed
+            }
+            None => logits,
+        };
+        let token = sampler.sample(logits, prompt, generated, &mut self.rng)?;
+        if eos_token_ids.contains(&token) {
+            return Ok((None, true));
+        }
+        let Some(matcher) = &mut self.matcher else { return Ok((Some(token), false)) };
+        matcher.accept(token)?;
+        Ok((Some(token), matcher.is_finished()))
+    }
+
     /// What is asked of the logits after the token at `position`.
     fn need(&self, position: usize) -> Option<Need> {
         let Sequence { sampler, prompt, logprobs, prompt_logprobs, .. } = &self.sequence;
         match (position + 1 == self.tokens.len(), logprobs) {
-            (true, Some(_)) => Some(Need::All),
-            (true, None) => Some(sampler.need(prompt, self.generated())),
+            (true, _) if logprobs.is_some() || self.matcher.is_some() => Some(Need::All),
+            (true, _) => Some(sampler.need(prompt, self.generated())),
             (false, Some(_)) => prompt_logprobs.then_some(Need::All),
             (false, None) => None,
         }
@@ -209,7 +235,8 @@ impl Batch {
         self.usage.prefix_hits += u64::from(reused > 0);
         self.usage.prefix_tokens += reused as u64;
         let (rng, tokens) = (ChaCha8Rng::seed_from_u64(sequence.seed), sequence.prompt.clone());
-        self.running.insert(id, Running { sequence, rng, cache, tokens, bytes });
+        let matcher = sequence.grammar.as_ref().map(Grammar::matcher);
+        self.running.insert(id, Running { sequence, rng, matcher, cache, tokens, bytes });
         Ok(Some((id, reused)))
     }
 
@@ -379,30 +406,28 @@ impl Batch {
         updates: &mut Vec<(SequenceId, Update)>,
     ) {
         let Some(running) = self.running.get_mut(&id) else { return };
-        let Sequence { sampler, prompt, max_new_tokens, eos_token_ids, logprobs, .. } =
-            &running.sequence;
+        let Sequence { max_new_tokens, logprobs, .. } = running.sequence;
         let logprobs = |token| logprobs.map(|count| TokenLogprobs::of(logits, token, count));
         if let Some(&next) = running.tokens.get(position + 1) {
             let logprobs =
                 logprobs(next).map(|logprobs| (id, Update::Prompt(position + 1, logprobs)));
             return updates.extend(logprobs);
         }
-        if *max_new_tokens == 0 {
+        if max_new_tokens == 0 {
             return self.end(id, Update::End(Finish::Length), updates);
         }
-        let generated = &running.tokens[prompt.len()..];
-        let token = match sampler.sample(logits, prompt, generated, &mut running.rng) {
-            Ok(token) => token,
+        let (token, is_complete) = match running.sample(logits) {
+            Ok(sampled) => sampled,
             Err(error) => return self.end(id, Update::Failed(error.to_string()), updates),
         };
-        if eos_token_ids.contains(&token) {
-            return self.end(id, Update::End(Finish::Eos), updates);
+        if let Some(token) = token {
+            updates.push((id, Update::Token(token, logprobs(token))));
+            running.tokens.push(token);
+            self.usage.new_tokens += 1;
         }
-        updates.push((id, Update::Token(token, logprobs(token))));
-        let is_long = generated.len() + 1 == *max_new_tokens;
-        running.tokens.push(token);
-        self.usage.new_tokens += 1;
-        if is_long {
+        if is_complete {
+            self.end(id, Update::End(Finish::Eos), updates);
+        } else if running.generated().len() == max_new_tokens {
             self.end(id, Update::End(Finish::Length), updates);
         } else if running.cache.len() == running.cache.max_len() {
             self.end(id, Update::End(Finish::Context), updates);

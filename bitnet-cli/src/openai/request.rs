@@ -98,6 +98,7 @@ impl Reader<'_> {
                 seed: plan.seed.wrapping_add(choice),
                 max_new_tokens: plan.options.max_new_tokens,
                 eos_token_ids: plan.options.eos_token_ids.clone(),
+                grammar: None,
                 adapter: adapter.cloned(),
                 logprobs,
                 prompt_logprobs: echo && logprobs.is_some(),
