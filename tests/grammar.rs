@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // test code
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bitnet_model::{
     batch::{Batch, Limits, Sequence, Update},
@@ -167,4 +167,163 @@ fn whatever_is_sampled_is_valid() {
         }
     }
     assert!(complete > 45, "only {complete} of 50 texts came to an end");
+}
+
+#[test]
+fn a_form_that_the_text_has_anyway_changes_nothing() {
+    let model = default_model();
+    let free = Sequence { max_new_tokens: 40, ..model.sequence("Once upon a time", 0., None) };
+    let any = model.grammars.compile(r"start: /(?s:.*)/", []).unwrap();
+    let constrained = Sequence { grammar: Some(any), ..free.clone() };
+    let results = model.run(&[free, constrained]);
+    assert_eq!(results[0], results[1]);
+}
+
+#[test]
+fn neighbours_do_not_matter() {
+    let model = default_model();
+    let object = model.grammars.json_object().unwrap();
+    let list =
+        json!({"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 9});
+    let list = model.grammars.json_schema(&list).unwrap();
+    let sequences = [
+        Sequence { max_new_tokens: 30, ..model.sequence("Once upon a time", 0., None) },
+        model.sequence("A list:", 1.5, Some(list.clone())),
+        Sequence { max_new_tokens: 60, ..model.sequence("Once upon a time", 1., Some(object)) },
+        Sequence { seed: 5, ..model.sequence("A list:", 1.5, Some(list)) },
+    ];
+    let together = model.run(&sequences);
+    for (sequence, result) in sequences.iter().zip(&together) {
+        assert_eq!(&model.run(std::slice::from_ref(sequence))[0], result);
+    }
+}
+
+#[test]
+fn a_text_that_is_cut_is_the_beginning_of_one() {
+    let model = default_model();
+    let schema = json!({"enum": ["a long story about a dragon"]});
+    let grammar = model.grammars.json_schema(&schema).unwrap();
+    let sequence = model.sequence("Once upon a time", 1., Some(grammar));
+    let [(text, finish)] = &model.run(&[Sequence { max_new_tokens: 5, ..sequence.clone() }])[..]
+    else {
+        panic!()
+    };
+    assert!(text.len() > 4 && "\"a long story about a dragon\"".starts_with(text), "{text:?}");
+    assert_eq!(*finish, Finish::Length);
+    assert_eq!(model.run(&[sequence])[0], ("\"a long story about a dragon\"".into(), Finish::Eos));
+}
+
+#[test]
+fn only_ids_with_a_text_are_allowed_and_the_end_only_at_the_end() {
+    let model = default_model();
+    let size = model.pretrained.model.config().vocab_size;
+    let padded = GrammarFactory::new(&model.tokenizer, size + 100);
+    let grammar = padded.json_schema(&json!({"type": "integer"})).unwrap();
+    let ends = [model.tokenizer.eos_token_id().unwrap(), size as u32 + 7];
+    let mut matcher = grammar.matcher();
+    let mut allowed = |token: Option<u32>| {
+        token.iter().for_each(|&token| matcher.accept(token).unwrap());
+        let mut logits = vec![0.; size + 100];
+        matcher.allow(&mut logits, &ends).unwrap();
+        Vec::from_iter((0u32..).zip(logits).filter(|(_, logit)| *logit == 0.).map(|(id, _)| id))
+    };
+    let first = allowed(None);
+    assert!(!first.is_empty());
+    for &id in &first {
+        let text = model.tokenizer.decode(&[id], true).unwrap();
+        assert!(
+            !text.is_empty() && text.trim_start_matches('-').bytes().all(|b| b.is_ascii_digit()),
+            "{text:?}"
+        );
+    }
+    let digit =
+        first.iter().find(|id| model.tokenizer.decode(&[**id], true).unwrap() == "3").unwrap();
+    let next = allowed(Some(*digit));
+    assert!(ends.iter().all(|end| next.contains(end)));
+    assert_eq!(next.iter().filter(|id| **id as usize >= size).count(), 1);
+}
+
+#[test]
+fn hostile_schemas_end_in_errors_or_in_time() {
+    let model = default_model();
+    let nested = |depth: usize, wrap: &dyn Fn(Value) -> Value| {
+        (0..depth).fold(json!({"type": "null"}), |schema, _| wrap(schema))
+    };
+    let names = |count: usize| Vec::from_iter((0..count).map(|i| format!("name number {i}")));
+    let doubled = (0..40).map(|i| {
+        let next = json!({"$ref": format!("#/$defs/{}", i + 1)});
+        (i.to_string(), json!({"allOf": [{"anyOf": [next, {"type": "null"}]}, {"anyOf": [next, {"type": "string"}]}]}))
+    });
+    let doubled = Value::from(doubled.chain([("40".into(), json!({}))]).collect::<Map<_, _>>());
+    let schemas = [
+        ("deep array", nested(120, &|s| json!({"type": "array", "items": s}))),
+        ("deeper array", nested(500, &|s| json!({"type": "array", "items": s}))),
+        ("deep all of", nested(60, &|s| json!({"allOf": [s, {"type": "null"}]}))),
+        ("deep any of", nested(60, &|s| json!({"anyOf": [s, {"type": "string"}]}))),
+        ("wide", json!({"enum": names(50_000)})),
+        (
+            "many properties",
+            json!({"type": "object", "properties": names(5000).into_iter().map(|n| (n, json!({}))).collect::<Map<_, _>>()}),
+        ),
+        ("all required", json!({"type": "object", "required": names(5000)})),
+        ("itself", json!({"$ref": "#"})),
+        (
+            "circle",
+            json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
+        ),
+        ("circle of all", json!({"allOf": [{"$ref": "#"}, {"type": "object"}]})),
+        ("doubled", json!({"$defs": doubled, "$ref": "#/$defs/0"})),
+        ("elsewhere", json!({"$ref": "https://example.com/schema"})),
+        ("file", json!({"$ref": "file:///etc/passwd"})),
+        ("nowhere", json!({"$ref": "#/$defs/no"})),
+        ("regex", json!({"type": "string", "pattern": "(a|a)*(b|b)*.*(x+x+)+y{1000}$"})),
+        ("long regex", json!({"type": "string", "pattern": "^((a{0,1000}){0,1000}){0,1000}$"})),
+        ("states", json!({"type": "string", "pattern": format!("^(a|b)*a(a|b){{{}}}$", 400)})),
+        ("look", json!({"type": "string", "pattern": "^(?=a)(?!b)\\1$"})),
+        ("not a regex", json!({"type": "string", "pattern": "((("})),
+        ("long strings", json!({"type": "string", "minLength": 1_000_000_000u64})),
+        ("long lists", json!({"type": "array", "minItems": 1_000_000_000u64})),
+        ("negative", json!({"type": "array", "minItems": -1, "maxItems": -2})),
+        ("empty", json!({"enum": []})),
+        ("nothing", json!({"type": "integer", "minimum": 2, "maximum": 1})),
+        ("unknown type", json!({"type": "number or so"})),
+        ("not", json!({"not": {"type": "string"}})),
+        ("one of", json!({"oneOf": [{"type": "object"}, {"type": "object", "required": ["a"]}]})),
+        ("wrong", json!({"properties": 3})),
+        ("options", json!({"x-guidance": {"lenient": true, "item_separator": "!"}, "not": {}})),
+        ("multiple", json!({"type": "number", "multipleOf": 1e-300})),
+        ("letters", json!({"enum": ["é".repeat(200)], "type": ["é".repeat(200)]})),
+    ];
+    for (name, schema) in schemas {
+        let start = Instant::now();
+        let outcome = model.grammars.json_schema(&schema);
+        let compiled = start.elapsed();
+        let outcome = outcome.and_then(|grammar| {
+            let mut matcher = grammar.matcher();
+            let mut rng = ChaCha8Rng::seed_from_u64(1);
+            for _ in 0..50 {
+                if matcher.is_finished() {
+                    break;
+                }
+                let mut logits = vec![0.; model.pretrained.model.config().vocab_size];
+                matcher.allow(&mut logits, &[])?;
+                let allowed = Vec::from_iter(
+                    (0u32..).zip(logits).filter(|(_, logit)| *logit == 0.).map(|(id, _)| id),
+                );
+                if allowed.is_empty() {
+                    break;
+                }
+                matcher.accept(allowed[rng.random_range(0..allowed.len())])?;
+            }
+            Ok(())
+        });
+        eprintln!(
+            "{name}: {compiled:?} {:?}: {}",
+            start.elapsed(),
+            match outcome {
+                Ok(_) => "ok".into(),
+                Err(e) => e.to_string(),
+            }
+        );
+    }
 }

@@ -24,6 +24,9 @@ const WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,32}";
 /// States of a lexer, 1 to 2 KB each: the most memory of a grammar. Schemas of hundreds of properties take some thousands.
 const MAX_LEXER_STATES: usize = 30_000;
 
+/// Schemas that nest deeper are refused, as JSON that does is by its reader.
+const MAX_DEPTH: usize = 128;
+
 /// Longer tokens are never allowed: the trie cannot hold them.
 const MAX_TOKEN_BYTES: usize = 1000;
 
@@ -75,10 +78,13 @@ impl GrammarFactory {
     ) -> Result<Grammar> {
         let mut grammars = vec![GrammarWithLexer::from_lark(lark.to_owned())];
         for (name, schema) in schemas {
-            let Value::Object(schema) = schema else {
+            let Value::Object(fields) = schema else {
                 return Err(Error::Input("a JSON schema must be an object".into()));
             };
-            let mut schema = schema.clone();
+            if is_deeper(schema, MAX_DEPTH) {
+                return Err(refused(&format!("it nests more than {MAX_DEPTH} deep")));
+            }
+            let mut schema = fields.clone();
             // The compiler's options, which are ours to choose and not the schema's.
             schema.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE}));
             let mut grammar = GrammarWithLexer::from_json_schema(schema.into());
@@ -121,6 +127,16 @@ impl Vocabulary {
         factory.quiet();
         Ok(factory)
     }
+}
+
+/// Whether lists and objects nest deeper than `depth`.
+fn is_deeper(value: &Value, depth: usize) -> bool {
+    let mut items: Box<dyn Iterator<Item = &Value>> = match value {
+        Value::Array(items) => Box::new(items.iter()),
+        Value::Object(fields) => Box::new(fields.values()),
+        _ => return false,
+    };
+    depth == 0 || items.any(|item| is_deeper(item, depth - 1))
 }
 
 fn refused(reason: &str) -> Error {
