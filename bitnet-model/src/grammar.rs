@@ -24,6 +24,9 @@ const WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,32}";
 /// States of a lexer, 1 to 2 KB each: the most memory of a grammar. Schemas of hundreds of properties take some thousands.
 const MAX_LEXER_STATES: usize = 30_000;
 
+/// Symbols of a grammar. The largest public schema (FHIR) has as many.
+const MAX_SYMBOLS: usize = 200_000;
+
 /// Schemas that nest deeper are refused, as JSON that does is by its reader.
 const MAX_DEPTH: usize = 128;
 
@@ -97,7 +100,10 @@ impl GrammarFactory {
             let parsers = parsers.as_ref().map_err(|reason| Error::Tokenizer(reason.clone()))?;
             let parser = parsers.create_parser(TopLevelGrammar { grammars, max_tokens: None });
             let parser = parser.map_err(|error| refused(&format!("{error:#}")))?;
-            Ok(Grammar { parser: Parser::new(Ok(parser)), end: vocabulary.size })
+            let mut parser = Parser::new(Ok(parser));
+            // Some find only here that they have no text or take too much work.
+            parser.compute_mask().map_err(|error| refused(&error.to_string()))?;
+            Ok(Grammar { parser, end: vocabulary.size })
         };
         isolated("grammar", compile).map_err(|reason| refused(&reason))?
     }
@@ -121,6 +127,7 @@ impl Vocabulary {
             .map_err(|error| error.to_string())?;
         *factory.limits_mut() = ParserLimits {
             max_lexer_states: MAX_LEXER_STATES,
+            max_grammar_size: MAX_SYMBOLS,
             verbose_errors: false,
             ..ParserLimits::default()
         };
@@ -140,6 +147,8 @@ fn is_deeper(value: &Value, depth: usize) -> bool {
 }
 
 fn refused(reason: &str) -> Error {
+    let reason = reason.trim_end_matches("<non-verbose/>").trim_end();
+    let reason = if reason.starts_with("NoExtension") { "no text has this form" } else { reason };
     let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
     Error::Input(format!("it cannot be kept to: {reason}"))
 }
