@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use bitnet_model::{batch::Sequence, score::TokenLogprobs, session, text::Tokenizer};
 use serde_json::{Map, Value, json};
 
-use super::{Asked, Route};
+use super::{Asked, Route, tools};
 use crate::continuation::{Finish, TextOutput};
 
 /// One choice of an answer, as far as it has come.
@@ -84,8 +84,9 @@ pub fn answer(
     let prompt_tokens: usize = prompts.map(|sequence| sequence.prompt.len()).sum();
     let completion_tokens: usize = choices.iter().map(|choice| choice.tokens.len()).sum();
     let choices = choices.into_iter().zip(&asked.sequences).enumerate();
-    let choices = choices
-        .map(|(index, (choice, sequence))| choice_json(asked, choice, sequence, tokenizer, index));
+    let choices = choices.map(|(index, (choice, sequence))| {
+        choice_json(asked, choice, sequence, tokenizer, (id, index))
+    });
     Ok(json!({
         "id": format!("{kind}-{id}"),
         "object": object,
@@ -105,11 +106,13 @@ fn choice_json(
     choice: Choice,
     sequence: &Sequence,
     tokenizer: &Tokenizer,
-    index: usize,
+    (id, index): (&str, usize),
 ) -> anyhow::Result<Value> {
     let Choice { text, tokens, prompt, finish } = choice;
     let (text, finish) = text.finish(finish.unwrap_or(Finish::Interrupted))?;
+    let (content, calls) = if asked.calls { tools::split(&text) } else { (&text[..], Vec::new()) };
     let reason = match finish {
+        Finish::Eos if !calls.is_empty() => "tool_calls",
         Finish::Eos | Finish::Stop => "stop",
         Finish::Length | Finish::Context => "length",
         Finish::Interrupted => "error",
@@ -133,7 +136,7 @@ fn choice_json(
     Ok(match asked.route {
         Route::Chat => json!({
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": null},
+            "message": message(content, &calls, &format!("{id}_{index}")),
             "logprobs": logprobs,
             "finish_reason": reason,
         }),
@@ -150,6 +153,20 @@ fn choice_json(
             })
         }
     })
+}
+
+/// The assistant's message. `id` is a unique part of the ids of its calls.
+fn message(content: &str, calls: &[tools::Call], id: &str) -> Value {
+    if calls.is_empty() {
+        return json!({"role": "assistant", "content": content, "refusal": null});
+    }
+    let calls = calls.iter().enumerate().map(|(index, tools::Call { name, arguments })| {
+        let function = json!({"name": name, "arguments": arguments});
+        json!({"id": format!("call_{id}_{index}"), "type": "function", "function": function})
+    });
+    let content = (!content.is_empty()).then_some(content);
+    let calls = Vec::from_iter(calls);
+    json!({"role": "assistant", "content": content, "tool_calls": calls, "refusal": null})
 }
 
 /// A log-probability; JSON has no −∞.

@@ -1,8 +1,11 @@
 //! OpenAI's wire format: what a request asks for, and what is answered.
 
 mod answer;
+mod conversation;
 mod fields;
+mod format;
 mod request;
+mod tools;
 
 use serde_json::{Value, json};
 

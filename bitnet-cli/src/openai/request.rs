@@ -6,13 +6,16 @@ use bitnet_model::{
     adapter::Adaptation,
     batch::Sequence,
     config::{Config, GenerationConfig},
-    text::{Message, StopStrings, Tokenizer},
+    grammar::GrammarFactory,
+    text::{StopStrings, Tokenizer},
 };
 use serde_json::Value;
 
 use super::{
-    Refusal, Route,
+    Refusal, Route, conversation,
     fields::{Fields, wrong},
+    format,
+    tools::Tools,
 };
 use crate::{
     continuation::check_prompt,
@@ -37,6 +40,8 @@ pub struct Reader<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Of the model.
     pub config: &'a Config,
+    /// Of its vocabulary.
+    pub grammars: &'a GrammarFactory,
     /// What its publisher recommends, where a request says nothing.
     pub generation: &'a GenerationConfig,
 }
@@ -55,6 +60,8 @@ pub struct Asked {
     pub stop: StopStrings,
     /// Whether a text begins with its prompt.
     pub echo: bool,
+    /// Whether texts may be calls of functions.
+    pub calls: bool,
 }
 
 impl Reader<'_> {
@@ -64,10 +71,9 @@ impl Reader<'_> {
     /// The first field that cannot be answered.
     pub fn read(&self, route: Route, body: &Value) -> Result<Asked, Refusal> {
         let fields = Fields::new(body)?;
-        for name in ["stream", "suffix", "tools", "functions", "audio"] {
+        for name in ["stream", "suffix", "functions", "audio"] {
             fields.refuse(name)?;
         }
-        check_format(fields)?;
         let model = fields.text("model")?.unwrap_or(self.model).to_owned();
         let adapter = self.adapter(&model)?;
         let n = at_most(fields, "n", MOST_CHOICES)?.unwrap_or(1);
@@ -81,8 +87,18 @@ impl Reader<'_> {
         let echo = fields.flag("echo")?.unwrap_or(false) && route == Route::Completion;
         let logprobs = self.logprobs(route, fields)?;
         let plan = self.plan(route, fields)?;
+        let tools = match route {
+            Route::Chat => Tools::read(fields)?,
+            Route::Completion => fields.refuse("tools").map(|()| None)?,
+        };
+        let schema = format::schema(fields)?;
+        let grammar = match (&tools, &schema) {
+            (Some(tools), schema) => Some(tools.grammar(schema.as_ref(), self.grammars)?),
+            (None, Some(schema)) => Some(format::grammar(schema, self.grammars)?),
+            (None, None) => None,
+        };
         let prompts = match route {
-            Route::Chat => vec![self.conversation(fields)?],
+            Route::Chat => vec![self.conversation(fields, tools.as_ref())?],
             Route::Completion => self.prompts(fields)?,
         };
         let mut sequences = Vec::new();
@@ -98,13 +114,14 @@ impl Reader<'_> {
                 seed: plan.seed.wrapping_add(choice),
                 max_new_tokens: plan.options.max_new_tokens,
                 eos_token_ids: plan.options.eos_token_ids.clone(),
-                grammar: None,
+                grammar: grammar.clone(),
                 adapter: adapter.cloned(),
                 logprobs,
                 prompt_logprobs: echo && logprobs.is_some(),
             }));
         }
-        Ok(Asked { route, model, sequences, n: n as usize, stop: plan.stop, echo })
+        let (n, stop, calls) = (n as usize, plan.stop, tools.is_some());
+        Ok(Asked { route, model, sequences, n, stop, echo, calls })
     }
 
     /// The adapter that a request names. Where there are none, a model may have any name.
@@ -205,15 +222,12 @@ impl Reader<'_> {
     }
 
     /// The tokens of a conversation.
-    fn conversation(&self, fields: Fields<'_>) -> Result<Vec<u32>, Refusal> {
+    fn conversation(&self, fields: Fields<'_>, tools: Option<&Tools>) -> Result<Vec<u32>, Refusal> {
         const NAME: &str = "messages";
         let refuse = |reason: String| Refusal::of(NAME, reason);
-        let Some(value) = fields.any(NAME) else {
+        let Some(messages) = fields.any(NAME) else {
             return Err(refuse("there are no `messages`".into()));
         };
-        let Some(values) = value.as_array() else { return Err(wrong(NAME, value, "a list")) };
-        let messages = values.iter().enumerate().map(|(index, value)| message(index, value));
-        let messages = messages.collect::<Result<Vec<_>, _>>()?;
         let template = match self.tokenizer.chat_template() {
             Ok(Some(template)) => template,
             Ok(None) => {
@@ -221,7 +235,7 @@ impl Reader<'_> {
             }
             Err(error) => return Err(refuse(error.to_string())),
         };
-        let text = template.render(&messages, true).map_err(|error| refuse(error.to_string()))?;
+        let text = conversation::prompt(messages, tools, template)?;
         self.tokenizer.encode_prompt(&text).map_err(|error| refuse(error.to_string()))
     }
 
@@ -252,40 +266,6 @@ impl Reader<'_> {
             }
             _ => Err(wrong(NAME, value, expected)),
         }
-    }
-}
-
-/// One message; its content is a text or parts of the type `text`.
-fn message(index: usize, value: &Value) -> Result<Message, Refusal> {
-    let name = |field: &str| format!("messages[{index}].{field}");
-    let role = value.get("role").and_then(Value::as_str);
-    let Some(role) = role else {
-        return Err(Refusal::of(&name("role"), format!("`{}` must be a string", name("role"))));
-    };
-    let part = |part: &Value| match part.get("type").and_then(Value::as_str) {
-        Some("text") => part.get("text").and_then(Value::as_str).map(String::from),
-        _ => None,
-    };
-    let content = match value.get("content") {
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
-        _ => None,
-    };
-    let Some(content) = content else {
-        let reason =
-            format!("`{}` must be a string or a list of parts of the type `text`", name("content"));
-        return Err(Refusal::of(&name("content"), reason));
-    };
-    Ok(Message::new(role, content))
-}
-
-/// Only texts are answered.
-fn check_format(fields: Fields<'_>) -> Result<(), Refusal> {
-    const NAME: &str = "response_format";
-    let Some(value) = fields.any(NAME) else { return Ok(()) };
-    match value.get("type").and_then(Value::as_str) {
-        Some("text") => Ok(()),
-        _ => Err(Refusal::of(NAME, "`response_format` is not supported but for the type `text`")),
     }
 }
 

@@ -57,6 +57,8 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     /// It has `{% generation %}` blocks.
     is_marked: bool,
+    /// It has the variable `tools`.
+    takes_tools: bool,
     special_tokens: Arc<BTreeMap<String, String>>,
 }
 
@@ -91,11 +93,18 @@ impl ChatTemplate {
         );
         sandbox::limit(&mut environment);
         let is_marked = source.contains(sandbox::GENERATION);
-        let environment = sandbox::isolated(move || {
+        let (environment, takes_tools) = sandbox::isolated(move || {
             environment.add_template_owned(NAME, source).map_err(describe)?;
-            Ok(Arc::new(environment))
+            let template = environment.get_template(NAME).map_err(describe)?;
+            let takes_tools = template.undeclared_variables(false).contains("tools");
+            Ok((Arc::new(environment), takes_tools))
         })?;
-        Ok(Self { environment, is_marked, special_tokens: Arc::new(special_tokens.clone()) })
+        Ok(Self {
+            environment,
+            is_marked,
+            takes_tools,
+            special_tokens: Arc::new(special_tokens.clone()),
+        })
     }
 
     /// The prompt for a conversation. `add_generation_prompt` adds the opening of the assistant's
@@ -107,6 +116,25 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let text = self.render_marked(messages, add_generation_prompt)?;
         Ok(if self.is_marked { text.replace(MARKS, "") } else { text })
+    }
+
+    /// Whether it presents tools, and calls of them with this mark.
+    pub fn calls_tools(&self, mark: &str) -> bool {
+        let template = self.environment.get_template(NAME);
+        self.takes_tools && template.is_ok_and(|template| template.source().contains(mark))
+    }
+
+    /// As [`render`](Self::render), with the tools that the model may call and messages of any fields, both as transformers'
+    /// `apply_chat_template` takes them.
+    pub fn render_with_tools(
+        &self,
+        messages: &serde_json::Value,
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let tools = tools.map_or(Value::from(()), value);
+        let text = self.run(value(messages), tools, add_generation_prompt)?;
+        Ok(text.replace(MARKS, ""))
     }
 
     /// Whether `{% generation %}` blocks say what the assistant writes.
@@ -122,15 +150,38 @@ impl ChatTemplate {
     ) -> Result<String> {
         let messages: Value =
             messages.iter().map(|Message { role, content }| context! { role, content }).collect();
+        self.run(messages, Value::from(()), add_generation_prompt)
+    }
+
+    fn run(&self, messages: Value, tools: Value, add_generation_prompt: bool) -> Result<String> {
         let template = self.clone();
         sandbox::isolated(move || {
             let variables = context! {
-                messages, add_generation_prompt, tools => (), documents => (),
+                messages, add_generation_prompt, tools, documents => (),
                 ..Value::from(BTreeMap::clone(&template.special_tokens))
             };
             let compiled = template.environment.get_template(NAME);
             compiled.and_then(|compiled| compiled.render(variables)).map_err(describe)
         })
+    }
+}
+
+/// JSON as templates see it.
+fn value(json: &serde_json::Value) -> Value {
+    use serde_json::Value::{Array, Bool, Null, Number, Object, String};
+    match json {
+        Null => Value::from(()),
+        Bool(truth) => Value::from(*truth),
+        Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => Value::from(number),
+            (None, Some(number)) => Value::from(number),
+            (None, None) => Value::from(number.as_f64()),
+        },
+        String(text) => Value::from(text.as_str()),
+        Array(items) => items.iter().map(value).collect(),
+        Object(fields) => {
+            Value::from_pairs(fields.iter().map(|(name, field)| (name.as_str(), value(field))))
+        }
     }
 }
 

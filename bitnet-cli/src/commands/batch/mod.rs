@@ -12,7 +12,9 @@ use std::{
 };
 
 use anyhow::bail;
-use bitnet_model::{adapter::Adaptation, batch::Limits, ops::KvType, pretrained::Source};
+use bitnet_model::{
+    adapter::Adaptation, batch::Limits, grammar::GrammarFactory, ops::KvType, pretrained::Source,
+};
 use candle_core::Device;
 
 use self::{
@@ -120,6 +122,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         model: &model.name,
         adapters: &adapters,
         tokenizer: &tokenizer,
+        grammars: &GrammarFactory::new(&tokenizer, config.vocab_size),
         config: &config,
         generation: &generation,
     };
