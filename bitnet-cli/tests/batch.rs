@@ -56,6 +56,11 @@ fn batch(folder: &TempDir, output: &str, more: &[&str]) -> BTreeMap<String, (u64
     answers(&output)
 }
 
+/// The form of a schema.
+fn format(schema: &Value) -> Value {
+    json!({"type": "json_schema", "json_schema": {"name": "form", "schema": schema}})
+}
+
 fn line(text: &str) -> &str {
     text.strip_suffix('\n').unwrap_or(text)
 }
@@ -106,6 +111,61 @@ fn answers_are_those_of_generate_and_chat() {
             assert_eq!(choice["text"].as_str().unwrap(), &line(&expected)["The dog".len()..]);
         }
     }
+}
+
+#[test]
+fn answers_have_the_form_that_is_asked_for() {
+    let place = json!({"enum": ["here", "there"]});
+    let schema = json!({"type": "object", "properties": {"place": place}, "required": ["place"], "additionalProperties": false});
+    let tool = json!([{"type": "function", "function": {"name": "go", "parameters": schema}}]);
+    let (prompt, sampled) =
+        ("Once upon a time", json!({"temperature": 1.2, "max_tokens": 200, "n": 3}));
+    let with = |more: Value| {
+        let mut body = sampled.clone();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let form = format(&schema);
+    let call = json!({"tools": tool, "tool_choice": "required", "parallel_tool_calls": false, "logprobs": true});
+    let folder = folder(&[
+        completion("text", with(json!({"prompt": prompt, "response_format": form}))),
+        chat("form", with(json!({"response_format": form})), prompt),
+        chat("call", with(call), prompt),
+        chat("auto", json!({"tools": tool, "max_tokens": 5, "temperature": 0}), prompt),
+    ]);
+    let found = batch(&folder, "out", &[]);
+    let is_valid = |text: &Value| {
+        let value: Value = serde_json::from_str(text.as_str().unwrap()).unwrap();
+        let place = value["place"].as_str().unwrap();
+        ["here", "there"].contains(&place) && value.as_object().unwrap().len() == 1
+    };
+    for index in 0..3 {
+        let choice = |id: &str| found[id].1["choices"][index].clone();
+        let (text, form, call) = (choice("text"), choice("form"), choice("call"));
+        assert!(is_valid(&text["text"]) && is_valid(&form["message"]["content"]));
+        assert_eq!(
+            (&text["finish_reason"], &form["finish_reason"]),
+            (&json!("stop"), &json!("stop"))
+        );
+        assert_eq!(
+            (&call["finish_reason"], &call["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null)
+        );
+        let calls = call["message"]["tool_calls"].as_array().unwrap();
+        assert!(
+            calls.len() == 1
+                && calls[0]["type"] == "function"
+                && calls[0]["function"]["name"] == "go"
+        );
+        assert!(is_valid(&calls[0]["function"]["arguments"]));
+        assert!(!call["logprobs"]["content"].as_array().unwrap().is_empty());
+    }
+    let auto = &found["auto"].1["choices"][0];
+    assert_eq!(
+        (&auto["finish_reason"], &auto["message"]["tool_calls"]),
+        (&json!("length"), &Value::Null)
+    );
+    assert!(!auto["message"]["content"].as_str().unwrap().is_empty());
 }
 
 #[test]
@@ -243,7 +303,7 @@ fn what_cannot_be_answered_is_refused_by_name() {
             "chat/completions",
             json!({"messages": say, "tools": [{}]}),
             json!("tools"),
-            "not supported",
+            "`tools[0].type` must be `function`",
         ),
         (
             "chat/completions",
@@ -253,10 +313,17 @@ fn what_cannot_be_answered_is_refused_by_name() {
         ),
         (
             "chat/completions",
-            json!({"messages": say, "response_format": {"type": "json_object"}}),
+            json!({"messages": say, "response_format": {"type": "xml"}}),
             json!("response_format"),
-            "not supported but for the type `text`",
+            "`text`, `json_object` or `json_schema`",
         ),
+        (
+            "completions",
+            json!({"prompt": "a", "response_format": format(&json!({"type": "a"}))}),
+            json!("response_format"),
+            "Invalid type: a",
+        ),
+        ("completions", json!({"prompt": "a", "tools": [{}]}), json!("tools"), "not supported"),
     ];
     let requests = cases.iter().enumerate();
     let requests =

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use crate::{Error, Result, isolated::isolated, text::Tokenizer};
 
 /// White space between the parts of a JSON text: a model that would go on with it for ever comes to an end.
-const WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,32}";
+const WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,16}";
 
 /// States of a lexer, 1 to 2 KB each: the most memory of a grammar. Schemas of hundreds of properties take some thousands.
 const MAX_LEXER_STATES: usize = 30_000;
