@@ -168,6 +168,51 @@ fn whatever_is_sampled_is_valid() {
     assert!(complete > 45, "only {complete} of 50 texts came to an end");
 }
 
+/// A vocabulary that marks the starts of words and has all bytes, as SentencePiece makes them.
+fn bytes_and_words() -> Tokenizer {
+    let bytes = (0..=255u8).map(|byte| format!("<0x{byte:02X}>"));
+    let pieces = ["▁", "▁a", "{\"", "\":", "▁\"", "na", "name", "}", "0", "12", "é", "]}", "</s>"];
+    let tokens = bytes.chain(pieces.map(String::from)).zip((0..).map(Value::from));
+    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"});
+    let file = json!({
+        "version": "1.0", "normalizer": null, "post_processor": null, "pre_tokenizer": metaspace,
+        "added_tokens": [{"id": 268, "content": "</s>", "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false}],
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {"type": "BPE", "vocab": Value::from_iter(tokens), "merges": [], "byte_fallback": true},
+    });
+    Tokenizer::from_bytes(file.to_string().as_bytes(), None, None).unwrap()
+}
+
+#[test]
+fn any_allowed_tokens_make_a_valid_text() {
+    let (tokenizer, rng) = (bytes_and_words(), &mut ChaCha8Rng::seed_from_u64(4));
+    let grammars = GrammarFactory::new(&tokenizer, 300);
+    let mut complete = 0;
+    for _ in 0..50 {
+        let schema = object(rng, 2);
+        let (mut matcher, mut tokens) = (grammars.json_schema(&schema).unwrap().matcher(), vec![]);
+        while !matcher.is_finished() && tokens.len() < 500 {
+            let allowed = allowed(&mut matcher, 300, &[268]).unwrap();
+            assert!(allowed.iter().all(|id| *id < 268), "an object that is complete is finished");
+            tokens.push(allowed[rng.random_range(0..allowed.len())]);
+            matcher.accept(tokens[tokens.len() - 1]).unwrap();
+        }
+        if matcher.is_finished() {
+            let text = tokenizer.decode(&tokens, true).unwrap();
+            let value =
+                serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
+            assert!(is_valid(&schema, &value), "{text:?} under {schema}");
+            complete += 1;
+        }
+    }
+    assert!(complete > 45, "only {complete} of 50 texts came to an end");
+}
+
 #[test]
 fn a_form_that_the_text_has_anyway_changes_nothing() {
     let model = default_model();
