@@ -150,7 +150,7 @@ fn refused(reason: &str) -> Error {
     let reason = reason.trim_end_matches("<non-verbose/>").trim_end();
     let reason = if reason.starts_with("NoExtension") { "no text has this form" } else { reason };
     let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
-    Error::Input(format!("it cannot be kept to: {reason}"))
+    Error::Input(format!("the form cannot be kept to: {reason}"))
 }
 
 /// The form that texts are to have.
