@@ -138,12 +138,12 @@ impl Vocabulary {
 
 /// Whether lists and objects nest deeper than `depth`.
 fn is_deeper(value: &Value, depth: usize) -> bool {
-    let mut items: Box<dyn Iterator<Item = &Value>> = match value {
-        Value::Array(items) => Box::new(items.iter()),
-        Value::Object(fields) => Box::new(fields.values()),
-        _ => return false,
-    };
-    depth == 0 || items.any(|item| is_deeper(item, depth - 1))
+    let item_is_deeper = |item| is_deeper(item, depth - 1);
+    match value {
+        Value::Array(items) => depth == 0 || items.iter().any(item_is_deeper),
+        Value::Object(fields) => depth == 0 || fields.values().any(item_is_deeper),
+        _ => false,
+    }
 }
 
 fn refused(reason: &str) -> Error {

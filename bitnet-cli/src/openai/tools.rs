@@ -14,6 +14,9 @@ use super::{
 /// Begins a call.
 pub const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
+/// The JSON of a call around its name.
+const BEFORE_NAME: &str = "{\"name\": \"";
+const BEFORE_ARGUMENTS: &str = "\", \"arguments\": ";
 
 /// The most functions of a request, as OpenAI has it.
 const MOST_TOOLS: usize = 128;
@@ -102,6 +105,7 @@ impl Tools {
         schema: Option<&Value>,
         grammars: &GrammarFactory,
     ) -> Result<Grammar, Refusal> {
+        let schema = schema.filter(|_| !self.must_call);
         let start = match (self.must_call, schema) {
             (true, _) => format!("start: {OPEN:?} calls\n"),
             (false, Some(_)) => format!("start: @answer | {OPEN:?} calls\n"),
@@ -121,7 +125,7 @@ impl Tools {
         let lark = format!("{start}calls: call{more}\ncall: \"\\n\" ({calls}) \"\\n{CLOSE}\"\n");
         let arguments =
             functions.map(|(index, function)| (format!("arguments_{index}"), &function.arguments));
-        let answer = schema.filter(|_| !self.must_call).map(|schema| ("answer".to_owned(), schema));
+        let answer = schema.map(|schema| ("answer".to_owned(), schema));
         let param = if schema.is_some() { "tools or response_format" } else { "tools" };
         grammars
             .compile(&lark, arguments.chain(answer))
@@ -171,7 +175,7 @@ fn unknown_choice() -> Refusal {
 
 /// What a call begins with, before its arguments.
 fn opening(name: &str) -> String {
-    format!("{{\"name\": \"{name}\", \"arguments\": ")
+    format!("{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}")
 }
 
 /// A call of a function.
@@ -206,9 +210,7 @@ pub fn split(text: &str) -> (&str, Vec<Call>) {
 
 /// The name of the function that a call begins with, and its arguments with what follows.
 fn call(text: &str) -> Option<(&str, &str)> {
-    let (open, close) =
-        opening("\0").split_once('\0').map(|(a, b)| (a.to_owned(), b.to_owned()))?;
-    text.strip_prefix('\n')?.strip_prefix(open.as_str())?.split_once(close.as_str())
+    text.strip_prefix('\n')?.strip_prefix(BEFORE_NAME)?.split_once(BEFORE_ARGUMENTS)
 }
 
 /// Where the object that `text` begins with ends.

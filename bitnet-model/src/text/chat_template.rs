@@ -166,7 +166,7 @@ impl ChatTemplate {
     }
 }
 
-/// JSON as templates see it.
+/// JSON as templates see it. minijinja's own conversion comes with its feature `serde`, which nothing else needs.
 fn value(json: &serde_json::Value) -> Value {
     use serde_json::Value::{Array, Bool, Null, Number, Object, String};
     match json {
