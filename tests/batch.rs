@@ -12,7 +12,7 @@ use bitnet_model::{
     adapter::{Adaptation, Adapter, AdapterConfig, Modules, Pair},
     batch::{Batch, Limits, Sequence, SequenceId, Update},
     kv_cache::KvCache,
-    model::Model,
+    model::{Model, Next},
     ops::KvType,
     pretrained::Pretrained,
     sampler::{Sampler, SamplingParams},
@@ -23,8 +23,13 @@ use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const LIMITS: Limits =
-    Limits { sequences: 5, kv_bytes: 64 << 20, prompt_tokens: 16, kv_type: KvType::F16 };
+const LIMITS: Limits = Limits {
+    sequences: 5,
+    kv_bytes: 64 << 20,
+    prompt_tokens: 16,
+    prompt_tokens_beside: 7,
+    kv_type: KvType::F16,
+};
 
 fn model() -> Arc<Model> {
     Pretrained::open("default").unwrap().model
@@ -45,6 +50,7 @@ fn sequence(prompt: &[u32], max_new_tokens: usize) -> Sequence {
         adapter: None,
         logprobs: None,
         prompt_logprobs: false,
+        pooled: false,
     }
 }
 
@@ -230,7 +236,8 @@ fn batch_error(batch: &mut Batch, sequence: Sequence) -> String {
 #[test]
 fn a_long_prompt_does_not_hold_up_the_others() {
     let rng = &mut ChaCha8Rng::seed_from_u64(9);
-    let mut batch = Batch::new(model(), Limits { prompt_tokens: 8, ..LIMITS });
+    let mut batch =
+        Batch::new(model(), Limits { prompt_tokens: 8, prompt_tokens_beside: 8, ..LIMITS });
     let (talking, _) = batch.admit(sequence(&ids(rng, 4), 40)).unwrap().unwrap();
     batch.step().unwrap();
     batch.admit(sequence(&ids(rng, 200), 2)).unwrap().unwrap();
@@ -243,4 +250,30 @@ fn a_long_prompt_does_not_hold_up_the_others() {
     };
     assert_eq!(tokens(talking), [1, 1, 1]);
     assert_eq!(tokens(short), [0, 0, 1], "half of the tokens of each step are its");
+}
+
+#[test]
+fn a_mean_of_hidden_states_is_that_of_the_prompt_alone() {
+    let (rng, model) = (&mut ChaCha8Rng::seed_from_u64(3), model());
+    let mut batch = Batch::new(model.clone(), LIMITS);
+    let prompt = ids(rng, 45);
+    batch.admit(sequence(&prompt, 9)).unwrap().unwrap();
+    while batch.step().unwrap().is_empty() {}
+    let pooled = Sequence { pooled: true, ..sequence(&prompt, 0) };
+    let (id, reused) = batch.admit(pooled).unwrap().unwrap();
+    assert_eq!(reused, 0);
+    let mean = loop {
+        let updates = batch.step().unwrap();
+        let its = Vec::from_iter(updates.into_iter().filter(|(of, _)| *of == id));
+        if let [(_, Update::Pooled(mean)), (_, Update::End(Finish::Length))] = &its[..] {
+            break mean.clone();
+        }
+        assert_eq!(its, []);
+    };
+    let mut cache = model.cache(KvType::F16, 1);
+    let next = Next { tokens: &prompt, cache: &mut cache };
+    let hidden = model.next_states(&mut [next]).unwrap().to_vec2::<f32>().unwrap();
+    let sum = |column: usize| hidden.iter().map(|state| f64::from(state[column])).sum::<f64>();
+    let expected = (0..mean.len()).map(|column| (sum(column) / prompt.len() as f64) as f32);
+    assert!(mean.iter().copied().eq(expected), "the mean differs");
 }

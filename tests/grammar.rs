@@ -115,13 +115,19 @@ impl Default {
             adapter: None,
             logprobs: None,
             prompt_logprobs: false,
+            pooled: false,
         }
     }
 
     /// What sequences come to together.
     fn run(&self, sequences: &[Sequence]) -> Vec<(String, Finish)> {
-        let limits =
-            Limits { sequences: 64, kv_bytes: 1 << 30, prompt_tokens: 64, kv_type: KvType::F16 };
+        let limits = Limits {
+            sequences: 64,
+            kv_bytes: 1 << 30,
+            prompt_tokens: 64,
+            prompt_tokens_beside: 64,
+            kv_type: KvType::F16,
+        };
         let mut batch = Batch::new(self.pretrained.model.clone(), limits);
         let admit = |sequence: &Sequence| batch.admit(sequence.clone()).unwrap().unwrap().0;
         let ids = Vec::from_iter(sequences.iter().map(admit));

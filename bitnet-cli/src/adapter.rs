@@ -1,6 +1,6 @@
 //! Which adapters go beside the model: `--adapter`, which several commands share.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
 
 use anyhow::bail;
 use bitnet_model::{
@@ -96,6 +96,47 @@ impl AdapterArgs {
     pub fn read(&self, source: &Source, global: &Global) -> anyhow::Result<Option<Adaptation>> {
         read(&self.adapters, &source.config, || Ok(source.tokenizer()?), !global.quiet)
     }
+}
+
+/// What is beside the model for all, and what requests choose by name.
+pub type Adapters = (Option<Adaptation>, BTreeMap<String, Arc<Adaptation>>);
+
+/// The sum of the adapters without a name, and those that have one.
+pub fn read_all(
+    adapters: &[NamedAdapter],
+    source: &Source,
+    global: &Global,
+) -> anyhow::Result<Adapters> {
+    let tokenizer = || Ok(source.tokenizer()?);
+    let (mut for_all, mut named) = (Vec::new(), BTreeMap::new());
+    for NamedAdapter { name, spec } in adapters {
+        let Some(name) = name else {
+            for_all.push(spec.clone());
+            continue;
+        };
+        let adaptation = read_named(spec, &source.config, tokenizer, !global.quiet)?;
+        if named.insert(name.clone(), Arc::new(adaptation)).is_some() {
+            bail!("--adapter: there are two of the name `{name}`");
+        }
+    }
+    Ok((read(&for_all, &source.config, tokenizer, !global.quiet)?, named))
+}
+
+/// An adapter that some requests choose and others don't, checked as [`read`] does.
+pub fn read_named(
+    spec: &AdapterSpec,
+    config: &Config,
+    tokenizer: impl Fn() -> anyhow::Result<Option<Tokenizer>>,
+    progress: bool,
+) -> anyhow::Result<Adaptation> {
+    let read = read(std::slice::from_ref(spec), config, tokenizer, progress)?;
+    let Some(adaptation) = read else { bail!("{spec}: there is no adapter") };
+    if let Some(first) = adaptation.replaced().next() {
+        bail!(
+            "{spec}: replaces `{first}`, which all requests share: give it without a name, for all of them"
+        );
+    }
+    Ok(adaptation)
 }
 
 /// The sum of adapters; `None` if there are none. They are checked against the configuration of the model and, where an adapter

@@ -54,6 +54,8 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Talk with a model
     Chat(commands::chat::Args),
+    /// Answer clients of OpenAI's API over HTTP
+    Serve(Box<commands::serve::Args>),
     /// Answer a file of requests in OpenAI's Batch format
     Batch(Box<commands::batch::Args>),
     /// Measure speed and memory, and how close they come to what the machine allows

@@ -101,19 +101,19 @@ pub fn check_prompt(prompt: &[u32], config: &Config) -> anyhow::Result<()> {
 }
 
 /// New tokens as text: written piece by piece, up to a stop string.
-pub struct TextOutput<'a> {
+pub struct TextOutput<W> {
     stream: TokenStream,
     stop: StopStrings,
     /// The end of the prompt's text that the stream has not given out yet.
     prompt_tail: String,
     text: String,
     stopped: bool,
-    out: Option<&'a mut dyn Write>,
+    out: Option<W>,
 }
 
-impl<'a> TextOutput<'a> {
+impl<W: Write> TextOutput<W> {
     /// Text on its own, such as a reply. `out` takes the pieces if it is there.
-    pub fn new(tokenizer: &Tokenizer, stop: StopStrings, out: Option<&'a mut dyn Write>) -> Self {
+    pub fn new(tokenizer: &Tokenizer, stop: StopStrings, out: Option<W>) -> Self {
         let (prompt_tail, text) = (String::new(), String::new());
         Self { stream: tokenizer.stream(true), stop, prompt_tail, text, stopped: false, out }
     }
@@ -138,14 +138,24 @@ impl<'a> TextOutput<'a> {
         Ok(if self.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// Ends the text: returns it, with what a stop string makes of the reason for its end.
-    pub fn finish(mut self, finish: Finish) -> anyhow::Result<(String, Finish)> {
+    /// The text as far as it is sure.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Ends the text: returns what a stop string makes of the reason for its end.
+    pub fn close(&mut self, finish: Finish) -> anyhow::Result<Finish> {
         if let Some(piece) = self.stream.finish()? {
             self.add(&piece)?;
         }
         let held = self.stop.finish();
         self.write(&held)?;
-        let finish = if self.stopped { Finish::Stop } else { finish };
+        Ok(if self.stopped { Finish::Stop } else { finish })
+    }
+
+    /// [`close`](Self::close), with the text.
+    pub fn finish(mut self, finish: Finish) -> anyhow::Result<(String, Finish)> {
+        let finish = self.close(finish)?;
         Ok((self.text, finish))
     }
 

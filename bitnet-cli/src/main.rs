@@ -11,6 +11,7 @@ mod model;
 mod openai;
 mod progress;
 mod sampling;
+mod serve;
 mod statistics;
 
 use std::{io, process::ExitCode};

@@ -48,6 +48,8 @@ pub struct Sequence {
     pub logprobs: Option<usize>,
     /// Whether it is asked of the prompt's tokens, too.
     pub prompt_logprobs: bool,
+    /// Whether the mean of the prompt's hidden states is asked, and no token.
+    pub pooled: bool,
 }
 
 /// A sequence in the batch.
@@ -59,6 +61,8 @@ pub struct SequenceId(u64);
 pub enum Update {
     /// How likely the token of the prompt at this position was, from 1 on in ascending order.
     Prompt(usize, TokenLogprobs),
+    /// The mean of the final norm's output (hidden_size) over the prompt.
+    Pooled(Vec<f32>),
     /// A token was added.
     Token(u32, Option<TokenLogprobs>),
     /// It has ended and is no longer in the batch.
@@ -74,8 +78,10 @@ pub struct Limits {
     pub sequences: usize,
     /// Bytes of keys and values, those kept for later ones included.
     pub kv_bytes: usize,
-    /// Tokens of prompts in a step, of all sequences together: more are read sooner, fewer hold up the others less.
+    /// Tokens of prompts in a step, of all sequences together.
     pub prompt_tokens: usize,
+    /// The same while other sequences are being continued: fewer hold these up less.
+    pub prompt_tokens_beside: usize,
     /// How keys and values are stored.
     pub kv_type: KvType,
 }
@@ -121,6 +127,8 @@ struct Running {
     rng: ChaCha8Rng,
     matcher: Option<Matcher>,
     cache: KvCache,
+    /// Of the hidden states of the prompt so far, if their mean is asked.
+    sum: Vec<f64>,
     /// The tokens that the cache holds or will hold after the next steps: the prompt and what was added.
     tokens: Vec<u32>,
     bytes: usize,
@@ -164,9 +172,23 @@ impl Running {
         Ok((Some(token), matcher.is_finished()))
     }
 
+    /// Adds up hidden states (tokens, hidden_size) in order, and returns the mean after the last one.
+    fn pool(&mut self, hidden: &Tensor) -> Result<Option<Vec<f32>>> {
+        self.sum.resize(hidden.dim(1)?, 0.);
+        for state in hidden.to_vec2::<f32>()? {
+            self.sum.iter_mut().zip(state).for_each(|(sum, x)| *sum += f64::from(x));
+        }
+        let count = self.sequence.prompt.len() as f64;
+        let mean = || self.sum.iter().map(|sum| (sum / count) as f32).collect();
+        Ok((self.unread() == 0).then(mean))
+    }
+
     /// What is asked of the logits after the token at `position`.
     fn need(&self, position: usize) -> Option<Need> {
-        let Sequence { sampler, prompt, logprobs, prompt_logprobs, .. } = &self.sequence;
+        let Sequence { sampler, prompt, logprobs, prompt_logprobs, pooled, .. } = &self.sequence;
+        if *pooled {
+            return None;
+        }
         match (position + 1 == self.tokens.len(), logprobs) {
             (true, _) if logprobs.is_some() || self.matcher.is_some() => Some(Need::All),
             (true, _) => Some(sampler.need(prompt, self.generated())),
@@ -236,7 +258,8 @@ impl Batch {
         self.usage.prefix_tokens += reused as u64;
         let (rng, tokens) = (ChaCha8Rng::seed_from_u64(sequence.seed), sequence.prompt.clone());
         let matcher = sequence.grammar.as_ref().map(Grammar::matcher);
-        self.running.insert(id, Running { sequence, rng, matcher, cache, tokens, bytes });
+        let sum = Vec::new();
+        self.running.insert(id, Running { sequence, rng, matcher, cache, sum, tokens, bytes });
         Ok(Some((id, reused)))
     }
 
@@ -273,7 +296,8 @@ impl Batch {
     /// forgotten until it takes no more than `kept_bytes`, this one last.
     fn cache_for(&mut self, sequence: &Sequence, kept_bytes: usize) -> Result<(KvCache, usize)> {
         let room = self.room(sequence);
-        let most = if sequence.prompt_logprobs { 0 } else { sequence.prompt.len() - 1 };
+        let must_run = sequence.prompt_logprobs || sequence.pooled;
+        let most = if must_run { 0 } else { sequence.prompt.len() - 1 };
         let shared = |cache: &KvCache, tokens: &[u32]| {
             let adapter = sequence.adapter.as_ref();
             let held = tokens.iter().take(cache.len());
@@ -346,6 +370,17 @@ impl Batch {
         }
         let hidden = self.run(&plan)?;
         self.usage.steps += 1;
+        let mut first = 0;
+        for (&id, &count) in &plan {
+            let Some(running) = self.running.get_mut(&id) else { continue };
+            if running.sequence.pooled
+                && let Some(mean) = running.pool(&hidden.narrow(0, first, count)?)?
+            {
+                updates.push((id, Update::Pooled(mean)));
+                self.end(id, Update::End(Finish::Length), &mut updates);
+            }
+            first += count;
+        }
         for asked in asked.chunks(LOGIT_ROWS) {
             let rows = Vec::from_iter(asked.iter().map(|(row, ..)| *row));
             let needs = Vec::from_iter(asked.iter().map(|(_, need, ..)| need.clone()));
@@ -372,7 +407,8 @@ impl Batch {
         self.turn += 1;
         let len = reading.len().max(1);
         reading.rotate_left((self.turn % len as u64) as usize);
-        let mut left = self.limits.prompt_tokens.max(1);
+        let Limits { prompt_tokens, prompt_tokens_beside, .. } = self.limits;
+        let mut left = if plan.is_empty() { prompt_tokens } else { prompt_tokens_beside }.max(1);
         for (index, id) in reading.iter().enumerate() {
             let share = left.div_ceil(reading.len() - index);
             let count = self.running[id].unread().min(share);

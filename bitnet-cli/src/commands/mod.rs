@@ -12,6 +12,7 @@ pub mod logits;
 pub mod merge;
 pub mod perplexity;
 pub mod plot;
+pub mod serve;
 pub mod tokenize;
 pub mod train;
 
@@ -23,6 +24,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args, global),
         Command::Chat(args) => chat::run(args, global),
         Command::Batch(args) => batch::run(&args, global),
+        Command::Serve(args) => serve::run(args, global),
         Command::Bench(args) => bench::run(&args, global),
         Command::Info(args) => info::run(args, global),
         Command::Download(args) => download::run(args, global),

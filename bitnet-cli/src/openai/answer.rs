@@ -1,6 +1,6 @@
 //! What sequences came to, as OpenAI answers it.
 
-use std::ops::ControlFlow;
+use std::{io, ops::ControlFlow};
 
 use bitnet_model::{batch::Sequence, score::TokenLogprobs, session, text::Tokenizer};
 use serde_json::{Map, Value, json};
@@ -10,11 +10,15 @@ use crate::continuation::{Finish, TextOutput};
 
 /// One choice of an answer, as far as it has come.
 pub struct Choice {
-    text: TextOutput<'static>,
-    tokens: Vec<(u32, Option<TokenLogprobs>)>,
+    text: TextOutput<io::Sink>,
+    pub(super) tokens: Vec<(u32, Option<TokenLogprobs>)>,
     /// Of the tokens of the prompt from the second on.
-    prompt: Vec<TokenLogprobs>,
+    pub(super) prompt: Vec<TokenLogprobs>,
+    /// Tokens of the prompt that had been run for an earlier sequence.
+    reused: usize,
     finish: Option<Finish>,
+    /// Where the text ends in spite of what followed.
+    cut: Option<usize>,
 }
 
 impl Choice {
@@ -28,7 +32,13 @@ impl Choice {
             Route::Chat => text,
             Route::Completion => text.after(&sequence.prompt, tokenizer)?,
         };
-        Ok(Self { text, tokens: Vec::new(), prompt: Vec::new(), finish: None })
+        let (tokens, prompt, reused, finish, cut) = Default::default();
+        Ok(Self { text, tokens, prompt, reused, finish, cut })
+    }
+
+    /// Takes how many tokens of the prompt need not be run.
+    pub fn join(&mut self, reused: usize) {
+        self.reused = reused;
     }
 
     /// Takes how likely the next token of the prompt was.
@@ -51,18 +61,51 @@ impl Choice {
     }
 
     /// Takes the end of the sequence.
-    pub fn end(&mut self, finish: session::Finish) {
-        self.finish.get_or_insert(match finish {
+    pub fn end(&mut self, finish: session::Finish) -> anyhow::Result<()> {
+        if self.finish.is_some() {
+            return Ok(());
+        }
+        self.finish = Some(self.text.close(match finish {
             session::Finish::Eos => Finish::Eos,
             session::Finish::Length => Finish::Length,
             session::Finish::Context => Finish::Context,
             session::Finish::Stopped => Finish::Interrupted,
-        });
+        })?);
+        Ok(())
+    }
+
+    /// Ends the choice at this byte of its text, for what comes there must not be said.
+    pub fn cut(&mut self, at: usize) {
+        self.cut = Some(at);
     }
 
     /// Whether nothing more comes.
     pub fn is_ended(&self) -> bool {
-        self.finish.is_some()
+        self.finish.is_some() || self.cut.is_some()
+    }
+
+    /// The text, as far as it is sure.
+    pub fn text(&self) -> &str {
+        let text = self.text.text();
+        self.cut.and_then(|cut| text.get(..cut)).unwrap_or(text)
+    }
+
+    /// Tokens that were added.
+    pub fn new_tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Why it has ended, in OpenAI's words; null if it has not.
+    pub fn finish_reason(&self, calls: bool) -> Value {
+        let reason = match self.finish {
+            _ if self.cut.is_some() => "content_filter",
+            Some(Finish::Eos) if calls => "tool_calls",
+            Some(Finish::Eos | Finish::Stop) => "stop",
+            Some(Finish::Length | Finish::Context) => "length",
+            Some(Finish::Interrupted) => "error",
+            None => return Value::Null,
+        };
+        reason.into()
     }
 }
 
@@ -72,7 +115,7 @@ impl Choice {
 /// Tokens that cannot be decoded.
 pub fn answer(
     asked: &Asked,
-    choices: Vec<Choice>,
+    choices: &[Choice],
     tokenizer: &Tokenizer,
     (id, created): (&str, u64),
 ) -> anyhow::Result<Value> {
@@ -80,11 +123,8 @@ pub fn answer(
         Route::Chat => ("chatcmpl", "chat.completion"),
         Route::Completion => ("cmpl", "text_completion"),
     };
-    let prompts = asked.sequences.iter().step_by(asked.n);
-    let prompt_tokens: usize = prompts.map(|sequence| sequence.prompt.len()).sum();
-    let completion_tokens: usize = choices.iter().map(|choice| choice.tokens.len()).sum();
-    let choices = choices.into_iter().zip(&asked.sequences).enumerate();
-    let choices = choices.map(|(index, (choice, sequence))| {
+    let each = choices.iter().zip(&asked.sequences).enumerate();
+    let each = each.map(|(index, (choice, sequence))| {
         choice_json(asked, choice, sequence, tokenizer, (id, index))
     });
     Ok(json!({
@@ -92,45 +132,42 @@ pub fn answer(
         "object": object,
         "created": created,
         "model": asked.model,
-        "choices": choices.collect::<anyhow::Result<Vec<_>>>()?,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "choices": each.collect::<anyhow::Result<Vec<_>>>()?,
+        "usage": usage(asked, choices),
     }))
+}
+
+/// How many tokens an answer took. A prompt counts once, however many choices it has.
+pub fn usage(asked: &Asked, choices: &[Choice]) -> Value {
+    let prompts = asked.sequences.iter().step_by(asked.n);
+    let prompt_tokens: usize = prompts.map(|sequence| sequence.prompt.len()).sum();
+    let cached: usize = choices.iter().step_by(asked.n).map(|choice| choice.reused).sum();
+    let completion_tokens: usize = choices.iter().map(Choice::new_tokens).sum();
+    json!({
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    })
 }
 
 fn choice_json(
     asked: &Asked,
-    choice: Choice,
+    choice: &Choice,
     sequence: &Sequence,
     tokenizer: &Tokenizer,
     (id, index): (&str, usize),
 ) -> anyhow::Result<Value> {
-    let Choice { text, tokens, prompt, finish } = choice;
-    let (text, finish) = text.finish(finish.unwrap_or(Finish::Interrupted))?;
-    let (content, calls) = if asked.calls { tools::split(&text) } else { (&text[..], Vec::new()) };
-    let reason = match finish {
-        Finish::Eos if !calls.is_empty() => "tool_calls",
-        Finish::Eos | Finish::Stop => "stop",
-        Finish::Length | Finish::Context => "length",
-        Finish::Interrupted => "error",
-    };
+    let text = choice.text();
+    let (content, calls) = if asked.calls { tools::split(text) } else { (text, Vec::new()) };
+    let reason = choice.finish_reason(!calls.is_empty());
     let logprobs = match (sequence.logprobs, asked.route) {
         (None, _) => Value::Null,
-        (Some(_), Route::Chat) => {
-            let content =
-                tokens.iter().filter_map(|(id, logprobs)| Some((*id, logprobs.as_ref()?)));
-            let content = content.map(|(id, logprobs)| chat_logprobs(id, logprobs, tokenizer));
-            json!({"content": content.collect::<anyhow::Result<Vec<_>>>()?, "refusal": null})
-        }
+        (Some(_), Route::Chat) => chat_logprobs(&choice.tokens, tokenizer)?,
         (Some(_), Route::Completion) => {
-            let echoed = if asked.echo { &sequence.prompt[..] } else { &[] };
-            let first = echoed.first().map(|id| (*id, None));
-            let rest = echoed.iter().skip(1).copied().zip(prompt.iter().map(Some));
-            let new = tokens.iter().map(|(id, logprobs)| (*id, logprobs.as_ref()));
-            text_logprobs(first.into_iter().chain(rest).chain(new), tokenizer)?
+            let echoed = echoed(asked, sequence, choice);
+            let new = choice.tokens.iter().map(|(id, logprobs)| (*id, logprobs.as_ref()));
+            text_logprobs(echoed.chain(new), tokenizer, &mut 0)?
         }
     };
     Ok(match asked.route {
@@ -147,7 +184,7 @@ fn choice_json(
             };
             json!({
                 "index": index,
-                "text": echo + &text,
+                "text": echo + text,
                 "logprobs": logprobs,
                 "finish_reason": reason,
             })
@@ -160,13 +197,22 @@ fn message(content: &str, calls: &[tools::Call], id: &str) -> Value {
     if calls.is_empty() {
         return json!({"role": "assistant", "content": content, "refusal": null});
     }
-    let calls = calls.iter().enumerate().map(|(index, tools::Call { name, arguments })| {
-        let function = json!({"name": name, "arguments": arguments});
-        json!({"id": format!("call_{id}_{index}"), "type": "function", "function": function})
-    });
     let content = (!content.is_empty()).then_some(content);
-    let calls = Vec::from_iter(calls);
+    let calls =
+        Vec::from_iter(calls.iter().enumerate().map(|(index, call)| call.to_json(id, index)));
     json!({"role": "assistant", "content": content, "tool_calls": calls, "refusal": null})
+}
+
+/// The prompt's tokens that an answer repeats, and how likely they were; the first has nothing before it.
+pub(super) fn echoed<'a>(
+    asked: &Asked,
+    sequence: &'a Sequence,
+    choice: &'a Choice,
+) -> impl Iterator<Item = (u32, Option<&'a TokenLogprobs>)> {
+    let echoed = if asked.echo { &sequence.prompt[..] } else { &[] };
+    let first = echoed.first().map(|id| (*id, None));
+    let rest = echoed.iter().skip(1).copied().zip(choice.prompt.iter().map(Some));
+    first.into_iter().chain(rest)
 }
 
 /// A log-probability; JSON has no −∞.
@@ -174,9 +220,9 @@ fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.)
 }
 
-fn chat_logprobs(
-    id: u32,
-    logprobs: &TokenLogprobs,
+/// Of the tokens of a message.
+pub(super) fn chat_logprobs(
+    tokens: &[(u32, Option<TokenLogprobs>)],
     tokenizer: &Tokenizer,
 ) -> anyhow::Result<Value> {
     let entry = |id: u32, logprob: f32| -> anyhow::Result<Map<String, Value>> {
@@ -188,23 +234,27 @@ fn chat_logprobs(
         ];
         Ok(entry.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     };
-    let top = logprobs.top.iter().map(|(id, logprob)| entry(*id, *logprob));
-    let mut object = entry(id, logprobs.logprob)?;
-    object.insert("top_logprobs".into(), json!(top.collect::<anyhow::Result<Vec<_>>>()?));
-    Ok(object.into())
+    let found = tokens.iter().filter_map(|(id, logprobs)| Some((*id, logprobs.as_ref()?)));
+    let each = found.map(|(id, logprobs)| -> anyhow::Result<Value> {
+        let top = logprobs.top.iter().map(|(id, logprob)| entry(*id, *logprob));
+        let mut object = entry(id, logprobs.logprob)?;
+        object.insert("top_logprobs".into(), json!(top.collect::<anyhow::Result<Vec<_>>>()?));
+        Ok(object.into())
+    });
+    Ok(json!({"content": each.collect::<anyhow::Result<Vec<_>>>()?, "refusal": null}))
 }
 
-/// Of the tokens of a text, in order; the first of all has nothing before it.
-fn text_logprobs<'a>(
+/// Of the tokens of a text, in order. `offset` is where the first of them begins, in characters, and then where the next does.
+pub(super) fn text_logprobs<'a>(
     tokens: impl Iterator<Item = (u32, Option<&'a TokenLogprobs>)>,
     tokenizer: &Tokenizer,
+    offset: &mut usize,
 ) -> anyhow::Result<Value> {
     let (mut texts, mut logprobs, mut top, mut offsets) = (vec![], vec![], vec![], vec![]);
-    let mut offset = 0;
     for (id, found) in tokens {
         let text = tokenizer.decode(&[id], false)?;
-        offsets.push(offset);
-        offset += text.chars().count();
+        offsets.push(*offset);
+        *offset += text.chars().count();
         texts.push(text);
         logprobs.push(found.map(|found| finite(found.logprob)));
         let likeliest = |found: &TokenLogprobs| -> anyhow::Result<Map<String, Value>> {

@@ -2,16 +2,20 @@
 
 mod answer;
 mod conversation;
+mod embeddings;
 mod fields;
 mod format;
 mod request;
+pub mod responses;
+mod stream;
 mod tools;
 
 use serde_json::{Value, json};
 
 pub use self::{
     answer::{Choice, answer},
-    request::{Asked, Reader},
+    request::{Asked, Lengths, Reader},
+    stream::Chunks,
 };
 
 /// Where a request goes.

@@ -44,6 +44,22 @@ pub struct Reader<'a> {
     pub grammars: &'a GrammarFactory,
     /// What its publisher recommends, where a request says nothing.
     pub generation: &'a GenerationConfig,
+    /// The most tokens of a prompt, and of a choice.
+    pub limits: Lengths,
+}
+
+/// How long texts may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Lengths {
+    /// Tokens of a prompt.
+    pub prompt: usize,
+    /// New tokens; where a request says nothing, it gets no more than these.
+    pub new: usize,
+}
+
+impl Lengths {
+    /// As long as the model's context allows.
+    pub const ANY: Self = Self { prompt: usize::MAX, new: usize::MAX };
 }
 
 /// What a request asks for.
@@ -62,6 +78,38 @@ pub struct Asked {
     pub echo: bool,
     /// Whether texts may be calls of functions.
     pub calls: bool,
+    /// Whether the answer is to come in pieces.
+    pub stream: Option<StreamOptions>,
+    /// Whether the same request gets the same answer again.
+    pub is_deterministic: bool,
+}
+
+/// How an answer comes in pieces.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamOptions {
+    /// Whether the last one says how many tokens it took.
+    pub usage: bool,
+}
+
+impl StreamOptions {
+    /// `stream` and `stream_options`.
+    fn read(fields: Fields<'_>) -> Result<Option<Self>, Refusal> {
+        const NAME: &str = "stream_options";
+        let stream = fields.flag("stream")?.unwrap_or(false);
+        let Some(options) = fields.any(NAME) else {
+            return Ok(stream.then_some(Self { usage: false }));
+        };
+        if !options.is_object() {
+            return Err(wrong(NAME, options, "an object"));
+        }
+        if !stream {
+            return Err(Refusal::of(NAME, format!("`{NAME}` needs `stream`: true")));
+        }
+        let usage = Fields::new(options)?.flag("include_usage");
+        let usage = usage
+            .map_err(|refusal| Refusal::of("stream_options.include_usage", refusal.message))?;
+        Ok(Some(Self { usage: usage.unwrap_or(false) }))
+    }
 }
 
 impl Reader<'_> {
@@ -71,9 +119,10 @@ impl Reader<'_> {
     /// The first field that cannot be answered.
     pub fn read(&self, route: Route, body: &Value) -> Result<Asked, Refusal> {
         let fields = Fields::new(body)?;
-        for name in ["stream", "suffix", "functions", "audio"] {
+        for name in ["suffix", "functions", "audio"] {
             fields.refuse(name)?;
         }
+        let stream = StreamOptions::read(fields)?;
         let model = fields.text("model")?.unwrap_or(self.model).to_owned();
         let adapter = self.adapter(&model)?;
         let n = at_most(fields, "n", MOST_CHOICES)?.unwrap_or(1);
@@ -99,15 +148,12 @@ impl Reader<'_> {
         };
         let prompts = match route {
             Route::Chat => vec![self.conversation(fields, tools.as_ref())?],
-            Route::Completion => self.prompts(fields)?,
+            Route::Completion => self.prompts(fields, "prompt")?,
         };
         let mut sequences = Vec::new();
         for prompt in prompts {
             let param = if route == Route::Chat { "messages" } else { "prompt" };
-            if prompt.is_empty() {
-                return Err(Refusal::of(param, "the prompt has no tokens"));
-            }
-            check_prompt(&prompt, self.config).map_err(|e| Refusal::of(param, e.to_string()))?;
+            self.check(param, &prompt)?;
             sequences.extend((0..n).map(|choice| Sequence {
                 prompt: prompt.clone(),
                 sampler: plan.options.sampler.clone(),
@@ -118,14 +164,31 @@ impl Reader<'_> {
                 adapter: adapter.cloned(),
                 logprobs,
                 prompt_logprobs: echo && logprobs.is_some(),
+                pooled: false,
             }));
         }
+        let is_deterministic =
+            plan.options.sampler.params().temperature == 0. || fields.any("seed").is_some();
         let (n, stop, calls) = (n as usize, plan.stop, tools.is_some());
-        Ok(Asked { route, model, sequences, n, stop, echo, calls })
+        Ok(Asked { route, model, sequences, n, stop, echo, calls, stream, is_deterministic })
+    }
+
+    /// Refuses a prompt that the model cannot run, or that is longer than allowed.
+    pub(super) fn check(&self, param: &str, prompt: &[u32]) -> Result<(), Refusal> {
+        if prompt.is_empty() {
+            return Err(Refusal::of(param, "the prompt has no tokens"));
+        }
+        check_prompt(prompt, self.config).map_err(|e| Refusal::of(param, e.to_string()))?;
+        let (len, most) = (prompt.len(), self.limits.prompt);
+        if len > most {
+            let reason = format!("the prompt has {len} tokens, but {most} are allowed here");
+            return Err(Refusal::of(param, reason));
+        }
+        Ok(())
     }
 
     /// The adapter that a request names. Where there are none, a model may have any name.
-    fn adapter(&self, model: &str) -> Result<Option<&Arc<Adaptation>>, Refusal> {
+    pub(super) fn adapter(&self, model: &str) -> Result<Option<&Arc<Adaptation>>, Refusal> {
         let name = model.rsplit_once(':').map_or(model, |(_, name)| name);
         match self.adapters.get(name) {
             None if model != self.model && !self.adapters.is_empty() => {
@@ -152,7 +215,17 @@ impl Reader<'_> {
             Some(length) => Some(length),
             None => fields.count("max_tokens")?,
         };
-        let length = length.or((route == Route::Completion).then_some(TEXT_TOKENS));
+        let length = length
+            .or((route == Route::Completion).then_some(TEXT_TOKENS.min(self.limits.new as u64)));
+        if let Some(length) = length.filter(|length| *length > self.limits.new as u64) {
+            let name = ["max_completion_tokens", "max_tokens"]
+                .into_iter()
+                .find(|name| fields.any(name).is_some());
+            let name = name.unwrap_or("max_tokens");
+            let reason =
+                format!("`{name}` is {length}, but at most {} are allowed here", self.limits.new);
+            return Err(Refusal::of(name, reason));
+        }
         let length = length.map(|length| length as usize);
         let args = SamplingArgs {
             temperature: fields.number("temperature")?,
@@ -174,9 +247,8 @@ impl Reader<'_> {
             let param = message.split_whitespace().next().unwrap_or_default().to_owned();
             Refusal { param: fields.any(&param).map(|_| param), message }
         })?;
-        if length == Some(0) {
-            plan.options.max_new_tokens = 0;
-        }
+        let new = &mut plan.options.max_new_tokens;
+        *new = if length == Some(0) { 0 } else { (*new).min(self.limits.new) };
         Ok(plan)
     }
 
@@ -239,15 +311,31 @@ impl Reader<'_> {
         self.tokenizer.encode_prompt(&text).map_err(|error| refuse(error.to_string()))
     }
 
+    /// The tokens of `prompt` or of `messages`, as `/tokenize` has them.
+    ///
+    /// # Errors
+    /// The field that has no tokens.
+    pub fn read_tokens(&self, body: &Value) -> Result<Vec<u32>, Refusal> {
+        let fields = Fields::new(body)?;
+        match fields.text("prompt")? {
+            Some(text) => {
+                let special = fields.flag("add_special_tokens")?.unwrap_or(true);
+                let ids = self.tokenizer.encode(text, special);
+                ids.map_err(|error| Refusal::of("prompt", error.to_string()))
+            }
+            None if fields.any("messages").is_some() => self.conversation(fields, None),
+            None => Err(Refusal::of("prompt", "there is no `prompt`, and there are no `messages`")),
+        }
+    }
+
     /// The tokens of texts: a text, several, ids, or several lists of these.
-    fn prompts(&self, fields: Fields<'_>) -> Result<Vec<Vec<u32>>, Refusal> {
-        const NAME: &str = "prompt";
+    pub(super) fn prompts(&self, fields: Fields<'_>, name: &str) -> Result<Vec<Vec<u32>>, Refusal> {
         let expected = "a string, a list of strings, a list of token ids, or a list of such lists";
-        let Some(value) = fields.any(NAME) else {
-            return Err(Refusal::of(NAME, "there is no `prompt`"));
+        let Some(value) = fields.any(name) else {
+            return Err(Refusal::of(name, format!("there is no `{name}`")));
         };
         let encode = |text: &str| {
-            self.tokenizer.encode(text, true).map_err(|error| Refusal::of(NAME, error.to_string()))
+            self.tokenizer.encode(text, true).map_err(|error| Refusal::of(name, error.to_string()))
         };
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = |values: &Vec<Value>| values.iter().map(id).collect::<Option<Vec<u32>>>();
@@ -259,12 +347,12 @@ impl Reader<'_> {
                 }
                 let each = |value: &Value| match value {
                     Value::String(text) => encode(text),
-                    Value::Array(values) => ids(values).ok_or_else(|| wrong(NAME, value, expected)),
-                    _ => Err(wrong(NAME, value, expected)),
+                    Value::Array(values) => ids(values).ok_or_else(|| wrong(name, value, expected)),
+                    _ => Err(wrong(name, value, expected)),
                 };
                 values.iter().map(each).collect()
             }
-            _ => Err(wrong(NAME, value, expected)),
+            _ => Err(wrong(name, value, expected)),
         }
     }
 }

@@ -193,6 +193,13 @@ impl Call {
         let Self { name, arguments } = self;
         format!("{OPEN}\n{}{arguments}}}\n{CLOSE}", opening(name))
     }
+
+    /// As OpenAI words the call of this index; `id` is a unique part of its id.
+    pub fn to_json(&self, id: &str, index: usize) -> Value {
+        let Self { name, arguments } = self;
+        let function = json!({"name": name, "arguments": arguments});
+        json!({"id": format!("call_{id}_{index}"), "type": "function", "function": function})
+    }
 }
 
 /// What a text says before it calls functions, and the calls.
@@ -206,6 +213,13 @@ pub fn split(text: &str) -> (&str, Vec<Call>) {
         rest = next;
     }
     (before.trim_end(), calls)
+}
+
+/// The beginning of a text that is no call, whatever follows.
+pub fn before_calls(text: &str) -> &str {
+    let text = text.split_once(OPEN).map_or(text, |(before, _)| before);
+    let may_open = (1..OPEN.len()).rev().find(|len| text.ends_with(&OPEN[..*len]));
+    text[..text.len() - may_open.unwrap_or(0)].trim_end()
 }
 
 /// The name of the function that a call begins with, and its arguments with what follows.

@@ -54,6 +54,7 @@ impl Message {
 /// ```
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
+    source: Arc<str>,
     environment: Arc<Environment<'static>>,
     /// It has `{% generation %}` blocks.
     is_marked: bool,
@@ -66,7 +67,7 @@ impl ChatTemplate {
     /// Compiles Jinja source. `special_tokens` are variables of the template: `bos_token`,
     /// `eos_token`, ….
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
-        let source = sandbox::prepare(source)?;
+        let (original, source) = (Arc::from(source), sandbox::prepare(source)?);
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(describe)?);
@@ -100,11 +101,17 @@ impl ChatTemplate {
             Ok((Arc::new(environment), takes_tools))
         })?;
         Ok(Self {
+            source: original,
             environment,
             is_marked,
             takes_tools,
             special_tokens: Arc::new(special_tokens.clone()),
         })
+    }
+
+    /// The Jinja source.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The prompt for a conversation. `add_generation_prompt` adds the opening of the assistant's

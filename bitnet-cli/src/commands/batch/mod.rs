@@ -4,17 +4,14 @@ mod files;
 mod work;
 
 use std::{
-    collections::BTreeMap,
     io::{self, Write},
     num::NonZeroUsize,
     path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
 };
 
 use anyhow::bail;
-use bitnet_model::{
-    adapter::Adaptation, batch::Limits, grammar::GrammarFactory, ops::KvType, pretrained::Source,
-};
+use bitnet_model::{batch::Limits, grammar::GrammarFactory, ops::KvType, session::PREFILL_CHUNK};
 use candle_core::Device;
 
 use self::{
@@ -22,11 +19,11 @@ use self::{
     work::Work,
 };
 use crate::{
-    adapter::{self, AdapterSpec, NamedAdapter},
+    adapter::{self, NamedAdapter},
     args::Global,
     interrupt,
     model::{ModelArgs, kv_type},
-    openai::Reader,
+    openai::{Lengths, Reader},
     progress,
 };
 
@@ -71,39 +68,10 @@ pub struct Args {
     adapters: Vec<NamedAdapter>,
 }
 
-impl Args {
-    /// The sum of the adapters without a name, and those that have one.
-    fn adapters(&self, source: &Source, global: &Global) -> anyhow::Result<Adapters> {
-        let read = |specs: &[AdapterSpec]| {
-            adapter::read(specs, &source.config, || Ok(source.tokenizer()?), !global.quiet)
-        };
-        let (mut for_all, mut named) = (Vec::new(), BTreeMap::new());
-        for NamedAdapter { name, spec } in &self.adapters {
-            let Some(name) = name else {
-                for_all.push(spec.clone());
-                continue;
-            };
-            let Some(adaptation) = read(std::slice::from_ref(spec))? else { continue };
-            if let Some(first) = adaptation.replaced().next() {
-                bail!(
-                    "{spec}: replaces `{first}`, which all requests share: give it without a name, for all of them"
-                );
-            }
-            if named.insert(name.clone(), Arc::new(adaptation)).is_some() {
-                bail!("--adapter: there are two of the name `{name}`");
-            }
-        }
-        Ok((read(&for_all)?, named))
-    }
-}
-
-/// What is beside the model for all, and what requests choose.
-type Adapters = (Option<Adaptation>, BTreeMap<String, Arc<Adaptation>>);
-
 /// Answers the file.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let source = args.model.open(global)?;
-    let (for_all, adapters) = args.adapters(&source, global)?;
+    let (for_all, adapters) = adapter::read_all(&args.adapters, &source, global)?;
     let answered = Answered::read(&args.output)?;
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
@@ -115,7 +83,8 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let limits = Limits {
         sequences: args.max_batch.get(),
         kv_bytes: args.kv_memory.get() << 20,
-        prompt_tokens: bitnet_model::session::PREFILL_CHUNK.get(),
+        prompt_tokens: PREFILL_CHUNK.get(),
+        prompt_tokens_beside: PREFILL_CHUNK.get(),
         kv_type: args.kv_cache.unwrap_or_else(|| args.model.kv_type()),
     };
     let reader = Reader {
@@ -125,6 +94,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         grammars: &GrammarFactory::new(&tokenizer, config.vocab_size),
         config: &config,
         generation: &generation,
+        limits: Lengths::ANY,
     };
     let mut output = Output::open(&args.output, &answered)?;
     let bar = progress::bar(global, input.left(), "{bar:30} {pos}/{len} requests {eta}");

@@ -58,6 +58,11 @@ impl<'a> Work<'a> {
             Ok(asked) => asked,
             Err(refusal) => return output.write(&custom_id, &unique(), Err(refusal)),
         };
+        if asked.stream.is_some() {
+            let refusal =
+                Refusal::of("stream", "`stream` is not supported in a file: leave it out");
+            return output.write(&custom_id, &unique(), Err(refusal));
+        }
         let (job, tokenizer) = (self.next_job, self.reader.tokenizer);
         self.next_job += 1;
         let each = asked.sequences.iter();
@@ -76,7 +81,13 @@ impl<'a> Work<'a> {
                 continue; // refused on account of another choice
             }
             match self.batch.admit(sequence.clone()) {
-                Ok(Some((id, _))) => _ = self.running.insert(id, (job, choice)),
+                Ok(Some((id, reused))) => {
+                    self.running.insert(id, (job, choice));
+                    let job = self.jobs.get_mut(&job);
+                    if let Some(choice) = job.and_then(|job| job.choices.get_mut(choice)) {
+                        choice.join(reused);
+                    }
+                }
                 Ok(None) => {
                     self.waiting.push_front((job, choice, sequence));
                     break;
@@ -108,7 +119,8 @@ impl<'a> Work<'a> {
                     self.batch.cancel(id);
                 }
             }
-            Update::End(finish) => choice.end(finish),
+            Update::End(finish) => choice.end(finish)?,
+            Update::Pooled(_) => {}
             Update::Failed(reason) => return self.refuse(job, reason, output),
         }
         if choice.is_ended() {
@@ -128,7 +140,7 @@ impl<'a> Work<'a> {
         };
         let id = unique();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let answer = answer(&asked, choices, self.reader.tokenizer, (&id, now))?;
+        let answer = answer(&asked, &choices, self.reader.tokenizer, (&id, now))?;
         output.write(&custom_id, &id, Ok(answer))
     }
 

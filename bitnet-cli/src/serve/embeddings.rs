@@ -1,0 +1,89 @@
+//! `/v1/embeddings`: the mean of a text's hidden states after the final norm, scaled to length 1.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Extension, Json,
+    extract::{Request, State},
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bitnet_model::batch::Update;
+use serde_json::{Value, json};
+
+use super::{
+    answering::{look_through, note_model},
+    app::{App, Loaded},
+    engine::Event,
+    error::{ApiError, Result},
+    generate::receive,
+    guard::Caller,
+    watch::Record,
+};
+
+/// `POST /v1/embeddings`
+pub async fn embed(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(record): Extension<Arc<Record>>,
+    request: Request,
+) -> Result<Json<Value>> {
+    let (context, mut body) = receive(app, caller, record, request).await?;
+    let record = context.record.clone();
+    let read = move |app: &App, loaded: &Loaded| {
+        look_through((app, loaded), &mut body, "input", &record)?;
+        let adapters = loaded.adapters();
+        let asked = loaded.reader(&app.model, &adapters).read_embeddings(&body)?;
+        note_model(app, &adapters, &asked.model, &record);
+        Ok(asked)
+    };
+    let asked = context.off_thread(read).await?;
+    let (app, loaded, client) = (&context.app, &context.loaded, &context.caller.client);
+    let tokens = asked.sequences.iter().map(|sequence| sequence.prompt.len()).sum();
+    context.record.note(|details| details.prompt_tokens = tokens);
+    app.rates.tokens(client, tokens).map_err(|exceeded| ApiError::rate(exceeded, "tokens"))?;
+    let deadline = Instant::now() + app.policy.request_timeout;
+    let mut means = vec![None; asked.sequences.len()];
+    let mut ticket = loaded.engine.submit(asked.sequences, client, deadline)?;
+    while means.iter().any(Option::is_none) {
+        match ticket.next().await {
+            Some((index, Event::Update(Update::Pooled(mean)))) => means[index] = Some(mean),
+            Some((_, Event::Refused(reason) | Event::Update(Update::Failed(reason)))) => {
+                return Err(ApiError::bad(reason));
+            }
+            Some((_, Event::Joined(_) | Event::Update(_))) => {}
+            Some((_, Event::Expired)) => return Err(ApiError::expired(app.policy.request_timeout)),
+            Some((_, Event::Broken(reason))) => {
+                return Err(ApiError::internal(&anyhow::anyhow!(reason)));
+            }
+            None => return Err(ApiError::internal(&anyhow::anyhow!("the engine fell silent"))),
+        }
+    }
+    let vector = |mean: Vec<f32>| {
+        let mean = scaled(mean);
+        match asked.base64 {
+            true => {
+                STANDARD.encode(Vec::from_iter(mean.iter().flat_map(|x| x.to_le_bytes()))).into()
+            }
+            false => json!(mean),
+        }
+    };
+    let vectors = means.into_iter().flatten().map(vector).enumerate();
+    let data = vectors
+        .map(|(index, vector)| json!({"object": "embedding", "index": index, "embedding": vector}));
+    Ok(Json(json!({
+        "object": "list",
+        "data": Vec::from_iter(data),
+        "model": asked.model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    })))
+}
+
+/// To length 1; zeros stay.
+fn scaled(mut vector: Vec<f32>) -> Vec<f32> {
+    let square: f64 = vector.iter().map(|x| f64::from(*x).powi(2)).sum();
+    if square > 0. {
+        let factor = 1. / square.sqrt();
+        vector.iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
+    }
+    vector
+}

@@ -1,0 +1,70 @@
+//! `bitnet serve`: HTTP in, the engine behind.
+//!
+//! A request passes [`guard`], is read to the end, understood by [`crate::openai`], handed to the [`engine`] and answered from
+//! its events.
+
+mod answering;
+pub mod app;
+pub mod audit;
+mod body;
+pub mod cache;
+mod embeddings;
+pub mod engine;
+mod error;
+pub mod filter;
+mod generate;
+mod guard;
+pub mod keys;
+pub mod listen;
+mod models;
+pub mod rates;
+mod responses;
+pub mod routes;
+mod sanitize;
+mod status;
+mod tokenize;
+pub mod watch;
+
+use std::{io::Write, path::Path, sync::Arc, time::Duration};
+
+use self::app::{App, StatsFile};
+
+/// How often is looked whether something is beyond its threshold.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often clients are forgotten who have their full rate again.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+
+/// Looks after the server for as long as it runs.
+pub async fn look_after(app: Arc<App>, file: Option<StatsFile>) {
+    let mut looks = tokio::time::interval(LOOK_EVERY);
+    let mut forgets = tokio::time::interval(FORGET_EVERY);
+    let every = file.as_ref().map_or(FORGET_EVERY, |file| file.every);
+    let mut writes = tokio::time::interval(every);
+    let mut works = true;
+    loop {
+        tokio::select! {
+            _ = looks.tick() => app.watch.look(app.engine_state()),
+            _ = forgets.tick() => app.rates.forget(),
+            _ = writes.tick() => {
+                let Some(file) = &file else { continue };
+                let written = write_statistics(&app, &file.path);
+                if let (Err(error), true) = (&written, works) {
+                    tracing::error!("{}: {error}; the statistics are old", file.path.display());
+                }
+                works = written.is_ok();
+            }
+        }
+    }
+}
+
+/// Replaces the file as a whole: whoever reads it finds one state or the next.
+pub fn write_statistics(app: &App, path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    writeln!(file, "{}", status::statistics(app))?;
+    #[cfg(unix)]
+    file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    file.as_file().sync_data()?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
