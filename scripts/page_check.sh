@@ -5,6 +5,7 @@
 #   scripts/page_check.sh [BITNET]             # starts BITNET serve (default target/release/bitnet) with the embedded model
 #   scripts/page_check.sh --url URL            # or takes a server without keys that runs
 #   scripts/page_check.sh ... --pictures DIR   # keeps pictures of what was seen
+#   scripts/page_check.sh ... --only TEXT      # runs the checks whose names have TEXT
 #
 # Needs Node 20 or later with npm, and Chromium (CHROMIUM, default `chromium` of PATH); without them it exits with 77. The
 # first run installs two packages from npm in a folder (BITNET_PAGE_CACHE, default ~/.cache/bitnet-page).
