@@ -113,7 +113,7 @@ fn together(batch: &mut Batch, sequences: &[Sequence]) -> Vec<(Vec<u32>, Finish)
             match update {
                 Update::Token(token, _) => tokens.push(token),
                 Update::End(end) => *finish = Some(end),
-                Update::Prompt(..) => {}
+                Update::Prompt(..) | Update::Pooled(_) => {}
                 Update::Failed(reason) => panic!("{reason}"),
             }
         }

@@ -13,10 +13,7 @@ use anyhow::{Context, bail};
 use axum::http::HeaderValue;
 use bitnet_model::{batch::Limits, ops::KvType, pretrained::Source, session::PREFILL_CHUNK};
 use candle_core::Device;
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{Semaphore, oneshot},
-};
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::{
     adapter::{self, Adapters, NamedAdapter},
@@ -302,9 +299,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         let listener = Listener::bind(address, tls, timeouts, connections).await?;
         writeln!(io::stdout(), "listening on {}", listener.url()?)?;
         let (stop, stopped) = oneshot::channel();
-        let signals = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
-        let [mut term, mut int] = signals;
-        let (term, int) = (term.as_mut().map_err(io_error)?, int.as_mut().map_err(io_error)?);
+        let mut signals = Signals::new().context("signals cannot be waited for")?;
         let router = routes::router(app.clone(), origins);
         let serving = tokio::spawn(listener.serve(app.clone(), router, stopped, grace));
         let looking = tokio::spawn(serve::look_after(app.clone(), stats));
@@ -317,24 +312,19 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
                 let loaded = loaded.context("the model could not be loaded")??;
                 let _ = app.loaded.set(Arc::new(loaded)); // there is no other
             }
-            _ = term.recv() => return Ok(()),
-            _ = int.recv() => return Ok(()),
+            () = signals.next() => return Ok(()),
         }
         if !quiet {
             let _ = writeln!(io::stderr(), "{} is ready", app.model);
         }
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        signals.next().await;
         if !quiet {
             let _ = writeln!(io::stderr(), "ending: what runs may take {} s", grace.as_secs());
         }
         let _ = stop.send(());
         tokio::select! {
             _ = serving => {}
-            _ = term.recv() => {}
-            _ = int.recv() => {}
+            () = signals.next() => {}
         }
         looking.abort();
         if let Some(audit) = &app.audit {
@@ -347,6 +337,39 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn io_error(error: &mut io::Error) -> anyhow::Error {
-    anyhow::anyhow!("signals cannot be waited for: {error}")
+/// Signals that end the server.
+#[cfg(unix)]
+struct Signals([tokio::signal::unix::Signal; 2]);
+
+#[cfg(unix)]
+impl Signals {
+    fn new() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
+    }
+
+    /// Waits for one.
+    async fn next(&mut self) {
+        let [terminate, interrupt] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+}
+
+/// Ctrl-C, which ends the server.
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    /// Waits for one.
+    async fn next(&mut self) {
+        let _ = tokio::signal::ctrl_c().await; // without a handler there is none to wait for
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use regex::{RegexSet, RegexSetBuilder};
 
 /// The most memory that the patterns of a list may take compiled.
@@ -27,8 +27,11 @@ impl Filter {
         let mut patterns = Vec::new();
         for (index, line) in lines {
             let pattern = regex::RegexBuilder::new(line).case_insensitive(true).build();
-            let pattern =
-                pattern.with_context(|| format!("{name}: line {} is no pattern", index + 1))?;
+            let pattern = pattern.map_err(|error| {
+                let reason = error.to_string(); // with a drawing of the place before
+                let reason = reason.lines().last().unwrap_or_default().to_owned();
+                anyhow!("{name}: line {} is no pattern: {reason}", index + 1)
+            })?;
             if pattern.is_match("") {
                 bail!("{name}: line {}: `{line}` denies every text", index + 1);
             }
@@ -64,7 +67,7 @@ mod tests {
         assert_eq!(filter.find("The Secret  Plan: a BOMB"), Some(4));
         assert_eq!(filter.find("plan secret"), None);
         let error = |text: &str| read(text).err().unwrap().to_string();
-        assert!(error("a\n(").ends_with("line 2 is no pattern"));
+        assert!(error("a\n(").contains("line 2 is no pattern: error: unclosed group"));
         assert!(error("x*").contains("every text"));
         assert!(error("# none").contains("no pattern"));
     }

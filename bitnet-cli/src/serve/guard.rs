@@ -1,15 +1,20 @@
 //! What every request passes on its way in and every response on its way out: an id, the door, the book.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll},
+};
 
 use axum::{
-    body::Body,
+    body::{Body, Bytes, HttpBody},
     extract::{MatchedPath, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use http_body_util::BodyExt;
+use hyper::body::{Frame, SizeHint};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -67,13 +72,33 @@ pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
-    // The request is over when its body is.
-    response.map(|body| {
-        Body::new(body.map_frame(move |frame| {
-            let _ = &record;
-            frame
-        }))
-    })
+    response.map(|body| Body::new(Recorded { body, _record: record }))
+}
+
+/// The body of a response: the request is over when it is.
+struct Recorded {
+    body: Body,
+    _record: Arc<Record>,
+}
+
+impl HttpBody for Recorded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 fn admit(

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // every test program takes what it needs
 
+pub mod server;
+
 use std::{
     fs,
     io::{Read, Write},
