@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
-from packaging_check import DRAIN_SECONDS, OPEN_PATHS, check, manifest, scaled_metrics
+from packaging_check import DRAIN_SECONDS, OPEN_PATHS, Wrong, check, manifest, scaled_metrics
 
 PATIENCE = 60  # seconds to load the embedded model, on a busy machine
 
@@ -69,4 +69,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Wrong as wrong:
+        sys.exit(f"   {wrong}")
