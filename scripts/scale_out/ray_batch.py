@@ -3,8 +3,8 @@
 
     scripts/scale_out/ray_batch.py requests.jsonl answers.jsonl --threads 16 -- bitnet batch -m microsoft/bitnet-b1.58-2B-4T
 
-Needs Python 3.9 or later with ray[data], and the program behind `--` on every machine. Both files are on the machine where this
-runs. The same command goes on where an earlier one ended.
+Needs ray[data], and the program behind `--` on every machine. Both files are on the machine where this runs. The same command
+goes on where an earlier one ended.
 """
 
 import argparse

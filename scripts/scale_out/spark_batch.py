@@ -29,7 +29,7 @@ def main():
     command = args.command
 
     def partition(lines):
-        from answer import answer
+        from answer import answer  # here, as only the executors have it
 
         return answer((line for line in lines if line.strip()), command, threads)
 
