@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Answers a file of requests in the ranks of an MPI job, a shard a rank:
 #
-#   mpirun -n 8 --map-by node scripts/scale_out/mpi.sh requests.jsonl answers -m microsoft/bitnet-b1.58-2B-4T
+#   mpirun -n 8 --map-by node --bind-to none scripts/scale_out/mpi.sh requests.jsonl answers -m MODEL
 #
 # MPI only starts it; the ranks do not talk. Needs `bitnet`, or the program that $BITNET names, and the file on every node. Runs
 # under Open MPI, and under what sets PMI_RANK (MPICH, Intel MPI) or SLURM_PROCID (srun).
