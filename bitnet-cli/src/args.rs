@@ -7,7 +7,7 @@ use bitnet_model::{
     kernels::{self, KERNEL_VARIABLE},
     threads,
 };
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::commands;
@@ -45,6 +45,18 @@ pub struct Global {
     /// What to log to stderr: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "FILTER", default_value = "warn")]
     pub log: String,
+    /// How log lines look
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// An object a line, with the time, for programs
+    Json,
 }
 
 /// The verbs, one module each.
@@ -93,12 +105,11 @@ impl Global {
     pub fn apply(&self, command: &Command) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(&self.log)
             .with_context(|| format!("--log `{}` is no log filter", self.log))?;
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr)
-            .with_ansi(std::io::stderr().is_terminal())
-            .without_time()
-            .init();
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).without_time().init(),
+            LogFormat::Json => log.json().flatten_event(true).init(),
+        }
         if self.device != "cpu" {
             bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
         }

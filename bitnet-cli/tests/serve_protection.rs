@@ -274,6 +274,18 @@ fn adapters_come_and_go() {
 }
 
 #[test]
+fn logs_are_lines_of_json_if_that_is_asked_for() {
+    let mut command = bitnet(&["serve", "--port", "0", "--log", "info", "--log-format", "json"]);
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("no JSON: {line}"));
+    assert!(line["timestamp"].is_string() && line["level"] == "INFO", "{line}");
+}
+
+#[test]
 fn what_happens_is_written_down_and_what_is_private_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let [audit, stats] = ["audit", "stats"].map(|name| folder.path().join(name));

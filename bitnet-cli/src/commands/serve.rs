@@ -300,6 +300,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         writeln!(io::stdout(), "listening on {}", listener.url()?)?;
         let (stop, stopped) = oneshot::channel();
         let mut signals = Signals::new().context("signals cannot be waited for")?;
+        tracing::info!(model = app.model, "listening");
         let router = routes::router(app.clone(), origins);
         let serving = tokio::spawn(listener.serve(app.clone(), router, stopped, grace));
         let looking = tokio::spawn(serve::look_after(app.clone(), stats));
