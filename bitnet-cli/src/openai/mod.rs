@@ -5,6 +5,8 @@ mod conversation;
 mod embeddings;
 mod fields;
 mod format;
+#[cfg(test)]
+mod mutated;
 mod request;
 pub mod responses;
 mod stream;
