@@ -481,10 +481,13 @@ fn is_same(a: Option<&Arc<Adaptation>>, b: Option<&Arc<Adaptation>>) -> bool {
     a.map(Arc::as_ptr) == b.map(Arc::as_ptr)
 }
 
+/// What is kept at most: each is looked at whenever a sequence joins.
+const MOST_KEPT: usize = 256;
+
 /// Forgets the first of `kept` until it takes no more than `bytes`.
 fn evict(kept: &mut Vec<Kept>, bytes: usize) {
     let mut taken: usize = kept.iter().map(|kept| kept.cache.bytes()).sum();
-    while taken > bytes && !kept.is_empty() {
+    while (taken > bytes || kept.len() > MOST_KEPT) && !kept.is_empty() {
         taken -= kept.remove(0).cache.bytes();
     }
 }

@@ -82,41 +82,49 @@ impl<O: Observer> Work<O> {
     /// Lets in what there is room for, in turn.
     fn admit(&mut self) {
         while let Some(job) = self.waiting.front() {
-            let admitted = self.batch.admit(job.sequence.clone());
-            if matches!(admitted, Ok(None)) {
+            let sequence = job.sequence.clone();
+            let admitted = catch(|| self.batch.admit(sequence));
+            if matches!(admitted, Ok(Ok(None))) {
                 return;
             }
             let Some(job) = self.waiting.pop() else { return };
             match admitted {
-                Ok(Some((id, reused))) => {
+                Ok(Ok(Some((id, reused)))) => {
                     self.observer.joined(job.sequence.prompt.len(), reused);
                     job.tell(Event::Joined(reused));
                     self.running.insert(id, Running { job, last_token: None });
                 }
-                Ok(None) => {}
-                Err(error) => job.tell(Event::Refused(error.to_string())),
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) => job.tell(Event::Refused(error.to_string())),
+                Err(reason) => {
+                    job.tell(Event::Broken(reason.clone()));
+                    self.begin_anew(&reason);
+                }
             }
         }
     }
 
-    /// Adds a token to every sequence. A batch that fails takes its sequences with it, and a new one takes its place.
+    /// Adds a token to every sequence.
     fn step(&mut self) {
         if self.running.is_empty() {
             return;
         }
         self.observer.step(self.running.len());
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.batch.step()));
-        let reason = match outcome {
-            Ok(Ok(updates)) => {
+        let stepped = catch(|| self.batch.step());
+        match stepped.and_then(|updates| updates.map_err(|error| error.to_string())) {
+            Ok(updates) => {
                 let now = Instant::now();
-                return updates.into_iter().for_each(|(id, update)| self.update(id, update, now));
+                updates.into_iter().for_each(|(id, update)| self.update(id, update, now));
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "the engine failed on it".to_owned(),
-        };
-        tracing::error!(reason, sequences = self.running.len(), "a step failed");
+            Err(reason) => self.begin_anew(&reason),
+        }
+    }
+
+    /// A batch that fails takes its sequences with it, and a new one takes its place.
+    fn begin_anew(&mut self, reason: &str) {
+        tracing::error!(reason, sequences = self.running.len(), "the batch failed");
         for running in std::mem::take(&mut self.running).into_values() {
-            running.job.tell(Event::Broken(reason.clone()));
+            running.job.tell(Event::Broken(reason.to_owned()));
         }
         self.before = self.usage();
         self.batch = Batch::new(self.model.clone(), self.limits);
@@ -155,4 +163,9 @@ impl<O: Observer> Work<O> {
         let state = State { usage: self.usage(), queued: self.waiting.len() };
         self.shared.state.send_replace(state);
     }
+}
+
+/// Does what must not end the thread.
+fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| "the engine failed on it".to_owned())
 }
