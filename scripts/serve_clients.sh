@@ -20,6 +20,8 @@ export PYTHONDONTWRITEBYTECODE=1 # this checks a tree, and leaves nothing in it
 # What the clients would else tell or ask others than our server.
 export DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 LITELLM_LOCAL_MODEL_COST_MAP=True LANGCHAIN_TRACING_V2=false
 unset "${!OPENAI_@}"
+# They are not to talk about themselves.
+export TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error LMEVAL_LOG_LEVEL=ERROR
 
 environment() { # environment NAME PACKAGE...: the packages from PyPI in $cache/NAME, their versions pinned
     local venv=$cache/$1
@@ -41,7 +43,7 @@ has_node() { command -v npm >/dev/null && node -e 'process.exitCode = parseInt(p
 environment openai openai==3.57.0
 if [[ -z $light ]]; then
     environment libraries litellm==1.110.2 langchain-openai==1.7.4 llm==0.36
-    environment lm_eval lm_eval==0.4.13 transformers==5.24.0
+    environment lm_eval "lm_eval[api]==0.4.13" transformers==5.24.0
     ! has_node || node_package openai@6.49.0 # the last that runs on Node 20
 fi
 [[ -z $install ]] || exit 0
