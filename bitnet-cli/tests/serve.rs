@@ -161,6 +161,10 @@ fn mistakes_are_told_by_status_and_field() {
         (400, "max_output_tokens".into())
     );
     assert_eq!(post("/detokenize", json!({"tokens": [9_999_999]})), (400, "tokens".into()));
+    for flag in ["return_token_strs", "add_special_tokens"] {
+        let body = json!({"messages": [{"role": "user", "content": "a"}], flag: "yes"});
+        assert_eq!(post("/tokenize", body), (400, flag.into()));
+    }
     assert_eq!(post("/v1/load_lora_adapter", json!({"lora_name": "a", "lora_path": "/"})).0, 403);
     assert_eq!(raw("POST", text, "Content-Type: text/plain\r\n", b"{}"), 415);
     assert_eq!(raw("POST", text, "", b"{"), 400);

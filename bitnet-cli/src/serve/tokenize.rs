@@ -26,8 +26,7 @@ pub async fn tokenize(
     let (context, body) = receive(app, caller, record, request).await?;
     let work = move |app: &App, loaded: &Loaded| {
         let adapters = loaded.adapters();
-        let tokens = loaded.reader(&app.model, &adapters).read_tokens(&body)?;
-        let strings = body["return_token_strs"].as_bool().unwrap_or(false);
+        let (tokens, strings) = loaded.reader(&app.model, &adapters).read_tokens(&body)?;
         let name = |id: &u32| loaded.tokenizer.id_to_token(*id);
         let strings = strings.then(|| Vec::from_iter(tokens.iter().map(name)));
         Ok(json!({
