@@ -20,6 +20,7 @@ export PYTHONDONTWRITEBYTECODE=1 # this checks a tree, and leaves nothing in it
 # What the clients would else tell or ask others than our server.
 export DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 LITELLM_LOCAL_MODEL_COST_MAP=True LANGCHAIN_TRACING_V2=false
 unset "${!OPENAI_@}"
+export NO_PROXY=127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}
 # They are not to talk about themselves.
 export TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error LMEVAL_LOG_LEVEL=ERROR
 
