@@ -206,6 +206,14 @@ fn embeddings_are_of_length_one_and_the_texts_own() {
     });
     let back = server.post("/detokenize", &json!({"tokens": ids["tokens"]})).json();
     assert!(back["prompt"].as_str().unwrap().ends_with("The cat sat."));
+
+    // More than may run and wait.
+    let server = Server::start(&["--max-batch", "2", "--max-queue", "1"]);
+    let many = json!({"input": vec!["The cat sat."; 5]});
+    let many = server.post("/v1/embeddings", &many).json();
+    assert_eq!(many["data"].as_array().unwrap().len(), 5);
+    assert_eq!(many["data"][4]["index"], 4);
+    assert_eq!(vector(&many, 4), vector(&both, 0));
 }
 
 #[test]

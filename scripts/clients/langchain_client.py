@@ -63,6 +63,9 @@ def main():
         both = embeddings.embed_documents([TEXT, MESSAGE])
         equal("a vector alone and in company", both[1], embeddings.embed_query(MESSAGE))
         check(both[0] != both[1], "two texts have one vector")
+        # It sends a thousand at once.
+        many = embeddings.embed_documents([f"{TEXT} {number}" for number in range(600)])
+        equal("one of many vectors", many[-1], embeddings.embed_query(f"{TEXT} 599"))
     print(f"   langchain-openai {importlib.metadata.version('langchain-openai')}: as `bitnet generate` and `bitnet chat`")
 
 
