@@ -79,6 +79,8 @@ def texts(bitnet, client):
     logprobs = choice.logprobs
     lengths = {len(logprobs.tokens), len(logprobs.token_logprobs), len(logprobs.top_logprobs), len(logprobs.text_offset)}
     equal("lengths of the lists of logprobs", lengths, {whole.usage.total_tokens})
+    for token, offset in zip(logprobs.tokens[1:], logprobs.text_offset[1:]):  # the first is the begin of text
+        equal(f"at {offset}", choice.text[offset : offset + len(token)], token)
     check(logprobs.token_logprobs[0] is None, "the first token has a log-probability though nothing is before it")
     check(all(value <= 0 for value in logprobs.token_logprobs[1:]), "a probability above 1")
     pieces = client.completions.create(**text_fields(stream=True))
