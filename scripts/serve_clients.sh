@@ -60,6 +60,7 @@ client() { # client ENVIRONMENT SCRIPT ARGUMENT...
 }
 
 client openai openai_python
+client openai openai_adapters "$scratch/adapter"
 if [[ -z $light ]]; then
     printf '\n== openai_node\n'
     if has_node; then
