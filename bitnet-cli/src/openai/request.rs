@@ -311,26 +311,29 @@ impl Reader<'_> {
         self.tokenizer.encode_prompt(&text).map_err(|error| refuse(error.to_string()))
     }
 
-    /// The tokens of `prompt` or of `messages`, as `/tokenize` has them, and whether they are asked for as strings, too.
+    /// The tokens of `prompt` or of `messages`, as `/tokenize` has them.
     ///
     /// # Errors
     /// The field that has no tokens, or another type than expected.
-    pub fn read_tokens(&self, body: &Value) -> Result<(Vec<u32>, bool), Refusal> {
+    pub fn read_tokens(&self, body: &Value) -> Result<Vec<u32>, Refusal> {
         let fields = Fields::new(body)?;
-        let strings = fields.flag("return_token_strs")?.unwrap_or(false);
         let special = fields.flag("add_special_tokens")?.unwrap_or(true);
-        let tokens = match fields.text("prompt")? {
+        match fields.text("prompt")? {
             Some(text) => {
                 let ids = self.tokenizer.encode(text, special);
-                ids.map_err(|error| Refusal::of("prompt", error.to_string()))?
+                ids.map_err(|error| Refusal::of("prompt", error.to_string()))
             }
-            None if fields.any("messages").is_some() => self.conversation(fields, None)?,
-            None => {
-                let reason = "there is no `prompt`, and there are no `messages`";
-                return Err(Refusal::of("prompt", reason));
-            }
-        };
-        Ok((tokens, strings))
+            None if fields.any("messages").is_some() => self.conversation(fields, None),
+            None => Err(Refusal::of("prompt", "there is no `prompt`, and there are no `messages`")),
+        }
+    }
+
+    /// Whether `/tokenize` is to spell these tokens, too.
+    ///
+    /// # Errors
+    /// Another type than expected.
+    pub fn spells_tokens(&self, body: &Value) -> Result<bool, Refusal> {
+        Ok(Fields::new(body)?.flag("return_token_strs")?.unwrap_or(false))
     }
 
     /// The tokens of texts: a text, several, ids, or several lists of these.
