@@ -28,7 +28,7 @@ environment() { # environment NAME PACKAGE...: the packages from PyPI in $cache/
     local venv=$cache/$1
     [[ $(cat "$venv/packages" 2>/dev/null) != "${*:2}" ]] || return 0
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "${@:2}"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
     echo "${*:2}" >"$venv/packages"
 }
 

@@ -27,7 +27,7 @@ package=schemathesis==4.32.5
 venv=${CLIENTS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bitnet-clients}/schemathesis
 if [[ $(cat "$venv/packages" 2>/dev/null) != "$package" ]]; then
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "$package"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$package"
     echo "$package" >"$venv/packages"
 fi
 
