@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything continuous integration checks, cheapest first; stops at the first failure.
-# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched, but for the notebook's packages
-# from PyPI: without them the notebook is passed over, and that is said.
+# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched, but for packages of the notebook and
+# of the server's client from PyPI: without them these are passed over, and that is said.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -72,6 +72,15 @@ notebook_executes() {
     scripts/notebook.sh "${CARGO_TARGET_DIR:-target}/release/bitnet"
 }
 
+# OpenAI's own client for Python asks the server.
+real_client() {
+    if ! timeout 300 scripts/serve_clients.sh --light --install; then
+        echo "   *** SKIPPED: OpenAI's client cannot be had from PyPI, so the server was NOT asked by it ***"
+        return
+    fi
+    scripts/serve_clients.sh --light "${CARGO_TARGET_DIR:-target}/release/bitnet"
+}
+
 # Two processes under mpirun train as one does with twice the batch.
 two_ranks() {
     local status=0
@@ -95,4 +104,5 @@ step "documentation" documentation
 step "the README's first command" first_command
 step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
 step "the notebook" notebook_executes
+step "a real client" real_client
 printf '\nall checks passed, %d s\n' "$SECONDS"

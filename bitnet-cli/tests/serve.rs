@@ -161,6 +161,10 @@ fn mistakes_are_told_by_status_and_field() {
         (400, "max_output_tokens".into())
     );
     assert_eq!(post("/detokenize", json!({"tokens": [9_999_999]})), (400, "tokens".into()));
+    for flag in ["return_token_strs", "add_special_tokens"] {
+        let body = json!({"messages": [{"role": "user", "content": "a"}], flag: "yes"});
+        assert_eq!(post("/tokenize", body), (400, flag.into()));
+    }
     assert_eq!(post("/v1/load_lora_adapter", json!({"lora_name": "a", "lora_path": "/"})).0, 403);
     assert_eq!(raw("POST", text, "Content-Type: text/plain\r\n", b"{}"), 415);
     assert_eq!(raw("POST", text, "", b"{"), 400);
@@ -202,6 +206,14 @@ fn embeddings_are_of_length_one_and_the_texts_own() {
     });
     let back = server.post("/detokenize", &json!({"tokens": ids["tokens"]})).json();
     assert!(back["prompt"].as_str().unwrap().ends_with("The cat sat."));
+
+    // More than may run and wait.
+    let server = Server::start(&["--max-batch", "2", "--max-queue", "1"]);
+    let many = json!({"input": vec!["The cat sat."; 5]});
+    let many = server.post("/v1/embeddings", &many).json();
+    assert_eq!(many["data"].as_array().unwrap().len(), 5);
+    assert_eq!(many["data"][4]["index"], 4);
+    assert_eq!(vector(&many, 4), vector(&both, 0));
 }
 
 #[test]

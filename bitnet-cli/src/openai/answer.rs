@@ -244,7 +244,8 @@ pub(super) fn chat_logprobs(
     Ok(json!({"content": each.collect::<anyhow::Result<Vec<_>>>()?, "refusal": null}))
 }
 
-/// Of the tokens of a text, in order. `offset` is where the first of them begins, in characters, and then where the next does.
+/// Of the tokens of a text, in order. `offset` is where the first of them begins, in characters, and then where the next does;
+/// special tokens are not in the text.
 pub(super) fn text_logprobs<'a>(
     tokens: impl Iterator<Item = (u32, Option<&'a TokenLogprobs>)>,
     tokenizer: &Tokenizer,
@@ -254,7 +255,9 @@ pub(super) fn text_logprobs<'a>(
     for (id, found) in tokens {
         let text = tokenizer.decode(&[id], false)?;
         offsets.push(*offset);
-        *offset += text.chars().count();
+        if !tokenizer.is_special(id) {
+            *offset += text.chars().count();
+        }
         texts.push(text);
         logprobs.push(found.map(|found| finite(found.logprob)));
         let likeliest = |found: &TokenLogprobs| -> anyhow::Result<Map<String, Value>> {

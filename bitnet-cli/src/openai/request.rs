@@ -314,18 +314,26 @@ impl Reader<'_> {
     /// The tokens of `prompt` or of `messages`, as `/tokenize` has them.
     ///
     /// # Errors
-    /// The field that has no tokens.
+    /// The field that has no tokens, or another type than expected.
     pub fn read_tokens(&self, body: &Value) -> Result<Vec<u32>, Refusal> {
         let fields = Fields::new(body)?;
+        let special = fields.flag("add_special_tokens")?.unwrap_or(true);
         match fields.text("prompt")? {
             Some(text) => {
-                let special = fields.flag("add_special_tokens")?.unwrap_or(true);
                 let ids = self.tokenizer.encode(text, special);
                 ids.map_err(|error| Refusal::of("prompt", error.to_string()))
             }
             None if fields.any("messages").is_some() => self.conversation(fields, None),
             None => Err(Refusal::of("prompt", "there is no `prompt`, and there are no `messages`")),
         }
+    }
+
+    /// Whether `/tokenize` is to spell these tokens, too.
+    ///
+    /// # Errors
+    /// Another type than expected.
+    pub fn spells_tokens(&self, body: &Value) -> Result<bool, Refusal> {
+        Ok(Fields::new(body)?.flag("return_token_strs")?.unwrap_or(false))
     }
 
     /// The tokens of texts: a text, several, ids, or several lists of these.

@@ -7,11 +7,11 @@ use axum::{
     extract::{Request, State},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use bitnet_model::batch::Update;
+use bitnet_model::batch::{Sequence, Update};
 use serde_json::{Value, json};
 
 use super::{
-    answering::{look_through, note_model},
+    answering::{Context, look_through, note_model},
     app::{App, Loaded},
     engine::Event,
     error::{ApiError, Result},
@@ -42,8 +42,43 @@ pub async fn embed(
     context.record.note(|details| details.prompt_tokens = tokens);
     app.rates.tokens(client, tokens).map_err(|exceeded| ApiError::rate(exceeded, "tokens"))?;
     let deadline = Instant::now() + app.policy.request_timeout;
-    let mut means = vec![None; asked.sequences.len()];
-    let mut ticket = loaded.engine.submit(asked.sequences, client, deadline)?;
+    // Clients send thousands of texts at once, more than may wait. As many as may run go in together: the queue is for all.
+    let (mut rest, at_once) = (asked.sequences, loaded.sequences.0);
+    let mut means = Vec::with_capacity(rest.len());
+    while !rest.is_empty() {
+        let count = at_once.min(rest.len());
+        let next = rest.drain(..count).collect();
+        means.extend(pooled(&context, next, deadline).await?);
+    }
+    let vector = |mean: Vec<f32>| {
+        let mean = scaled(mean);
+        match asked.base64 {
+            true => {
+                STANDARD.encode(Vec::from_iter(mean.iter().flat_map(|x| x.to_le_bytes()))).into()
+            }
+            false => json!(mean),
+        }
+    };
+    let vectors = means.into_iter().map(vector).enumerate();
+    let data = vectors
+        .map(|(index, vector)| json!({"object": "embedding", "index": index, "embedding": vector}));
+    Ok(Json(json!({
+        "object": "list",
+        "data": Vec::from_iter(data),
+        "model": asked.model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    })))
+}
+
+/// The mean of each sequence's hidden states.
+async fn pooled(
+    context: &Context,
+    sequences: Vec<Sequence>,
+    deadline: Instant,
+) -> Result<Vec<Vec<f32>>> {
+    let Context { app, loaded, caller, .. } = context;
+    let mut means = vec![None; sequences.len()];
+    let mut ticket = loaded.engine.submit(sequences, &caller.client, deadline)?;
     while means.iter().any(Option::is_none) {
         match ticket.next().await {
             Some((index, Event::Update(Update::Pooled(mean)))) => means[index] = Some(mean),
@@ -58,24 +93,7 @@ pub async fn embed(
             None => return Err(ApiError::internal(&anyhow::anyhow!("the engine fell silent"))),
         }
     }
-    let vector = |mean: Vec<f32>| {
-        let mean = scaled(mean);
-        match asked.base64 {
-            true => {
-                STANDARD.encode(Vec::from_iter(mean.iter().flat_map(|x| x.to_le_bytes()))).into()
-            }
-            false => json!(mean),
-        }
-    };
-    let vectors = means.into_iter().flatten().map(vector).enumerate();
-    let data = vectors
-        .map(|(index, vector)| json!({"object": "embedding", "index": index, "embedding": vector}));
-    Ok(Json(json!({
-        "object": "list",
-        "data": Vec::from_iter(data),
-        "model": asked.model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    })))
+    Ok(means.into_iter().flatten().collect())
 }
 
 /// To length 1; zeros stay.

@@ -26,10 +26,10 @@ pub async fn tokenize(
     let (context, body) = receive(app, caller, record, request).await?;
     let work = move |app: &App, loaded: &Loaded| {
         let adapters = loaded.adapters();
-        let tokens = loaded.reader(&app.model, &adapters).read_tokens(&body)?;
-        let strings = body["return_token_strs"].as_bool().unwrap_or(false);
+        let reader = loaded.reader(&app.model, &adapters);
+        let (tokens, spells) = (reader.read_tokens(&body)?, reader.spells_tokens(&body)?);
         let name = |id: &u32| loaded.tokenizer.id_to_token(*id);
-        let strings = strings.then(|| Vec::from_iter(tokens.iter().map(name)));
+        let strings = spells.then(|| Vec::from_iter(tokens.iter().map(name)));
         Ok(json!({
             "count": tokens.len(),
             "max_model_len": loaded.config.max_position_embeddings,
