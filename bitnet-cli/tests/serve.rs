@@ -7,7 +7,7 @@ mod support;
 use serde_json::{Value, json};
 use support::{
     edited_default,
-    server::{Answer, Server},
+    server::{Answer, Server, wait_until},
     stdout, text,
 };
 
@@ -71,7 +71,8 @@ fn answers_are_those_of_generate_and_chat_in_any_company() {
             });
         }
     });
-    assert_eq!(server.stat("/engine/running") + server.stat("/engine/kv_running_bytes"), 0);
+    let left = || server.stat("/engine/running") + server.stat("/engine/kv_running_bytes");
+    wait_until(|| left() == 0);
 }
 
 #[test]

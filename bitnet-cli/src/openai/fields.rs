@@ -46,6 +46,12 @@ impl<'a> Fields<'a> {
         self.read(name, "a whole number that is not negative", Value::as_u64)
     }
 
+    /// A whole number of 64 bits, with or without a sign.
+    pub fn bits(&self, name: &str) -> Result<Option<u64>, Refusal> {
+        let read = |value: &Value| value.as_u64().or_else(|| Some(value.as_i64()? as u64));
+        self.read(name, "a whole number of 64 bits", read)
+    }
+
     /// A truth value.
     pub fn flag(&self, name: &str) -> Result<Option<bool>, Refusal> {
         self.read(name, "true or false", Value::as_bool)

@@ -236,7 +236,7 @@ impl Reader<'_> {
             frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(0.),
             presence_penalty: fields.number("presence_penalty")?.unwrap_or(0.),
             logit_bias: self.logit_bias(fields)?,
-            seed: fields.count("seed")?,
+            seed: fields.bits("seed")?,
             stop,
         };
         let bound =
