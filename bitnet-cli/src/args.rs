@@ -83,6 +83,8 @@ pub enum Command {
     Plot(commands::plot::Args),
     /// Rewrite a checkpoint in another form
     Convert(commands::convert::Args),
+    /// Say how two models differ, tensor by tensor
+    Diff(commands::diff::Args),
     /// Add adapters into a model's weights, and say what that did
     Merge(commands::merge::Args),
     /// Write the logits of every position of a text

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod chat;
 pub mod completions;
 pub mod convert;
+pub mod diff;
 pub mod download;
 pub mod generate;
 pub mod info;
@@ -31,6 +32,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Train(command) => train::run(command, global),
         Command::Plot(args) => plot::run(&args),
         Command::Convert(args) => convert::run(args, global),
+        Command::Diff(args) => diff::run(&args, global),
         Command::Merge(args) => merge::run(&args, global),
         Command::Logits(args) => logits::run(args, global),
         Command::Perplexity(args) => perplexity::run(&args, global),

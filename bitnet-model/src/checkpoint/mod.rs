@@ -6,6 +6,7 @@
 //! [`Config`](crate::config::Config)'s matter.
 
 mod backend;
+pub mod difference;
 pub mod export;
 mod generated;
 mod header;
