@@ -297,7 +297,8 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         .context("the threads for connections could not be started")?;
     runtime.block_on(async {
         let listener = Listener::bind(address, tls, timeouts, connections).await?;
-        writeln!(io::stdout(), "listening on {}", listener.url()?)?;
+        // Whoever started it need not listen.
+        let _ = writeln!(io::stdout(), "listening on {}", listener.url()?);
         let (stop, stopped) = oneshot::channel();
         let mut signals = Signals::new().context("signals cannot be waited for")?;
         tracing::info!(model = app.model, "listening");
