@@ -224,7 +224,7 @@ impl Args {
             watch: Arc::new(Watch::new(self.thresholds)),
             audit: self.watching.audit_log.as_deref().map(Audit::open).transpose()?,
             cache: self.engine.response_cache.map(|mib| Cache::new(mib.get() << 20)),
-            readers: Semaphore::new(READERS),
+            readers: Arc::new(Semaphore::new(READERS)),
             model,
             salt: rand::random(),
             loaded: OnceLock::new(),
@@ -262,6 +262,7 @@ impl Args {
             lengths: Lengths {
                 prompt: most(engine.max_prompt_tokens),
                 new: most(engine.max_new_tokens),
+                texts: limits.sequences.saturating_add(engine.max_queue),
             },
             sanitize: app.policy.sanitize,
         }))
