@@ -108,6 +108,8 @@ impl Global {
         let filter = EnvFilter::try_new(&self.log)
             .with_context(|| format!("--log `{}` is no log filter", self.log))?;
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        // They would be told to stderr, and who reads that may have gone: a request must not end with it.
+        let log = log.log_internal_errors(false);
         match self.log_format {
             LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).without_time().init(),
             LogFormat::Json => log.json().flatten_event(true).init(),

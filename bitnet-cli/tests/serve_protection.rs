@@ -209,6 +209,28 @@ fn what_is_denied_comes_neither_in_nor_out() {
 }
 
 #[test]
+fn a_short_request_does_not_ask_for_very_much() {
+    let server = Server::start(&[]);
+    for (path, body, param) in [
+        (TEXT, json!({"prompt": vec!["a"; 2000], "n": 128}), "prompt"),
+        (TEXT, json!({"prompt": "a", "model": "x".repeat(1000), "stream": true}), "model"),
+    ] {
+        let refused = server.post(path, &body);
+        assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(param)));
+    }
+}
+
+#[test]
+fn it_serves_though_nobody_reads_what_it_says() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let server = Server::start_with(&["--log", "info"], |command| {
+        command.stderr(writer.try_clone().unwrap())
+    });
+    assert_eq!(server.post(TEXT, &completion(2)).status, 200);
+}
+
+#[test]
 fn adapters_come_and_go() {
     let (_folder, keys) = file("keys", "admin:fedcba9876543210\n");
     let tuned = tempfile::tempdir().unwrap();

@@ -224,7 +224,7 @@ impl Args {
             watch: Arc::new(Watch::new(self.thresholds)),
             audit: self.watching.audit_log.as_deref().map(Audit::open).transpose()?,
             cache: self.engine.response_cache.map(|mib| Cache::new(mib.get() << 20)),
-            readers: Semaphore::new(READERS),
+            readers: Arc::new(Semaphore::new(READERS)),
             model,
             salt: rand::random(),
             loaded: OnceLock::new(),
@@ -262,6 +262,7 @@ impl Args {
             lengths: Lengths {
                 prompt: most(engine.max_prompt_tokens),
                 new: most(engine.max_new_tokens),
+                texts: limits.sequences.saturating_add(engine.max_queue),
             },
             sanitize: app.policy.sanitize,
         }))
@@ -297,7 +298,8 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         .context("the threads for connections could not be started")?;
     runtime.block_on(async {
         let listener = Listener::bind(address, tls, timeouts, connections).await?;
-        writeln!(io::stdout(), "listening on {}", listener.url()?)?;
+        // Whoever started it need not listen.
+        let _ = writeln!(io::stdout(), "listening on {}", listener.url()?);
         let (stop, stopped) = oneshot::channel();
         let mut signals = Signals::new().context("signals cannot be waited for")?;
         tracing::info!(model = app.model, "listening");

@@ -43,7 +43,7 @@ impl Reader<'_> {
         let sampler = Sampler::new(SamplingParams::greedy());
         let sampler = sampler.map_err(|error| Refusal::of("input", error.to_string()))?;
         let mut sequences = Vec::new();
-        for prompt in self.prompts(fields, "input")? {
+        for prompt in self.prompts(fields, "input", usize::MAX)? {
             self.check("input", &prompt)?;
             sequences.push(Sequence {
                 prompt,

@@ -29,6 +29,8 @@ const TEXT_TOKENS: u64 = 16;
 const MOST_CHOICES: u64 = 128;
 const MOST_TOP_LOGPROBS: u64 = 20;
 const MOST_STOPS: usize = 64;
+/// Every piece of an answer says the name of the model.
+const MOST_MODEL_BYTES: usize = 256;
 
 /// What requests are read with.
 pub struct Reader<'a> {
@@ -44,22 +46,24 @@ pub struct Reader<'a> {
     pub grammars: &'a GrammarFactory,
     /// What its publisher recommends, where a request says nothing.
     pub generation: &'a GenerationConfig,
-    /// The most tokens of a prompt, and of a choice.
+    /// How much a request may ask for.
     pub limits: Lengths,
 }
 
-/// How long texts may be.
+/// How long texts may be, and how many.
 #[derive(Clone, Copy, Debug)]
 pub struct Lengths {
     /// Tokens of a prompt.
     pub prompt: usize,
     /// New tokens; where a request says nothing, it gets no more than these.
     pub new: usize,
+    /// Choices of a request, of all its prompts.
+    pub texts: usize,
 }
 
 impl Lengths {
     /// As long as the model's context allows.
-    pub const ANY: Self = Self { prompt: usize::MAX, new: usize::MAX };
+    pub const ANY: Self = Self { prompt: usize::MAX, new: usize::MAX, texts: usize::MAX };
 }
 
 /// What a request asks for.
@@ -148,7 +152,8 @@ impl Reader<'_> {
         };
         let prompts = match route {
             Route::Chat => vec![self.conversation(fields, tools.as_ref())?],
-            Route::Completion => self.prompts(fields, "prompt")?,
+            // Few bytes can ask for very many choices: they are counted before there is any.
+            Route::Completion => self.prompts(fields, "prompt", self.limits.texts / n as usize)?,
         };
         let mut sequences = Vec::new();
         for prompt in prompts {
@@ -189,6 +194,12 @@ impl Reader<'_> {
 
     /// The adapter that a request names. Where there are none, a model may have any name.
     pub(super) fn adapter(&self, model: &str) -> Result<Option<&Arc<Adaptation>>, Refusal> {
+        if model.len() > MOST_MODEL_BYTES {
+            let len = model.len();
+            let reason =
+                format!("`model` has {len} bytes, but at most {MOST_MODEL_BYTES} are allowed");
+            return Err(Refusal::of("model", reason));
+        }
         let name = model.rsplit_once(':').map_or(model, |(_, name)| name);
         match self.adapters.get(name) {
             None if model != self.model && !self.adapters.is_empty() => {
@@ -336,8 +347,13 @@ impl Reader<'_> {
         Ok(Fields::new(body)?.flag("return_token_strs")?.unwrap_or(false))
     }
 
-    /// The tokens of texts: a text, several, ids, or several lists of these.
-    pub(super) fn prompts(&self, fields: Fields<'_>, name: &str) -> Result<Vec<Vec<u32>>, Refusal> {
+    /// The tokens of texts: a text, several, ids, or several lists of these; of no more than `most` texts.
+    pub(super) fn prompts(
+        &self,
+        fields: Fields<'_>,
+        name: &str,
+        most: usize,
+    ) -> Result<Vec<Vec<u32>>, Refusal> {
         let expected = "a string, a list of strings, a list of token ids, or a list of such lists";
         let Some(value) = fields.any(name) else {
             return Err(Refusal::of(name, format!("there is no `{name}`")));
@@ -352,6 +368,13 @@ impl Reader<'_> {
             Value::Array(values) if !values.is_empty() => {
                 if let Some(ids) = ids(values) {
                     return Ok(vec![ids]);
+                }
+                if values.len() > most {
+                    let len = values.len();
+                    let reason = format!(
+                        "`{name}` has {len} texts, but the server takes at most {most} with so many choices each"
+                    );
+                    return Err(Refusal::of(name, reason));
                 }
                 let each = |value: &Value| match value {
                     Value::String(text) => encode(text),

@@ -4,6 +4,7 @@ use std::{ops::ControlFlow, sync::Arc, time::Instant};
 
 use bitnet_model::batch::Update;
 use serde_json::Value;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     app::{Adapters, App, Loaded},
@@ -30,20 +31,23 @@ pub struct Context {
     pub loaded: Arc<Loaded>,
     pub caller: Caller,
     pub record: Arc<Record>,
+    /// Few are read at once; until it is read.
+    pub turn: Arc<OwnedSemaphorePermit>,
 }
 
 impl Context {
     /// Does work that takes longer than others should wait for: texts are long, and templates and schemas of strangers
-    /// can take their time. Not too much of it at once.
+    /// can take their time.
     pub async fn off_thread<T: Send + 'static>(
         &self,
         work: impl FnOnce(&App, &Loaded) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let Ok(_permit) = self.app.readers.acquire().await else {
-            return Err(ApiError::unavailable("the server is about to end"));
+        let (app, loaded, turn) = (self.app.clone(), self.loaded.clone(), self.turn.clone());
+        let work = move || {
+            let _turn = turn; // until the work is done, even if the client has gone
+            work(&app, &loaded)
         };
-        let (app, loaded) = (self.app.clone(), self.loaded.clone());
-        let done = tokio::task::spawn_blocking(move || work(&app, &loaded)).await;
+        let done = tokio::task::spawn_blocking(work).await;
         done.map_err(|error| ApiError::internal(&error.into()))?
     }
 }
@@ -106,7 +110,8 @@ fn check_input(app: &App, value: &Value) -> Result<()> {
 impl Answering {
     /// Hands the sequences to the engine, and waits until the first of them runs or cannot.
     pub async fn start(context: Context, asked: Asked) -> Result<Self> {
-        let Context { app, loaded, caller, record } = context;
+        let Context { app, loaded, caller, record, turn } = context;
+        drop(turn);
         let prompts = asked.sequences.iter().step_by(asked.n);
         let prompt_tokens: usize = prompts.map(|sequence| sequence.prompt.len()).sum();
         let most_new: usize = asked.sequences.iter().map(|sequence| sequence.max_new_tokens).sum();

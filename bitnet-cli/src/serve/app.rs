@@ -73,7 +73,7 @@ pub struct App {
     /// Answers to be given again.
     pub cache: Option<Cache>,
     /// How many requests are read at once: schemas can take long.
-    pub readers: Semaphore,
+    pub readers: Arc<Semaphore>,
     /// The model's name.
     pub model: String,
     /// Makes hashes of addresses say nothing outside this run.

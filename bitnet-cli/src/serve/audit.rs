@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::Write,
+    io::{self, ErrorKind, Write},
     path::Path,
     sync::{
         Arc,
@@ -68,6 +68,7 @@ impl Audit {
 }
 
 fn write_all(mut file: File, lines: &mpsc::Receiver<Message>, path: &str, works: &AtomicBool) {
+    let mut torn = false;
     for message in lines {
         let line = match message {
             Message::Line(line) => line,
@@ -77,13 +78,71 @@ fn write_all(mut file: File, lines: &mpsc::Receiver<Message>, path: &str, works:
                 continue;
             }
         };
-        // One write for a line: appends of several processes don't mix.
-        let written = file.write_all(line.as_bytes());
+        let written = append(&mut file, line, &mut torn);
         let worked = works.swap(written.is_ok(), Ordering::Relaxed);
         match written {
             Err(error) if worked => tracing::error!("{path}: {error}; the audit log has a gap"),
             Ok(()) if !worked => tracing::warn!("{path}: the audit log goes on"),
             _ => {}
         }
+    }
+}
+
+/// Writes a line, on a new one if a full disk has torn the one before. One write for a line: appends of several processes don't
+/// mix.
+fn append(file: &mut impl Write, line: String, torn: &mut bool) -> io::Result<()> {
+    let line = if *torn { format!("\n{line}") } else { line };
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        match file.write(rest) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                rest = &rest[count..];
+                *torn = !rest.is_empty();
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes so many bytes and no more.
+    struct Disk {
+        bytes: Vec<u8>,
+        room: usize,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let count = bytes.len().min(self.room);
+            if count == 0 {
+                return Err(ErrorKind::StorageFull.into());
+            }
+            self.bytes.extend(&bytes[..count]);
+            self.room -= count;
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_tears_one_line_and_not_the_next() {
+        let (mut disk, mut torn) = (Disk { bytes: Vec::new(), room: 6 }, false);
+        append(&mut disk, "one\n".into(), &mut torn).unwrap();
+        for line in ["two\n", "three\n"] {
+            assert!(append(&mut disk, line.into(), &mut torn).is_err(), "{line}");
+        }
+        disk.room = 100;
+        append(&mut disk, "four\n".into(), &mut torn).unwrap();
+        append(&mut disk, "five\n".into(), &mut torn).unwrap();
+        assert_eq!(String::from_utf8(disk.bytes).unwrap(), "one\ntw\nfour\nfive\n");
     }
 }

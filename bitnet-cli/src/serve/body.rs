@@ -12,11 +12,11 @@ use super::{
     error::{ApiError, Result},
 };
 
-/// Reads a body as JSON.
+/// Reads a body.
 ///
 /// # Errors
-/// 415 for what is no JSON by its type, 413 for what is too long, 408 for what comes too slowly, 400 for what is no JSON.
-pub async fn read(policy: &Policy, headers: &HeaderMap, body: Body) -> Result<Value> {
+/// 415 for what is no JSON by its type, 413 for what is too long, 408 for what comes too slowly, 400 for what breaks off.
+pub async fn read(policy: &Policy, headers: &HeaderMap, body: Body) -> Result<Bytes> {
     // A page of another site can send other types without asking first whether it may.
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim();
@@ -24,12 +24,6 @@ pub async fn read(policy: &Policy, headers: &HeaderMap, body: Body) -> Result<Va
         let message = "the body must be JSON, with the header `Content-Type: application/json`";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
-    let bytes = bytes(policy, body).await?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| ApiError::bad(format!("the body is no JSON: {error}")))
-}
-
-async fn bytes(policy: &Policy, body: Body) -> Result<Bytes> {
     let collected = Limited::new(body, policy.max_body).collect();
     let Ok(collected) = tokio::time::timeout(policy.body_timeout, collected).await else {
         let message = format!("the body did not come within {} s", policy.body_timeout.as_secs());
@@ -43,4 +37,13 @@ async fn bytes(policy: &Policy, body: Body) -> Result<Bytes> {
         }
         Err(_) => Err(ApiError::bad("the body breaks off")),
     }
+}
+
+/// The value of a body. It can take many times the memory of its bytes, and a while to make.
+///
+/// # Errors
+/// 400 for what is no JSON.
+pub fn parse(bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| ApiError::bad(format!("the body is no JSON: {error}")))
 }

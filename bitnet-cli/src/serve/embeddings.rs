@@ -37,18 +37,19 @@ pub async fn embed(
         Ok(asked)
     };
     let asked = context.off_thread(read).await?;
-    let (app, loaded, client) = (&context.app, &context.loaded, &context.caller.client);
+    let Context { app, loaded, caller, record, turn } = context;
+    drop(turn);
+    let client = &caller.client;
     let tokens = asked.sequences.iter().map(|sequence| sequence.prompt.len()).sum();
-    context.record.note(|details| details.prompt_tokens = tokens);
+    record.note(|details| details.prompt_tokens = tokens);
     app.rates.tokens(client, tokens).map_err(|exceeded| ApiError::rate(exceeded, "tokens"))?;
     let deadline = Instant::now() + app.policy.request_timeout;
     // Clients send thousands of texts at once, more than may wait. As many as may run go in together: the queue is for all.
-    let (mut rest, at_once) = (asked.sequences, loaded.sequences.0);
+    let (mut rest, at_once) = (asked.sequences.into_iter(), loaded.sequences.0);
     let mut means = Vec::with_capacity(rest.len());
-    while !rest.is_empty() {
-        let count = at_once.min(rest.len());
-        let next = rest.drain(..count).collect();
-        means.extend(pooled(&context, next, deadline).await?);
+    while rest.len() > 0 {
+        let next = rest.by_ref().take(at_once).collect();
+        means.extend(pooled((&app, &loaded), client, next, deadline).await?);
     }
     let vector = |mean: Vec<f32>| {
         let mean = scaled(mean);
@@ -72,13 +73,13 @@ pub async fn embed(
 
 /// The mean of each sequence's hidden states.
 async fn pooled(
-    context: &Context,
+    (app, loaded): (&App, &Loaded),
+    client: &str,
     sequences: Vec<Sequence>,
     deadline: Instant,
 ) -> Result<Vec<Vec<f32>>> {
-    let Context { app, loaded, caller, .. } = context;
     let mut means = vec![None; sequences.len()];
-    let mut ticket = loaded.engine.submit(sequences, &caller.client, deadline)?;
+    let mut ticket = loaded.engine.submit(sequences, client, deadline)?;
     while means.iter().any(Option::is_none) {
         match ticket.next().await {
             Some((index, Event::Update(Update::Pooled(mean)))) => means[index] = Some(mean),

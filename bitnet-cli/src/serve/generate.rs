@@ -59,8 +59,13 @@ pub async fn receive(
 ) -> Result<(Context, Value)> {
     let loaded = app.loaded()?;
     let (parts, body) = request.into_parts();
-    let body = body::read(&app.policy, &parts.headers, body).await?;
-    Ok((Context { app, loaded, caller, record }, body))
+    let bytes = body::read(&app.policy, &parts.headers, body).await?;
+    let Ok(turn) = app.readers.clone().acquire_owned().await else {
+        return Err(ApiError::unavailable("the server is about to end"));
+    };
+    let context = Context { app, loaded, caller, record, turn: Arc::new(turn) };
+    let body = context.off_thread(move |_, _| body::parse(&bytes)).await?;
+    Ok((context, body))
 }
 
 async fn generate(context: Context, route: Route, body: Value) -> Result<Response> {

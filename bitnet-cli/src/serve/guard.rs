@@ -154,9 +154,9 @@ fn key(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn is_loopback_host(headers: &HeaderMap) -> bool {
-    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else {
-        return false;
-    };
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    let Ok(host) = host.to_str() else { return false };
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => host.split(':').next().unwrap_or_default(),
@@ -218,5 +218,8 @@ mod tests {
             !is("evil.example") && !is("127.0.0.1.evil.example") && !is("10.0.0.1:80") && !is("")
         );
         assert!(!is_loopback_host(&HeaderMap::new()));
+        let host = |host| (header::HOST, HeaderValue::from_static(host));
+        let two = [host("localhost"), host("evil.example")];
+        assert!(!is_loopback_host(&HeaderMap::from_iter(two)), "which one is meant?");
     }
 }

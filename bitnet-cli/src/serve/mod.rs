@@ -27,11 +27,13 @@ pub mod watch;
 
 use std::{io::Write, path::Path, sync::Arc, time::Duration};
 
+use bitnet_model::pages;
+
 use self::app::{App, StatsFile};
 
 /// How often is looked whether something is beyond its threshold.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often clients are forgotten who have their full rate again.
+/// How often clients are forgotten who have their full rate again, and freed memory is given back if nothing runs.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// Looks after the server for as long as it runs.
@@ -44,7 +46,13 @@ pub async fn look_after(app: Arc<App>, file: Option<StatsFile>) {
     loop {
         tokio::select! {
             _ = looks.tick() => app.watch.look(app.engine_state()),
-            _ = forgets.tick() => app.rates.forget(),
+            _ = forgets.tick() => {
+                app.rates.forget();
+                // One long body would else be paid for with much memory until the end.
+                if app.loaded.get().is_some_and(|loaded| loaded.engine.in_flight() == 0) {
+                    pages::release_freed_memory();
+                }
+            }
             _ = writes.tick() => {
                 let Some(file) = &file else { continue };
                 let written = write_statistics(&app, &file.path);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Extension, Json,
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::StatusCode,
 };
 use serde_json::{Value, json};
@@ -29,7 +29,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>> {
 }
 
 /// `GET /v1/models/{id}`
-pub async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>> {
+pub async fn one(
+    State(app): State<Arc<App>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>> {
+    let Path(id) = id.map_err(|error| ApiError::bad(error.body_text()).param("model"))?;
     let loaded = app.loaded()?;
     let found = models(&app, &loaded).into_iter().find(|model| model["id"] == id[..]);
     found.map(Json).ok_or_else(|| {

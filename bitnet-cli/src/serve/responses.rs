@@ -28,6 +28,8 @@ pub async fn respond(
 ) -> Result<Response> {
     let (context, body) = receive(app, caller, record, request).await?;
     let chat = responses::to_chat(&body)?;
+    let response = responses::Response::new(&body, (&unique(), app::now()));
+    drop(body); // it may be large
     let asked = answering::read(&context, Route::Chat, chat).await;
     // Fields have other names here.
     let asked = asked.map_err(|error| {
@@ -38,7 +40,6 @@ pub async fn respond(
         ])
     })?;
     let mut answering = Answering::start(context, asked).await?;
-    let response = responses::Response::new(&body, (&unique(), app::now()));
     if answering.asked.stream.is_some() {
         let chunks = Box::new(Sent { response, number: 0, text: 0 });
         return Ok(events(Source { answering, chunks }));

@@ -1,5 +1,7 @@
 //! Stop strings in streamed text.
 
+use std::sync::Arc;
+
 use crate::{Error, Result};
 
 /// Ends a text at the first of several strings, wherever the text's pieces are cut.
@@ -18,7 +20,8 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Debug)]
 pub struct StopStrings {
-    stops: Vec<String>,
+    /// Shared by all texts of a request: strangers make them long.
+    stops: Arc<[String]>,
     /// The end of the text so far that is the start of a stop string.
     held: String,
     stopped: Option<usize>,
@@ -42,7 +45,7 @@ impl StopStrings {
         if stops.iter().any(String::is_empty) {
             return Err(Error::Input("a stop string is empty".into()));
         }
-        Ok(Self { stops, held: String::new(), stopped: None })
+        Ok(Self { stops: stops.into(), held: String::new(), stopped: None })
     }
 
     /// Takes the next piece of text.
@@ -55,7 +58,9 @@ impl StopStrings {
         }
         self.held.push_str(piece);
         let found = self.stops.iter().enumerate().filter_map(|(index, stop)| {
-            let start = self.held.find(stop)?;
+            // A search reads all of what it looks for first.
+            let start =
+                if stop.len() <= self.held.len() { self.held.find(stop)? } else { return None };
             Some((start + stop.len(), start, index))
         });
         if let Some((_, start, index)) = found.min() {
