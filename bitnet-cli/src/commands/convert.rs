@@ -31,7 +31,7 @@ Tokenizer and generation settings are copied. Every ternary matrix is read back 
 codes must be equal, scales up to the rounding to bf16."
 )]
 pub struct Args {
-    /// Hub repo id (org/name), folder, .safetensors file, or `default`
+    /// Hub repo id (org/name), folder, .safetensors or .gguf file, or `default`
     #[arg(value_name = "IN")]
     input: String,
     /// Folder to write
@@ -117,6 +117,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
             .sum(),
         Origin::Synthetic => 0,
         Origin::Files(files) => sizes(&files.weights)?,
+        Origin::Gguf(gguf) => sizes(&[gguf.path().into()])?,
     };
     let damage = match before {
         Some((text, before)) => {

@@ -1,11 +1,11 @@
-//! Bytes at a position: of a file, of a model built into the program, or made up as they are read.
+//! Bytes at a position: of a file, of a model built into the program, made up as they are read, or translated from GGUF.
 //!
 //! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error,
 //! where a map gives SIGBUS, and the pages of a tensor already read do not stay in the process.
 
 use std::{fs::File, io, path::Path};
 
-use super::generated::Generated;
+use super::{generated::Generated, gguf::View};
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
@@ -13,6 +13,7 @@ pub(super) enum Source {
     File { file: File, len: u64 },
     Static(&'static [u8]),
     Generated(Generated),
+    Gguf(View),
 }
 
 impl Source {
@@ -34,6 +35,7 @@ impl Source {
             Self::File { len, .. } => *len,
             Self::Static(bytes) => bytes.len() as u64,
             Self::Generated(file) => file.len(),
+            Self::Gguf(view) => view.len(),
         }
     }
 
@@ -55,6 +57,7 @@ impl Source {
                 Ok(())
             }
             Self::Generated(file) => file.read_exact_at(buffer, offset),
+            Self::Gguf(view) => view.read_exact_at(buffer, offset),
         }
     }
 }
