@@ -143,21 +143,20 @@ fn refuse_unsupported(header: &Header, prefix: &str) -> Result<()> {
     if let Some(count @ 1..) = metadata.integer(&experts)? {
         return Err(metadata.error(&experts, format!("{count}; supported: 0")));
     }
-    let count = |key: &str| metadata.integer(&format!("{prefix}.{key}"));
-    let head_dim = match (count("attention.key_length")?, count("attention.head_count")?) {
-        (Some(head_dim), _) => Some(head_dim),
-        (None, Some(heads @ 1..)) => count("embedding_length")?.map(|hidden| hidden / heads),
-        (None, _) => None,
-    };
-    for (key, what) in [
+    Ok(())
+}
+
+/// Refuses heads whose width is told in several ways.
+pub(super) fn check_head_dim(header: &Header, head_dim: usize) -> Result<()> {
+    let metadata = &header.metadata;
+    let prefix = metadata.string(ARCHITECTURE)?.unwrap_or_default();
+    for (key, supported) in [
         ("attention.value_length", "values as wide as keys"),
         ("rope.dimension_count", "rotation of whole heads"),
     ] {
-        if let (Some(size), Some(head_dim)) = (count(key)?, head_dim)
-            && size != head_dim
-        {
-            let key = format!("{prefix}.{key}");
-            let reason = format!("{size}, and a head has {head_dim}; supported: {what}");
+        let key = format!("{prefix}.{key}");
+        if let Some(size) = metadata.integer(&key)?.filter(|size| *size != head_dim as u64) {
+            let reason = format!("{size}, and a head has {head_dim}; supported: {supported}");
             return Err(metadata.error(&key, reason));
         }
     }

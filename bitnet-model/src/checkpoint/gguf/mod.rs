@@ -86,6 +86,7 @@ impl Gguf {
         let json = config::config(&header, architecture, block.is_ternary())?;
         let config = Config::from_json(path, &json.to_string())
             .map_err(|error| config::name_key(&header, error))?;
+        config::check_head_dim(&header, config.head_dim)?;
         let (source, header) = (Arc::new(source), Arc::new(header));
         Ok(Self { path: path.into(), source, header, architecture, config })
     }
