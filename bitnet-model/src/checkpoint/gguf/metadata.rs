@@ -230,11 +230,11 @@ impl Metadata {
         })
     }
 
-    /// A number.
+    /// A finite number.
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.typed(key, "a number", |value| match value {
+        self.typed(key, "a finite number", |value| match value {
             Value::Integer(value) => Some(*value as f64),
-            Value::Float(value) => Some(*value),
+            Value::Float(value) => Some(*value).filter(|value| value.is_finite()),
             _ => None,
         })
     }
