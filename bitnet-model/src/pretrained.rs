@@ -13,7 +13,7 @@ use crate::{
     calibration::fastest_format,
     checkpoint::{
         Checkpoint, Dtype, StoredRows,
-        gguf::{Gguf, TokenizerFiles},
+        gguf::{Gguf, TextFiles, TokenizerFiles},
     },
     config::{Config, GenerationConfig},
     head_weights::HeadWeights,
@@ -304,6 +304,43 @@ impl Source {
             files.chat_template.as_deref(),
         )?;
         Ok(Some(tokenizer))
+    }
+
+    /// The contents of the tokenizer's files, if there is one: for another form of the model.
+    ///
+    /// # Errors
+    /// Files that cannot be read or are no JSON.
+    pub fn text_files(&self) -> Result<Option<TextFiles>> {
+        let read = |path: &Option<PathBuf>| match path {
+            Some(path) => std::fs::read(path).map(Some).map_err(Error::io(path)),
+            None => Ok(None),
+        };
+        let (tokenizer, config, template) = match &self.origin {
+            Origin::Synthetic => return Ok(None),
+            Origin::Embedded => {
+                let config = embedded::TOKENIZER_CONFIG.to_vec();
+                (Some(embedded::TOKENIZER.to_vec()), Some(config), None)
+            }
+            Origin::Gguf(gguf) => match gguf.tokenizer_files()? {
+                Some([(_, tokenizer), (_, config)]) => (Some(tokenizer), Some(config), None),
+                None => return Ok(None),
+            },
+            Origin::Files(files) => (
+                read(&files.tokenizer)?,
+                read(&files.tokenizer_config)?,
+                read(&files.chat_template)?,
+            ),
+        };
+        let Some(tokenizer) = tokenizer else { return Ok(None) };
+        let json = |file: &str, bytes: &[u8]| {
+            let refuse = |e| Error::Tokenizer(format!("{}: {file}: {e}", self.name));
+            serde_json::from_slice(bytes).map_err(refuse)
+        };
+        Ok(Some(TextFiles {
+            tokenizer: json("tokenizer.json", &tokenizer)?,
+            config: json("tokenizer_config.json", &config.unwrap_or_else(|| b"null".to_vec()))?,
+            template: template.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+        }))
     }
 
     /// Loads the weights for inference: packed codes stay packed, latent ones are packed one matrix at

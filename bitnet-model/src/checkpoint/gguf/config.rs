@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::header::Header;
 use crate::{
     checkpoint::source::Source,
+    config::{Activation, Config, Family},
     error::{Error, Result},
 };
 
@@ -60,6 +61,15 @@ impl Architecture {
                 Err(metadata.error(ARCHITECTURE, format!("{found}; supported: {supported}")))
             }
         }
+    }
+}
+
+/// The name of the architecture of a model.
+pub(super) fn prefix_of(config: &Config) -> &'static str {
+    match (config.family, config.hidden_act) {
+        (Family::Llama, _) => "llama",
+        (Family::BitNet | Family::OneBitLlm, Activation::Relu2) => "bitnet-b1.58",
+        (Family::BitNet | Family::OneBitLlm, Activation::Silu) => "bitnet",
     }
 }
 

@@ -8,12 +8,15 @@
 
 mod blocks;
 mod config;
+mod export;
 mod header;
 mod metadata;
 mod names;
 mod reader;
 mod tokenizer;
 mod view;
+mod vocabulary;
+mod writer;
 
 use std::{
     path::{Path, PathBuf},
@@ -27,6 +30,10 @@ use self::{
     header::{Header, Stored},
     names::Meaning,
     view::{Matrix, RowOrder},
+};
+pub use self::{
+    export::{Contents, TernaryType, write},
+    vocabulary::TextFiles,
 };
 use super::{Checkpoint, source::Source};
 use crate::{
@@ -99,6 +106,11 @@ impl Gguf {
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How many tensors it has.
+    pub fn tensors(&self) -> usize {
+        self.header.tensors.len()
     }
 
     /// What `config.json` would say.
@@ -199,14 +211,14 @@ impl Gguf {
 
     /// The order of a projection's rows.
     fn order(&self, name: &str, rows: usize) -> Result<RowOrder, String> {
-        let is_rotated = name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
-        let head_dim = self.config.head_dim;
-        if self.architecture != Architecture::Llama || !is_rotated {
+        if self.architecture != Architecture::Llama {
             return Ok(RowOrder::Same);
         }
-        match rows.is_multiple_of(head_dim) {
-            true => Ok(RowOrder::Interleaved { head_dim }),
-            false => Err(format!("has {rows} rows, no whole heads of {head_dim}")),
+        match RowOrder::of_projection(name, self.config.head_dim) {
+            RowOrder::Interleaved { head_dim } if !rows.is_multiple_of(head_dim) => {
+                Err(format!("has {rows} rows, no whole heads of {head_dim}"))
+            }
+            order => Ok(order),
         }
     }
 

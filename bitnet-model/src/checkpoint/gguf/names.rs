@@ -4,8 +4,11 @@
 const OUTER: [(&str, &str); 3] = [
     ("token_embd.weight", "model.embed_tokens.weight"),
     ("output_norm.weight", "model.norm.weight"),
-    ("output.weight", "lm_head.weight"),
+    (HEAD, "lm_head.weight"),
 ];
+
+/// The head.
+pub(super) const HEAD: &str = "output.weight";
 
 /// In a block: `blk.N.` and this, `model.layers.N.` and that.
 const NORMS: [(&str, &str); 4] = [
@@ -33,6 +36,23 @@ pub(super) enum Meaning {
     Projection(String),
     /// One number that multiplies a projection's output.
     Factor,
+}
+
+/// The name in the file of the Hub's tensor `hub`; `None` for what has none.
+pub(super) fn in_file(hub: &str) -> Option<String> {
+    if let Some((ours, _)) = OUTER.iter().find(|(_, name)| *name == hub) {
+        return Some((*ours).into());
+    }
+    let (layer, rest) = hub.strip_prefix("model.layers.")?.split_once('.')?;
+    let part = rest.strip_suffix(".weight")?;
+    // 1bitLLM's names for the sub-norms.
+    let part = match part {
+        "self_attn.inner_attn_ln" => "self_attn.attn_sub_norm",
+        "mlp.ffn_layernorm" => "mlp.ffn_sub_norm",
+        part => part,
+    };
+    let (ours, _) = NORMS.iter().chain(&PROJECTIONS).find(|(_, name)| *name == part)?;
+    Some(format!("blk.{layer}.{ours}.weight"))
 }
 
 /// What the tensor `name` is; `None` for what no supported model has.
@@ -68,6 +88,8 @@ mod tests {
         assert_eq!(meaning("blk.12.attn_sub_norm.weight"), Some(Meaning::Float(norm.into())));
         let down = "model.layers.0.mlp.down_proj.weight";
         assert_eq!(meaning("blk.0.ffn_down.weight"), Some(Meaning::Projection(down.into())));
+        assert_eq!(in_file(norm).unwrap(), "blk.12.attn_sub_norm.weight");
+        assert_eq!(in_file(down).unwrap(), "blk.0.ffn_down.weight");
         assert_eq!(meaning("blk.0.ffn_down.scale"), Some(Meaning::Factor));
         assert_eq!(meaning("output.weight"), Some(Meaning::Float("lm_head.weight".into())));
         for name in [

@@ -21,8 +21,16 @@ pub(super) enum RowOrder {
 }
 
 impl RowOrder {
+    /// That of the projection `name` of a Llama.
+    pub fn of_projection(name: &str, head_dim: usize) -> Self {
+        match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
+            true => Self::Interleaved { head_dim },
+            false => Self::Same,
+        }
+    }
+
     /// Where row `row` lies.
-    fn stored(self, row: usize) -> usize {
+    pub fn stored(self, row: usize) -> usize {
         match self {
             Self::Same => row,
             Self::Interleaved { head_dim } => {

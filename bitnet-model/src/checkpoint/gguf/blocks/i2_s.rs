@@ -15,3 +15,9 @@ pub(super) fn codes(block: &[u8], codes: &mut [u8]) {
         }
     }
 }
+
+pub(super) fn pack(codes: &[u8], block: &mut [u8]) {
+    for (j, byte) in block.iter_mut().enumerate() {
+        *byte = codes[j] << 6 | codes[32 + j] << 4 | codes[64 + j] << 2 | codes[96 + j];
+    }
+}

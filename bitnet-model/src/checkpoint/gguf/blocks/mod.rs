@@ -49,7 +49,8 @@ impl BlockType {
         Self::ALL.into_iter().find(|block| block.number() == number)
     }
 
-    const fn number(self) -> u32 {
+    /// The number of the type.
+    pub const fn number(self) -> u32 {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,
@@ -123,13 +124,41 @@ impl BlockType {
         }
     }
 
-    /// The scale that stands in a ternary block, if every block has one.
-    pub fn scale(self, block: &[u8]) -> Option<f32> {
+    /// Where a ternary block has its scale, an f16, if every block has one.
+    const fn scale_at(self) -> Option<usize> {
         match self {
-            Self::Tq1_0 => Some(half(block, tq1_0::SCALE)),
-            Self::Tq2_0 => Some(half(block, tq2_0::SCALE)),
+            Self::Tq1_0 => Some(tq1_0::SCALE),
+            Self::Tq2_0 => Some(tq2_0::SCALE),
             _ => None,
         }
+    }
+
+    /// The scale that stands in a ternary block, if every block has one.
+    pub fn scale(self, block: &[u8]) -> Option<f32> {
+        self.scale_at().map(|at| half(block, at))
+    }
+
+    /// Packs the codes of a ternary block.
+    ///
+    /// # Errors
+    /// A scale that the block cannot hold.
+    pub fn pack(self, codes: &[u8], scale: f32, block: &mut [u8]) -> Result<(), String> {
+        match self {
+            Self::I2S => i2_s::pack(codes, block),
+            Self::Tq1_0 => tq1_0::pack(codes, &mut block[..tq1_0::SCALE]),
+            Self::Tq2_0 => tq2_0::pack(codes, &mut block[..tq2_0::SCALE]),
+            _ => unreachable!("{} has no codes", self.name()),
+        }
+        let Some(at) = self.scale_at() else { return Ok(()) };
+        let half = f16::from_f32(scale);
+        if !half.is_normal() {
+            return Err(format!(
+                "has the scale {scale}, which the f16 of {} cannot hold",
+                self.name()
+            ));
+        }
+        block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        Ok(())
     }
 
     /// The weights of a block of a few bits.
@@ -152,6 +181,20 @@ fn half(block: &[u8], at: usize) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn packed_codes_come_back() {
+        for block in BlockType::ALL.into_iter().filter(|block| block.is_ternary()) {
+            let (weights, bytes) = block.block();
+            let codes: Vec<u8> = (0..weights).map(|i| ((i * i + i / 7) % 3) as u8).collect();
+            let (mut packed, mut found) = (vec![0xff; bytes], vec![9; weights]);
+            block.pack(&codes, 0.375, &mut packed).unwrap();
+            block.codes(&packed, &mut found);
+            assert_eq!(found, codes, "{}", block.name());
+            assert!(block.scale(&packed).is_none_or(|scale| scale == 0.375));
+        }
+        assert!(BlockType::Tq2_0.pack(&[1; 256], 1e-9, &mut [0; 66]).is_err());
+    }
 
     #[test]
     fn types_are_found_by_their_numbers() {

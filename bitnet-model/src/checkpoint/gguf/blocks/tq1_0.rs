@@ -23,3 +23,18 @@ pub(super) fn codes(block: &[u8], codes: &mut [u8]) {
         }
     }
 }
+
+/// Rounded up, a byte's fraction lies above the number it stands for by less than its last digit.
+pub(super) fn pack(codes: &[u8], bytes: &mut [u8]) {
+    let (first, rest) = bytes.split_at_mut(32);
+    let (second, third) = rest.split_at_mut(16);
+    for (bytes, codes) in
+        [(first, &codes[..160]), (second, &codes[160..240]), (third, &codes[240..])]
+    {
+        for j in 0..bytes.len() {
+            let digits = codes[j..].iter().step_by(bytes.len()).chain(&[0]).take(5);
+            let number = digits.fold(0, |number, digit| 3 * number + u32::from(*digit));
+            bytes[j] = (number * 256).div_ceil(243) as u8;
+        }
+    }
+}

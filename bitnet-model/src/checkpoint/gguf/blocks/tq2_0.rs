@@ -14,3 +14,11 @@ pub(super) fn codes(block: &[u8], codes: &mut [u8]) {
         }
     }
 }
+
+pub(super) fn pack(codes: &[u8], bytes: &mut [u8]) {
+    for (half, codes) in bytes.chunks_exact_mut(32).zip(codes.chunks_exact(128)) {
+        for (j, byte) in half.iter_mut().enumerate() {
+            *byte = codes[j] | codes[32 + j] << 2 | codes[64 + j] << 4 | codes[96 + j] << 6;
+        }
+    }
+}
