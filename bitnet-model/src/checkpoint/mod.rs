@@ -81,7 +81,7 @@ impl Checkpoint {
 
     /// A checkpoint in the program itself; `name` stands for the path in errors.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        Self::from_sources(name.into(), vec![(name.into(), Source::Static(bytes))])
+        Self::from_sources(name.into(), vec![(name.into(), Source::Memory(bytes.into()))])
     }
 
     fn from_sources(origin: PathBuf, shards: Vec<(PathBuf, Source)>) -> Result<Self> {

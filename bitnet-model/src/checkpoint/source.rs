@@ -3,7 +3,7 @@
 //! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error,
 //! where a map gives SIGBUS, and the pages of a tensor already read do not stay in the process.
 
-use std::{fs::File, io, path::Path};
+use std::{borrow::Cow, fs::File, io, path::Path};
 
 use super::{generated::Generated, gguf::View};
 use crate::error::{Error, Result};
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(super) enum Source {
     File { file: File, len: u64 },
-    Static(&'static [u8]),
+    Memory(Cow<'static, [u8]>),
     Generated(Generated),
     Gguf(View),
 }
@@ -33,7 +33,7 @@ impl Source {
     pub fn len(&self) -> u64 {
         match self {
             Self::File { len, .. } => *len,
-            Self::Static(bytes) => bytes.len() as u64,
+            Self::Memory(bytes) => bytes.len() as u64,
             Self::Generated(file) => file.len(),
             Self::Gguf(view) => view.len(),
         }
@@ -48,7 +48,7 @@ impl Source {
             }
             #[cfg(windows)]
             Self::File { file, .. } => seek_read_exact(file, buffer, offset),
-            Self::Static(bytes) => {
+            Self::Memory(bytes) => {
                 let found = usize::try_from(offset)
                     .ok()
                     .and_then(|start| bytes.get(start..)?.get(..buffer.len()))

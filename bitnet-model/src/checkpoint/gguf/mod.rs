@@ -19,6 +19,7 @@ mod vocabulary;
 mod writer;
 
 use std::{
+    borrow::Cow,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -66,9 +67,12 @@ impl Gguf {
         Self::from_source(path, Source::open(path)?)
     }
 
-    /// As [`open`](Self::open), of a file in the program; `name` stands for its path in errors.
-    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        Self::from_source(Path::new(name), Source::Static(bytes))
+    /// As [`open`](Self::open), of a file in memory; `name` stands for its path in errors.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        Self::from_source(Path::new(name), Source::Memory(bytes.into()))
     }
 
     fn from_source(path: &Path, source: Source) -> Result<Self> {
