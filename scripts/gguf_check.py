@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Compare what `bitnet` reads of GGUF files with what llama.cpp's own Python package reads and writes.
+"""Compare what `bitnet` reads and writes of GGUF files with what llama.cpp's own Python package reads and writes.
 
     scripts/gguf_check.py BITNET [--tokenizer FOLDER]
 
 Files are written by the PyPI package `gguf`, ternary and few-bit blocks by its quantizers (I2_S, which it does not know, by
 the definition), from the model inside the program and from a Llama of tests/fixtures.  The same weights as `gguf.quants`
 dequantizes them go into a folder in the Hub's layout, and the logits of both must have the same bits.  Codes are compared
-through `bitnet convert`, token ids through `bitnet tokenize`.  FOLDER is a Hub folder with a tokenizer.json of Llama 3's kind,
+through `bitnet convert`, token ids through `bitnet tokenize`.  What `bitnet convert` writes is read by the package and compared
+with the model it was made of, vocabulary included.  FOLDER is a Hub folder with a tokenizer.json of Llama 3's kind,
 such as that of microsoft/bitnet-b1.58-2B-4T, whose vocabulary is then written and read as well.
 
 Needs Python 3.11 and, the first time, PyPI: packages go into a virtual environment outside the repository, $GGUF_VENV or
@@ -248,6 +249,41 @@ def check_codes(program, file, scratch):
     return count
 
 
+def check_written(program, folder, scratch):
+    """The file that `bitnet convert` makes of the model in `folder`, as the package reads it."""
+    tensors = read_safetensors(folder / "model.safetensors")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    for form, type in (("tq1_0", Type.TQ1_0), ("tq2_0", Type.TQ2_0)):
+        file = scratch / f"written_{form}.gguf"
+        program.run("convert", folder, file, "--to", form, "--quiet")
+        reader = gguf.GGUFReader(file)
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        expected = [name for name in tensors if not name.endswith("_scale")]
+        assert sorted(map(tensor_name, expected)) == sorted(stored)
+        for name in expected:
+            tensor = stored[tensor_name(name)]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            if tensors[name].dtype == np.uint8:
+                assert tensor.tensor_type == type
+                weights = unpack(tensors[name]) * np.float32(tensors[f"{name}_scale"][0])
+                assert np.array_equal(gguf.quants.quantize(weights, type), tensor.data), name
+            else:
+                weights = tensors[name].astype(np.float32)
+            assert np.array_equal(values.reshape(weights.shape), weights), name
+        field = lambda key: reader.fields[key].contents()
+        tokens = {id: token for token, id in tokenizer["model"]["vocab"].items()}
+        tokens |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+        assert field("tokenizer.ggml.tokens") == [tokens[id] for id in range(len(tokens))]
+        assert [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")] == [
+            tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in tokenizer["model"]["merges"]]
+        arch = field("general.architecture")
+        assert arch == "bitnet-b1.58" and field("tokenizer.ggml.add_bos_token") is True
+        assert field(f"{arch}.embedding_length") == config["hidden_size"]
+        assert field(f"{arch}.attention.layer_norm_rms_epsilon") == np.float32(config["rms_norm_eps"])
+        print(f"written {form}: {len(stored)} tensors equal, blocks byte for byte")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bitnet", help="the program")
@@ -286,6 +322,7 @@ def main():
         llama_config = json.loads((llama / "config.json").read_text())
         compare("llama I2_S", "llama", llama_config, shards, I2_S)
 
+        check_written(program, default, scratch)
         if args.tokenizer:
             # The vocabulary is larger than this model's embedding: its ids are compared, nothing is run.
             size = len(json.loads((args.tokenizer / "tokenizer.json").read_text())["model"]["vocab"]) + 256
