@@ -1,5 +1,7 @@
 //! GGUF files: what is read of them is what the same model has in the Hub's layout, bit for bit.
 
+#![allow(clippy::unwrap_used)]
+
 mod gguf_hostile;
 mod gguf_text;
 mod support {

@@ -60,7 +60,8 @@ fn a_file_writes_the_text_of_the_model_it_was_made_of() {
     let perplexity = |model: &str| {
         let story = dir.path().join("story");
         fs::write(&story, "Once upon a time there was a cat. The cat was happy.").unwrap();
-        stdout(&["perplexity", "-m", model, str(&story), "-q"])
+        let report = json(&["perplexity", "-m", model, str(&story), "--json", "-q"]);
+        report["perplexity"].as_f64().unwrap()
     };
     assert_eq!(perplexity(str(&file)), perplexity("default"));
 }
