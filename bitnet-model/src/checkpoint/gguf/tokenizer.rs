@@ -167,15 +167,15 @@ impl Vocabulary<'_> {
         }
         let merges = merges(&self.tokens, &scores).map_err(|e| self.metadata.error(TOKENS, e))?;
         let has_space = self.metadata.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-        let mut normalizers = vec![json!({"type": "Prepend", "prepend": "▁"})];
-        normalizers.retain(|_| has_space);
-        normalizers.push(json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}));
+        let mut normalizers =
+            vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
             json!({"type": "ByteFallback"}),
             json!({"type": "Fuse"}),
         ];
         if has_space {
+            normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
         let unknown = self.token_of("unknown")?.or_else(|| {

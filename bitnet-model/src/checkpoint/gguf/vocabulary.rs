@@ -70,18 +70,27 @@ pub(super) fn write(writer: &mut Writer, files: &TextFiles, config: &Config) -> 
 
 /// How words are found, by llama.cpp's name for it.
 fn pre(tokenizer: &Value) -> Result<&'static str, String> {
+    if !tokenizer["normalizer"].is_null() {
+        return Err("its normalizer has no place in a GGUF file".into());
+    }
     let pre = &tokenizer["pre_tokenizer"];
-    let takes_whole_words = tokenizer["model"]["ignore_merges"] == true;
-    let pattern = pre["pretokenizers"][0]["pattern"]["Regex"].as_str();
-    match (pre["type"].as_str(), pattern, takes_whole_words) {
-        (Some("Sequence"), Some(LLAMA_3), true) => Ok("llama-bpe"),
-        (Some("Sequence"), Some(LLAMA_3), false) => Ok("smaug-bpe"),
-        (Some("Sequence"), Some(QWEN_2), false) => Ok("qwen2"),
-        (Some("ByteLevel"), None, false)
-            if pre["use_regex"] != false && pre["add_prefix_space"] == false =>
-        {
-            Ok("gpt-2")
+    let is_byte_level = |step: &Value, has_pattern: bool| {
+        let takes_text_as_it_is = step["add_prefix_space"] == false;
+        let has_its_own = step["use_regex"] != false; // the default
+        step["type"] == "ByteLevel" && takes_text_as_it_is && has_its_own != has_pattern
+    };
+    let pattern = match pre["pretokenizers"].as_array().map(Vec::as_slice) {
+        Some([split, bytes]) if is_byte_level(bytes, true) && split["behavior"] == "Isolated" => {
+            split["pattern"]["Regex"].as_str().filter(|_| split["invert"] != true)
         }
+        _ => None,
+    };
+    let takes_whole_words = tokenizer["model"]["ignore_merges"] == true;
+    match (pattern, takes_whole_words) {
+        (Some(LLAMA_3), true) => Ok("llama-bpe"),
+        (Some(LLAMA_3), false) => Ok("smaug-bpe"),
+        (Some(QWEN_2), false) => Ok("qwen2"),
+        (None, false) if is_byte_level(pre, false) => Ok("gpt-2"),
         _ => Err(format!(
             "its pre_tokenizer is none that GGUF has a name for: {}",
             pre.to_string().chars().take(200).collect::<String>()
@@ -140,4 +149,52 @@ fn chat_template(config: &Value) -> Option<&str> {
         named?["template"].as_str()
     };
     template.as_str().or_else(default)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn ways_to_cut_words_are_named_or_refused() {
+        let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
+        let split = |pattern: &str| {
+            json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+                byte_level(false),
+            ]})
+        };
+        let named = |pre_tokenizer: Value, ignore_merges: bool| {
+            pre(&json!({"pre_tokenizer": pre_tokenizer, "model": {"ignore_merges": ignore_merges}}))
+        };
+        assert_eq!(named(split(LLAMA_3), true), Ok("llama-bpe"));
+        assert_eq!(named(split(LLAMA_3), false), Ok("smaug-bpe"));
+        assert_eq!(named(split(QWEN_2), false), Ok("qwen2"));
+        assert_eq!(named(byte_level(true), false), Ok("gpt-2"));
+        for (pre_tokenizer, ignore_merges) in [
+            (byte_level(false), false),
+            (byte_level(true), true),
+            (split("."), false),
+            (json!({"type": "ByteLevel", "add_prefix_space": true}), false),
+            (json!(null), false),
+        ] {
+            let error = named(pre_tokenizer, ignore_merges).unwrap_err();
+            assert!(error.contains("pre_tokenizer"), "{error}");
+        }
+        let normalized = json!({"normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level(true)});
+        assert!(pre(&normalized).unwrap_err().contains("normalizer"));
+    }
+
+    #[test]
+    fn rows_without_a_token_get_a_name() {
+        let tokenizer = json!({"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [
+            {"id": 3, "content": "<s>", "special": true}, {"id": 4, "content": "<t>", "special": false},
+        ]});
+        let (tokens, kinds) = tokens(&tokenizer, 6).unwrap();
+        assert_eq!(tokens, ["a", "[PAD1]", "b", "<s>", "<t>", "[PAD5]"]);
+        assert_eq!(kinds, [1, 5, 1, 3, 4, 5]);
+        assert!(super::tokens(&tokenizer, 4).unwrap_err().contains("token 4 has no row"));
+    }
 }
