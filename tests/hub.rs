@@ -406,6 +406,29 @@ fn a_repository_without_a_model_says_what_it_has() {
 }
 
 #[test]
+fn a_gguf_file_is_all_of_a_model() {
+    let it = Fixture::new();
+    let files = |names: &[&str]| {
+        names.iter().map(|name| (name.to_string(), name.as_bytes().to_vec())).collect()
+    };
+    it.server.commit("main", COMMIT, files(&["README.md", "config.json", "a.gguf"]));
+    let found = it.hub().resolve(REPO).unwrap();
+    assert_eq!(found.weights, [it.snapshot().join("a.gguf")]);
+    assert_eq!(fs::read(&found.weights[0]).unwrap(), b"a.gguf");
+    assert!(!it.snapshot().join("config.json").exists());
+    assert_eq!(it.hub().offline(true).resolve(REPO).unwrap(), found);
+
+    it.server.commit("main", NEXT, files(&["a.gguf", "b.gguf", "part/c.gguf"]));
+    assert_says(it.hub().resolve(REPO), &["2 GGUF files", "`a.gguf`, `b.gguf`"]);
+    for name in ["b.gguf", "part/c.gguf"] {
+        let one = it.hub().resolve(&format!("{REPO}/{name}")).unwrap();
+        assert!(one.weights[0].ends_with(name));
+        assert_eq!(fs::read(&one.weights[0]).unwrap(), name.as_bytes());
+    }
+    assert_says(it.hub().resolve(&format!("{REPO}/d.gguf")), &[REPO, "none of the 3 files"]);
+}
+
+#[test]
 fn folders_and_files_need_no_hub() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
@@ -415,9 +438,16 @@ fn folders_and_files_need_no_hub() {
         resolve(root),
         &[root.to_str().unwrap(), "no `config.json` and no `model.safetensors`"],
     );
-    fs::write(root.join("model-q.gguf"), "").unwrap();
-    assert_says(resolve(root), &["only `model-q.gguf`"]);
-    assert_says(resolve(&root.join("model-q.gguf")), &["no model", "`.safetensors` file"]);
+    fs::write(root.join("model-q.bin"), "").unwrap();
+    assert_says(resolve(root), &["only `model-q.bin`"]);
+    assert_says(resolve(&root.join("model-q.bin")), &["no model", "`.gguf` file"]);
+    let file = root.join("model-q.gguf");
+    fs::write(&file, "").unwrap();
+    for source in [root, &file] {
+        assert_eq!(resolve(source).unwrap().weights, [file.as_path()]);
+    }
+    fs::write(root.join("model-r.gguf"), "").unwrap();
+    assert_says(resolve(root), &["2 GGUF files", "`model-q.gguf`, `model-r.gguf`"]);
     fs::write(root.join("mine.safetensors"), "").unwrap();
     assert_says(resolve(&root.join("mine.safetensors")), &["no `config.json`"]);
     fs::write(root.join("config.json"), "{}").unwrap();

@@ -80,11 +80,17 @@ pub fn copy_beside(source: &Source, folder: &Path) -> anyhow::Result<()> {
         Origin::Embedded => {
             let weights = ["config.json", "model.safetensors"];
             for (name, data) in default_files().iter().filter(|(name, _)| !weights.contains(name)) {
-                let path = folder.join(name);
-                fs::write(&path, data).with_context(|| path.display().to_string())?;
+                write(&folder.join(name), data)?;
             }
         }
         Origin::Synthetic => {}
+        Origin::Gguf(gguf) => {
+            for (name, data) in gguf.tokenizer_files()?.into_iter().flatten() {
+                write(&folder.join(name), &data)?;
+            }
+            let json = format!("{:#}\n", source.generation.to_json());
+            write(&folder.join("generation_config.json"), json.as_bytes())?;
+        }
         Origin::Files(files) => {
             for path in files.companions() {
                 copy(path, folder)?;
@@ -99,9 +105,8 @@ pub fn copy_config(source: &Source, folder: &Path) -> anyhow::Result<()> {
     match &source.origin {
         Origin::Files(files) => copy(&files.config, folder),
         _ => {
-            let path = folder.join("config.json");
             let json = format!("{:#}\n", source.config.to_json());
-            fs::write(&path, json).with_context(|| path.display().to_string())
+            write(&folder.join("config.json"), json.as_bytes())
         }
     }
 }
@@ -110,7 +115,11 @@ fn copy(path: &Path, folder: &Path) -> anyhow::Result<()> {
     let name = path.file_name().unwrap_or_default();
     // Not `copy`, which would take over the permissions of a read-only source.
     let data = fs::read(path).with_context(|| path.display().to_string())?;
-    fs::write(folder.join(name), data).with_context(|| path.display().to_string())
+    write(&folder.join(name), &data)
+}
+
+fn write(path: &Path, data: &[u8]) -> anyhow::Result<()> {
+    fs::write(path, data).with_context(|| path.display().to_string())
 }
 
 /// Brings `folder` to `output`; a model that is there goes when the new one stands.

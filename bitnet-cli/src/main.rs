@@ -6,6 +6,7 @@ mod commands;
 mod continuation;
 mod damage;
 mod folder;
+mod gguf;
 mod interrupt;
 mod model;
 mod openai;

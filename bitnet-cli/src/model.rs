@@ -18,7 +18,7 @@ use crate::args::Global;
 /// Options that name a model.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Hub repo id (org/name), folder, .safetensors file, `default` for the model inside this program, or
+    /// Hub repo id (org/name), folder, .safetensors or .gguf file, `default` for the model inside this program, or
     /// random weights of a known geometry, for measuring: synthetic:2b-4t, synthetic:llama3-8b,
     /// synthetic:falcon3-10b
     #[arg(long, short, value_name = "MODEL", default_value = DEFAULT)]

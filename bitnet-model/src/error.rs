@@ -13,7 +13,8 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// A field of `config.json` or `generation_config.json` is missing, unknown or contradictory.
+    /// A field of `config.json` or `generation_config.json`, or a key of a GGUF file's metadata, is missing, unknown or
+    /// contradictory.
     #[error("{}: `{field}`: {reason}", path.display())]
     Config {
         /// The configuration file.

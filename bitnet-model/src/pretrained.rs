@@ -11,7 +11,10 @@ use candle_core::{DType, Device};
 use crate::{
     Error, Result,
     calibration::fastest_format,
-    checkpoint::{Checkpoint, Dtype, StoredRows},
+    checkpoint::{
+        Checkpoint, Dtype, StoredRows,
+        gguf::{Gguf, TextFiles, TokenizerFiles},
+    },
     config::{Config, GenerationConfig},
     head_weights::HeadWeights,
     hub::{Hub, ModelFiles},
@@ -62,8 +65,10 @@ pub enum Origin {
     Embedded,
     /// Nowhere: random weights are made as they are read ([`synthetic`]).
     Synthetic,
-    /// On disk.
+    /// On disk, in the Hub's layout.
     Files(Box<ModelFiles>),
+    /// On disk, all in one file.
+    Gguf(Box<Gguf>),
 }
 
 /// What [`Source::load`] makes a model of, read and checked as far as that goes without the weights.
@@ -142,8 +147,8 @@ pub fn default_files() -> [(&'static str, &'static [u8]); 5] {
 }
 
 impl Source {
-    /// Finds `source` (a Hub repo id, a folder, a `.safetensors` file, [`DEFAULT`], or `synthetic:`
-    /// and one of [`synthetic::names`]) through `hub` and checks configuration and tensors against
+    /// Finds `source` (a Hub repo id, a folder, a `.safetensors` or `.gguf` file, [`DEFAULT`],
+    /// or `synthetic:` and one of [`synthetic::names`]) through `hub` and checks configuration and tensors against
     /// each other.
     ///
     /// # Errors
@@ -188,7 +193,25 @@ impl Source {
         })
     }
 
+    fn from_gguf(name: String, file: &Path) -> Result<Self> {
+        let gguf = Gguf::open(file)?;
+        Ok(Self {
+            name,
+            config: gguf.config().clone(),
+            generation: gguf.generation()?,
+            checkpoint: Arc::new(gguf.checkpoint()?),
+            origin: Origin::Gguf(Box::new(gguf)),
+            lm_head: HeadPrecision::Exact,
+            tile_format: None,
+        })
+    }
+
     fn from_files(files: ModelFiles) -> Result<Self> {
+        if let [file] = &files.weights[..]
+            && Gguf::is_named_so(file)
+        {
+            return Self::from_gguf(files.source.clone(), file);
+        }
         let config = Config::from_file(&files.config)?;
         let generation = match &files.generation_config {
             Some(path) => GenerationConfig::from_file(path)?,
@@ -246,6 +269,7 @@ impl Source {
             Origin::Embedded => "embedded model/config.json".into(),
             Origin::Synthetic => format!("{}/config.json", self.name).into(),
             Origin::Files(files) => files.config.clone(),
+            Origin::Gguf(gguf) => gguf.path().into(),
         }
     }
 
@@ -255,6 +279,7 @@ impl Source {
             Origin::Embedded => true,
             Origin::Synthetic => false,
             Origin::Files(files) => files.tokenizer.is_some(),
+            Origin::Gguf(gguf) => gguf.has_tokenizer(),
         }
     }
 
@@ -266,6 +291,9 @@ impl Source {
                 return Tokenizer::from_bytes(embedded::TOKENIZER, config, None).map(Some);
             }
             Origin::Synthetic => return Ok(None),
+            Origin::Gguf(gguf) => {
+                return gguf.tokenizer_files()?.map(|f| from_gguf(gguf, &f)).transpose();
+            }
             Origin::Files(files) => files,
         };
         let Some(tokenizer) = &files.tokenizer else { return Ok(None) };
@@ -276,6 +304,43 @@ impl Source {
             files.chat_template.as_deref(),
         )?;
         Ok(Some(tokenizer))
+    }
+
+    /// The contents of the tokenizer's files, if there is one: for another form of the model.
+    ///
+    /// # Errors
+    /// Files that cannot be read or are no JSON.
+    pub fn text_files(&self) -> Result<Option<TextFiles>> {
+        let read = |path: &Option<PathBuf>| match path {
+            Some(path) => std::fs::read(path).map(Some).map_err(Error::io(path)),
+            None => Ok(None),
+        };
+        let (tokenizer, config, template) = match &self.origin {
+            Origin::Synthetic => return Ok(None),
+            Origin::Embedded => {
+                let config = embedded::TOKENIZER_CONFIG.to_vec();
+                (Some(embedded::TOKENIZER.to_vec()), Some(config), None)
+            }
+            Origin::Gguf(gguf) => match gguf.tokenizer_files()? {
+                Some([(_, tokenizer), (_, config)]) => (Some(tokenizer), Some(config), None),
+                None => return Ok(None),
+            },
+            Origin::Files(files) => (
+                read(&files.tokenizer)?,
+                read(&files.tokenizer_config)?,
+                read(&files.chat_template)?,
+            ),
+        };
+        let Some(tokenizer) = tokenizer else { return Ok(None) };
+        let json = |file: &str, bytes: &[u8]| {
+            let refuse = |e| Error::Tokenizer(format!("{}: {file}: {e}", self.name));
+            serde_json::from_slice(bytes).map_err(refuse)
+        };
+        Ok(Some(TextFiles {
+            tokenizer: json("tokenizer.json", &tokenizer)?,
+            config: json("tokenizer_config.json", &config.unwrap_or_else(|| b"null".to_vec()))?,
+            template: template.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+        }))
     }
 
     /// Loads the weights for inference: packed codes stay packed, latent ones are packed one matrix at
@@ -376,9 +441,19 @@ impl Source {
     }
 }
 
+fn from_gguf(gguf: &Gguf, files: &TokenizerFiles) -> Result<Tokenizer> {
+    let [(_, tokenizer), (_, config)] = files;
+    Tokenizer::from_bytes(tokenizer, Some(config), None).map_err(|error| match error {
+        Error::Tokenizer(reason) => {
+            Error::Tokenizer(format!("{}: {reason}", gguf.path().display()))
+        }
+        other => other,
+    })
+}
+
 impl Pretrained {
-    /// Opens and loads `source`: a Hub repo id, a folder, a `.safetensors` file, [`DEFAULT`], or a
-    /// [`synthetic`] model.
+    /// Opens and loads `source`: a Hub repo id, a folder, a `.safetensors` or `.gguf` file, [`DEFAULT`],
+    /// or a [`synthetic`] model.
     ///
     /// # Errors
     /// As [`Source::open`], and damaged weights or tokenizer files.

@@ -40,7 +40,7 @@ impl Start {
         let config = target(&source.config, init.sub_norms, scheme)?;
         let files = match source.origin {
             Origin::Files(files) => Some(*files),
-            Origin::Embedded | Origin::Synthetic => None,
+            Origin::Embedded | Origin::Synthetic | Origin::Gguf(_) => None,
         };
         Ok(Self { checkpoint: source.checkpoint, source: source.config, config, files })
     }

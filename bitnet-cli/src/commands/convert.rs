@@ -1,4 +1,4 @@
-//! `bitnet convert IN OUT --to packed|latent`: a model rewritten in the other form, read back and
+//! `bitnet convert IN OUT --to FORM`: a model rewritten in another form, read back and
 //! compared before it appears.
 
 use std::{
@@ -12,12 +12,14 @@ use bitnet_model::{
     checkpoint::{
         Checkpoint,
         export::{self, Target},
+        gguf::TernaryType,
     },
     config::Config,
     pretrained::{Origin, Precision, Source, default_files},
 };
+use clap::ValueEnum;
 
-use crate::{args::Global, damage, folder, progress};
+use crate::{args::Global, damage, folder, gguf, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
@@ -27,14 +29,17 @@ Falcon3-1.58bit (Llama) look like. A model of 1bitLLM becomes a BitNet.
 latent: bf16 masters, for training, that quantize to the same codes and scales. Masters that are there already are copied \
 as they are. A packed Llama without input norms gets a plain configuration, so run the result with --ternarize.
 
+i2_s, tq1_0, tq2_0: one GGUF file with ternary weights of this type, with the vocabulary and the chat template; i2_s is for \
+bitnet.cpp, the others for llama.cpp.
+
 Tokenizer and generation settings are copied. Every ternary matrix is read back and compared before OUT appears: \
 codes must be equal, scales up to the rounding to bf16."
 )]
 pub struct Args {
-    /// Hub repo id (org/name), folder, .safetensors file, or `default`
+    /// Hub repo id (org/name), folder, .safetensors or .gguf file, or `default`
     #[arg(value_name = "IN")]
     input: String,
-    /// Folder to write
+    /// Folder to write, or GGUF file
     #[arg(value_name = "OUT")]
     output: PathBuf,
     /// The form to write
@@ -52,7 +57,7 @@ pub struct Args {
     /// Text on which --i-know measures perplexity before and after
     #[arg(long, value_name = "FILE", requires = "i_know")]
     text: Option<PathBuf>,
-    /// Replace OUT if it is a model's folder
+    /// Replace OUT if it is a model's folder, or a GGUF file
     #[arg(long)]
     force: bool,
     /// Print folder, forms and sizes in bytes as JSON
@@ -67,18 +72,49 @@ const UNTRAINED: &str = "has no quantization_config, so these are full-precision
     --i-know --text FILE to round them all the same and measure what is left on a text";
 
 /// What `--to` takes.
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 enum Form {
     /// 2-bit codes
     Packed,
     /// Float masters
     Latent,
+    /// GGUF with I2_S
+    #[value(name = "i2_s")]
+    I2S,
+    /// GGUF with TQ1_0
+    #[value(name = "tq1_0")]
+    Tq1_0,
+    /// GGUF with TQ2_0
+    #[value(name = "tq2_0")]
+    Tq2_0,
+}
+
+/// What a form is written as.
+enum Plan {
+    Folder(Target),
+    Gguf(TernaryType),
+}
+
+impl Form {
+    fn plan(self) -> Plan {
+        match self {
+            Self::Packed => Plan::Folder(Target::Packed),
+            Self::Latent => Plan::Folder(Target::Latent),
+            Self::I2S => Plan::Gguf(TernaryType::I2S),
+            Self::Tq1_0 => Plan::Gguf(TernaryType::Tq1_0),
+            Self::Tq2_0 => Plan::Gguf(TernaryType::Tq2_0),
+        }
+    }
 }
 
 /// Writes the folder.
 pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let (parent, name) = folder::place(&args.output)?;
-    folder::check_free(&args.output, args.force)?;
+    let plan = args.to.plan();
+    match plan {
+        Plan::Folder(_) => folder::check_free(&args.output, args.force)?,
+        Plan::Gguf(_) => gguf::check_free(&args.output, args.force)?,
+    }
     let precision = match args.ternarize || args.i_know {
         true => Precision::Ternarize,
         false => Precision::AsFound,
@@ -99,15 +135,16 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let target = match args.to {
-        Form::Packed => Target::Packed,
-        Form::Latent => Target::Latent,
+    let (tensors, written) = match plan {
+        Plan::Gguf(ternary) => gguf::convert(&source, ternary, &args.output, global)?,
+        Plan::Folder(target) => {
+            let folder = folder::temporary(&parent, &name)?;
+            let tensors = write(&source, folder.path(), target, global)?;
+            let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
+            folder::publish(folder, &args.output)?;
+            (tensors, written)
+        }
     };
-
-    let folder = folder::temporary(&parent, &name)?;
-    let tensors = write(&source, folder.path(), target, global)?;
-    let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
-    folder::publish(folder, &args.output)?;
 
     let read: u64 = match &source.origin {
         Origin::Embedded => default_files()
@@ -117,13 +154,14 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
             .sum(),
         Origin::Synthetic => 0,
         Origin::Files(files) => sizes(&files.weights)?,
+        Origin::Gguf(gguf) => sizes(&[gguf.path().into()])?,
     };
     let damage = match before {
         Some((text, before)) => {
             let path = args.output.display().to_string();
             let after = match args.to {
-                Form::Packed => Precision::AsConfigured,
                 Form::Latent => Precision::Ternarize, // a Llama's masters have a plain configuration
+                _ => Precision::AsConfigured,
             };
             let after = Source::open(&path, after, &hub)?;
             Some((before, damage::perplexity(&after, text)?))
@@ -132,12 +170,14 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     };
     let out = &mut io::stdout().lock();
     if args.json {
-        let form = match args.to {
-            Form::Packed => "packed",
-            Form::Latent => "latent",
+        let form = args.to.to_possible_value();
+        let form = form.as_ref().map_or("", |form| form.get_name());
+        let place = match plan {
+            Plan::Folder(_) => "folder",
+            Plan::Gguf(_) => "file",
         };
         let mut summary = serde_json::json!({
-            "folder": args.output.display().to_string(), "form": form, "tensors": tensors,
+            place: args.output.display().to_string(), "form": form, "tensors": tensors,
             "bytes_read": read, "bytes_written": written,
         });
         if let Some((before, after)) = damage {

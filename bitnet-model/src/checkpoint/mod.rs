@@ -1,5 +1,5 @@
 //! Checkpoints on disk: [safetensors](https://huggingface.co/docs/safetensors) files, one or many
-//! shards.
+//! shards, and [`gguf`] files.
 //!
 //! [`Checkpoint`] validates every header once and then hands out one tensor at a time, so that a
 //! model is never in memory twice. [`SafetensorsWriter`] is its mirror. What the tensors mean is
@@ -9,6 +9,7 @@ mod backend;
 pub mod difference;
 pub mod export;
 mod generated;
+pub mod gguf;
 mod header;
 mod rows;
 mod source;
@@ -81,13 +82,17 @@ impl Checkpoint {
 
     /// A checkpoint in the program itself; `name` stands for the path in errors.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        Self::from_sources(name.into(), vec![(name.into(), Source::Static(bytes))])
+        Self::from_sources(name.into(), vec![(name.into(), Source::Memory(bytes.into()))])
     }
 
     fn from_sources(origin: PathBuf, shards: Vec<(PathBuf, Source)>) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (index, (path, source)) in shards.iter().enumerate() {
-            for (name, entry) in header::read(path, source)? {
+            let entries = match source {
+                Source::Gguf(view) => view.entries().to_vec(),
+                _ => header::read(path, source)?,
+            };
+            for (name, entry) in entries {
                 match tensors.entry(name) {
                     btree_map::Entry::Vacant(slot) => slot.insert((index, entry)),
                     btree_map::Entry::Occupied(slot) => {

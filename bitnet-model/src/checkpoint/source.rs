@@ -1,18 +1,19 @@
-//! Bytes at a position: of a file, of a model built into the program, or made up as they are read.
+//! Bytes at a position: of a file, of a model built into the program, made up as they are read, or translated from GGUF.
 //!
 //! Positioned reads instead of a memory map: a file that shrinks while it is open gives an error,
 //! where a map gives SIGBUS, and the pages of a tensor already read do not stay in the process.
 
-use std::{fs::File, io, path::Path};
+use std::{borrow::Cow, fs::File, io, path::Path};
 
-use super::generated::Generated;
+use super::{generated::Generated, gguf::View};
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
 pub(super) enum Source {
     File { file: File, len: u64 },
-    Static(&'static [u8]),
+    Memory(Cow<'static, [u8]>),
     Generated(Generated),
+    Gguf(View),
 }
 
 impl Source {
@@ -32,8 +33,9 @@ impl Source {
     pub fn len(&self) -> u64 {
         match self {
             Self::File { len, .. } => *len,
-            Self::Static(bytes) => bytes.len() as u64,
+            Self::Memory(bytes) => bytes.len() as u64,
             Self::Generated(file) => file.len(),
+            Self::Gguf(view) => view.len(),
         }
     }
 
@@ -46,7 +48,7 @@ impl Source {
             }
             #[cfg(windows)]
             Self::File { file, .. } => seek_read_exact(file, buffer, offset),
-            Self::Static(bytes) => {
+            Self::Memory(bytes) => {
                 let found = usize::try_from(offset)
                     .ok()
                     .and_then(|start| bytes.get(start..)?.get(..buffer.len()))
@@ -55,6 +57,7 @@ impl Source {
                 Ok(())
             }
             Self::Generated(file) => file.read_exact_at(buffer, offset),
+            Self::Gguf(view) => view.read_exact_at(buffer, offset),
         }
     }
 }

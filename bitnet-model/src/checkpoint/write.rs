@@ -176,13 +176,13 @@ pub fn write_atomic(path: &Path, data: &[u8]) -> Result<()> {
 
 /// A temporary file beside `path` that becomes it on `commit` and vanishes when dropped before.
 #[derive(Debug)]
-struct AtomicFile {
+pub(super) struct AtomicFile {
     path: PathBuf,
     temporary: NamedTempFile,
 }
 
 impl AtomicFile {
-    fn create(path: &Path) -> Result<Self> {
+    pub fn create(path: &Path) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".").suffix(".tmp");
         // Temporary files are private by default; this one ends as an ordinary file, subject to the
@@ -193,7 +193,7 @@ impl AtomicFile {
         Ok(Self { path: path.into(), temporary })
     }
 
-    fn write(&mut self, data: &[u8]) -> Result<()> {
+    pub fn write(&mut self, data: &[u8]) -> Result<()> {
         self.temporary.write_all(data).map_err(Error::io(&self.path))
     }
 
@@ -202,7 +202,7 @@ impl AtomicFile {
         self.write(data)
     }
 
-    fn commit(self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
         let Self { path, temporary } = self;
         let persist = || -> io::Result<()> {
             temporary.as_file().sync_all()?;

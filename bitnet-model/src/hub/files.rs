@@ -33,7 +33,7 @@ pub struct ModelFiles {
     pub source: String,
     /// The folder that holds the files.
     pub root: PathBuf,
-    /// `config.json`.
+    /// `config.json`; a GGUF file is its own.
     pub config: PathBuf,
     /// `generation_config.json`.
     pub generation_config: Option<PathBuf>,
@@ -45,21 +45,23 @@ pub struct ModelFiles {
     pub special_tokens_map: Option<PathBuf>,
     /// `chat_template.jinja`.
     pub chat_template: Option<PathBuf>,
-    /// `model.safetensors`, or the shards that `model.safetensors.index.json` names: sorted, each once.
+    /// `model.safetensors`, the shards that `model.safetensors.index.json` names, sorted, each once, or one GGUF file.
     pub weights: Vec<PathBuf>,
 }
 
 impl ModelFiles {
-    /// The model in the folder `path`, or the one whose weights are the `.safetensors` file `path` and whose other files
-    /// lie beside it.
+    /// The model in the folder `path`, the one that is the `.gguf` file `path`, or the one whose weights are the
+    /// `.safetensors` file `path` and whose other files lie beside it.
     pub fn from_path(path: &Path) -> Result<Self> {
         let source = path.display().to_string();
         if path.is_dir() {
             return Self::from_folder(path, &source);
         }
+        if is_gguf(&source) {
+            return Ok(Self::of_gguf(&source, path));
+        }
         if path.extension().is_none_or(|extension| extension != "safetensors") {
-            let reason =
-                "this is no model: give a folder, a `.safetensors` file or a repository id";
+            let reason = "this is no model: give a folder, a `.safetensors` or `.gguf` file or a repository id";
             return Err(hub_error(&source, reason));
         }
         let root = match path.parent() {
@@ -106,6 +108,9 @@ impl ModelFiles {
         names.sort();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let required = required(&names).map_err(|reason| hub_error(source, reason))?;
+        if is_gguf(required) {
+            return Ok(Self::of_gguf(source, &root.join(required)));
+        }
         if required == WEIGHTS {
             return Ok(Self::new(source, root, vec![root.join(WEIGHTS)]));
         }
@@ -117,6 +122,21 @@ impl ModelFiles {
             return Err(hub_error(source, reason));
         }
         Ok(Self::new(source, root, shards.iter().map(|shard| root.join(shard)).collect()))
+    }
+
+    /// All is in the one file: what lies beside it may belong to another model.
+    pub(super) fn of_gguf(source: &str, file: &Path) -> Self {
+        Self {
+            source: source.to_string(),
+            root: file.parent().unwrap_or(file).to_path_buf(),
+            config: file.to_path_buf(),
+            generation_config: None,
+            tokenizer: None,
+            tokenizer_config: None,
+            special_tokens_map: None,
+            chat_template: None,
+            weights: vec![file.to_path_buf()],
+        }
     }
 
     fn new(source: &str, root: &Path, weights: Vec<PathBuf>) -> Self {
@@ -135,20 +155,40 @@ impl ModelFiles {
     }
 }
 
-/// The file that holds or names the weights ([`WEIGHTS`] before [`INDEX`], as transformers looks for them), given the names
-/// of all files; or what is missing and which foreign formats are there instead.
-pub(super) fn required(names: &[&str]) -> Result<&'static str, String> {
+/// Whether a file of this name is a whole model.
+pub(super) fn is_gguf(name: &str) -> bool {
+    let extension = Path::new(name).extension();
+    extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// The file that holds or names the weights ([`WEIGHTS`] before [`INDEX`], as transformers looks for them, and then the
+/// one GGUF file), given the names of all files; or what is missing and which foreign formats are there instead.
+pub(super) fn required<'a>(names: &[&'a str]) -> Result<&'a str, String> {
     let weights = [WEIGHTS, INDEX].into_iter().find(|wanted| names.contains(wanted));
     match weights {
         Some(weights) if names.contains(&CONFIG) => return Ok(weights),
         Some(weights) => return Err(format!("has `{weights}` but no `{CONFIG}`")),
         None => {}
     }
+    let is_model = |name: &str| is_gguf(name) && !name.contains('/') && is_below(name);
+    match &names.iter().filter(|name| is_model(name)).collect::<Vec<_>>()[..] {
+        [] => {}
+        [name] => return Ok(name),
+        several => {
+            let names: Vec<_> =
+                several.iter().take(4).map(|n| format!("`{}`", n.escape_debug())).collect();
+            return Err(format!(
+                "has {} GGUF files: name one of them, as {}",
+                several.len(),
+                names.join(", ")
+            ));
+        }
+    }
     let seen: Vec<String> = names
         .iter()
         .filter(|name| {
             let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-            matches!(extension, Some("bin" | "gguf" | "pt" | "pth" | "safetensors"))
+            matches!(extension, Some("bin" | "pt" | "pth" | "safetensors"))
         })
         .take(3)
         .map(|name| format!("`{}`", name.escape_debug()))
@@ -224,9 +264,11 @@ mod tests {
         assert!(
             foreign.contains("only `pytorch_model.bin`") && foreign.contains("safetensors format")
         );
-        assert!(
-            required(&["ggml-model-i2_s.gguf"]).unwrap_err().contains("`ggml-model-i2_s.gguf`")
-        );
+        assert_eq!(required(&["README.md", "ggml-model-i2_s.gguf"]), Ok("ggml-model-i2_s.gguf"));
+        assert_eq!(required(&[CONFIG, WEIGHTS, "a.gguf"]), Ok(WEIGHTS));
+        let several = required(&["a.gguf", "b.gguf"]).unwrap_err();
+        assert!(several.contains("`a.gguf`, `b.gguf`"), "{several}");
+        assert!(required(&["../a.gguf"]).is_err());
     }
 
     #[test]

@@ -152,20 +152,27 @@ impl Hub {
         self
     }
 
-    /// The files of the model that `source` names: a folder or a `.safetensors` file if such a path exists, else a
-    /// repository, which is downloaded unless the cache has it.
+    /// The files of the model that `source` names: a folder, a `.safetensors` or a `.gguf` file if such a path exists, else
+    /// a repository, or one GGUF file of a repository (`org/name/file.gguf`), which is downloaded unless the cache has it.
     pub fn resolve(&self, source: &str) -> Result<ModelFiles> {
         let path = PathBuf::from(source);
         if path.exists() {
             return ModelFiles::from_path(&path);
         }
-        if !is_repo_id(source) {
-            return Err(hub_error(
-                source,
-                "there is no such file or folder, and it is no repository id of the form `org/name`",
-            ));
+        if is_repo_id(source) {
+            return self.download(source);
         }
-        self.download(source)
+        if let Some((repo_id, file)) = gguf_in_repo(source) {
+            let found = self.download_wanted(RepoType::Model, repo_id, &|name| name == file)?;
+            return found.first().map_or_else(
+                || Err(hub_error(source, "there is no such file in the repository")),
+                |path| Ok(ModelFiles::of_gguf(source, path)),
+            );
+        }
+        Err(hub_error(
+            source,
+            "there is no such file or folder, and it is no repository id of the form `org/name`",
+        ))
     }
 
     /// The files of the repository `repo_id` (`org/name`) at this Hub's revision. What the cache lacks is downloaded;
@@ -246,9 +253,11 @@ impl Hub {
             }
             Ok(pointer)
         };
-        fetch(files::CONFIG)?;
-        for file in OPTIONAL_FILES.iter().filter(|file| names.contains(file)) {
-            fetch(file)?;
+        if !files::is_gguf(required) {
+            fetch(files::CONFIG)?;
+            for file in OPTIONAL_FILES.iter().filter(|file| names.contains(file)) {
+                fetch(file)?;
+            }
         }
         let weights = fetch(required)?;
         if required == files::INDEX {
@@ -277,6 +286,14 @@ fn is_repo_id(id: &str) -> bool {
         && id.split_once('/').is_some_and(|(org, name)| part(org) && part(name))
         && !["--", ".."].iter().any(|bad| id.contains(bad))
         && !id.ends_with(".git")
+}
+
+/// Repository and path of `org/name/file.gguf`.
+fn gguf_in_repo(source: &str) -> Option<(&str, &str)> {
+    let (at, _) = source.match_indices('/').nth(1)?;
+    let (repo_id, file) = (&source[..at], &source[at + 1..]);
+    (is_repo_id(repo_id) && files::is_gguf(file) && files::is_below(file))
+        .then_some((repo_id, file))
 }
 
 /// A branch, tag or commit that is also safe as a path below `refs/`.
@@ -309,6 +326,15 @@ mod tests {
             assert!(!is_repo_id(bad), "{bad}");
         }
         assert!(!is_repo_id(&format!("a/{}", "b".repeat(96))));
+    }
+
+    #[test]
+    fn files_of_repositories() {
+        assert_eq!(gguf_in_repo("org/name/a.gguf"), Some(("org/name", "a.gguf")));
+        assert_eq!(gguf_in_repo("org/name/part/a.GGUF"), Some(("org/name", "part/a.GGUF")));
+        for bad in ["org/a.gguf", "org/name/a.bin", "org/name/../a.gguf", "/org/name/a.gguf"] {
+            assert_eq!(gguf_in_repo(bad), None, "{bad}");
+        }
     }
 
     #[test]

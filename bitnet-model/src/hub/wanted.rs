@@ -54,7 +54,7 @@ impl Hub {
     }
 
     /// The same for a repository of any type.
-    fn download_wanted(
+    pub(super) fn download_wanted(
         &self,
         repo_type: RepoType,
         repo_id: &str,

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use bitnet_model::{
+    checkpoint::gguf::Gguf,
     config::Config,
     hub::Hub,
     pretrained::{DEFAULT, Precision, Source},
@@ -51,6 +52,13 @@ pub(super) fn complete(table: &mut Table, dir: &Path) -> Result<(), String> {
         }
         _ => {
             let files = Hub::from_env().resolve(model).map_err(wrong)?;
+            if Gguf::is_named_so(&files.config) {
+                return Err(format!(
+                    "`init.model`: {}: training begins with a model in the Hub's layout; `bitnet convert` makes one of a \
+                     GGUF file with ternary weights",
+                    files.config.display()
+                ));
+            }
             let tokenizer = files
                 .tokenizer
                 .map(|path| std::path::absolute(&path).unwrap_or(path).display().to_string());

@@ -5,7 +5,7 @@ mod adapter;
 use std::{
     collections::BTreeMap,
     io::{self, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Context;
@@ -193,7 +193,7 @@ impl Info {
         let is_ternary = config.quantization.is_some();
         let on_disk: u64 = match source.origin {
             Origin::Synthetic => tensors.iter().map(|tensor| tensor.bytes as u64).sum(),
-            Origin::Embedded | Origin::Files(_) => files.values().sum(),
+            Origin::Embedded | Origin::Files(_) | Origin::Gguf(_) => files.values().sum(),
         };
         Ok(Self {
             model: source.name.clone(),
@@ -201,6 +201,7 @@ impl Info {
                 Origin::Embedded => "inside this program".into(),
                 Origin::Synthetic => "random weights, made in memory".into(),
                 Origin::Files(files) => files.root.display().to_string(),
+                Origin::Gguf(gguf) => gguf.path().display().to_string(),
             },
             family: family(config),
             quantization: config.quantization.map(QuantizationInfo::of),
@@ -429,14 +430,15 @@ fn files(source: &Source) -> anyhow::Result<BTreeMap<String, u64>> {
             return Ok(weights.map(|(name, data)| (name.into(), data.len() as u64)).collect());
         }
         Origin::Synthetic => return Ok(BTreeMap::new()),
-        Origin::Files(files) => files,
+        Origin::Files(files) => files.weights.iter().map(PathBuf::as_path).collect(),
+        Origin::Gguf(gguf) => vec![gguf.path()],
     };
-    let size = |path: &std::path::PathBuf| {
+    let size = |path: &Path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let size = std::fs::metadata(path).with_context(|| path.display().to_string())?.len();
         Ok((name, size))
     };
-    files.weights.iter().map(size).collect()
+    files.into_iter().map(size).collect()
 }
 
 fn tokenizer(source: &Source) -> anyhow::Result<Option<TokenizerInfo>> {
