@@ -146,7 +146,7 @@ ELSEWHERE = [
     ("/v1/chat/completions", "20 000 tools", {**CHAT, "tools": TOOLS}, {400, 200}),
     ("/v1/chat/completions", "no messages", {**CHAT, "messages": []}, {400, 200}),
     ("/v1/chat/completions", "50 000 messages", {**CHAT, "messages": CHAT["messages"] * 50_000}, {400}),
-    ("/v1/embeddings", "5000 inputs", {"input": ["a"] * 5000}, {200}),
+    ("/v1/embeddings", "2048 inputs", {"input": ["a"] * 2048}, {200}),
     ("/v1/responses", "a model's name of 1 MB", {"input": "a", "model": "x" * 1_000_000}, {400}),
     ("/tokenize", "a word of 3 MB", {"prompt": "a" * 3_000_000}, {200, 400}),
     ("/detokenize", "a token that there is not", {"tokens": [4_000_000_000]}, {400}),

@@ -214,6 +214,8 @@ fn a_short_request_does_not_ask_for_very_much() {
     for (path, body, param) in [
         (TEXT, json!({"prompt": vec!["a"; 2000], "n": 128}), "prompt"),
         (TEXT, json!({"prompt": "a", "model": "x".repeat(1000), "stream": true}), "model"),
+        (TEXT, json!({"prompt": "a".repeat(1_000_000)}), "prompt"),
+        ("/v1/embeddings", json!({"input": vec!["a"; 2049]}), "input"),
     ] {
         let refused = server.post(path, &body);
         assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(param)));
@@ -293,6 +295,8 @@ fn adapters_come_and_go() {
     assert_eq!(models["data"][1]["id"], "default:cow");
     assert_eq!(ask("/v1/unload_lora_adapter", json!({"lora_name": "cow"})).status, 200);
     assert_eq!(ask("/v1/unload_lora_adapter", json!({"lora_name": "cow"})).status, 404);
+    let gone = ask(TEXT, json!({"prompt": "a", "model": "default:cow"}));
+    assert_eq!(gone.status, 404);
 }
 
 #[test]

@@ -42,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
     let Some((route, body)) = data.split_first() else { return };
     let Ok(body) = serde_json::from_slice(body) else { return };
     let Model { tokenizer, config, generation, grammars } = &*MODEL;
-    let (adapters, limits) = (BTreeMap::new(), Lengths { prompt: 400, new: 64, texts: 300 });
+    let (adapters, limits) = (BTreeMap::new(), Lengths { prompt: 400, new: 64, texts: 300, bytes: 100_000 });
     let reader =
         Reader { model: "default", adapters: &adapters, tokenizer, config, generation, grammars, limits };
     match route % 5 {

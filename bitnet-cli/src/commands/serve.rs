@@ -250,6 +250,10 @@ impl Args {
             kv_type: engine.kv_cache.unwrap_or_else(|| self.model.kv_type()),
         };
         let most = |length: Option<NonZeroUsize>| length.map_or(usize::MAX, NonZeroUsize::get);
+        // A text has as many bytes as its tokens at most.
+        let ids = 0..tokenizer.vocab_size() as u32;
+        let longest = ids.filter_map(|id| tokenizer.id_to_token(id)).map(|token| token.len()).max();
+        let prompt = most(engine.max_prompt_tokens).min(config.max_position_embeddings);
         let running = Engine::start(network, limits, engine.max_queue, app.watch.clone());
         Ok(Loaded::new(Parts {
             engine: running.context("the engine's thread could not be started")?,
@@ -261,6 +265,7 @@ impl Args {
             sequences: (limits.sequences, engine.max_queue),
             lengths: Lengths {
                 prompt: most(engine.max_prompt_tokens),
+                bytes: prompt.saturating_mul(longest.unwrap_or(1)),
                 new: most(engine.max_new_tokens),
                 texts: limits.sequences.saturating_add(engine.max_queue),
             },

@@ -8,6 +8,9 @@ use serde_json::Value;
 
 use super::{Reader, Refusal, fields::Fields};
 
+/// The most texts of a request, as OpenAI has it.
+const MOST_TEXTS: usize = 2048;
+
 /// What a request for embeddings asks for.
 pub struct Embeddings {
     /// The name of the model in the answer.
@@ -43,7 +46,7 @@ impl Reader<'_> {
         let sampler = Sampler::new(SamplingParams::greedy());
         let sampler = sampler.map_err(|error| Refusal::of("input", error.to_string()))?;
         let mut sequences = Vec::new();
-        for prompt in self.prompts(fields, "input", usize::MAX)? {
+        for prompt in self.prompts(fields, "input", MOST_TEXTS)? {
             self.check("input", &prompt)?;
             sequences.push(Sequence {
                 prompt,

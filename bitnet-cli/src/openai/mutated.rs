@@ -92,7 +92,7 @@ fn are_read_or_refused() {
         grammars: &GrammarFactory::new(&tokenizer, source.config.vocab_size),
         config: &source.config,
         generation: &source.generation,
-        limits: Lengths { prompt: 400, new: 64, texts: 300 },
+        limits: Lengths { prompt: 400, new: 64, texts: 300, bytes: 100_000 },
     };
     let read = |kind: usize, body: &Value| match kind {
         0 => reader.read(Route::Chat, body).map(|asked| asked.sequences.len()),

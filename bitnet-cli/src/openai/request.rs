@@ -59,11 +59,14 @@ pub struct Lengths {
     pub new: usize,
     /// Choices of a request, of all its prompts.
     pub texts: usize,
+    /// Bytes of a prompt: longer ones are refused before they are read.
+    pub bytes: usize,
 }
 
 impl Lengths {
     /// As long as the model's context allows.
-    pub const ANY: Self = Self { prompt: usize::MAX, new: usize::MAX, texts: usize::MAX };
+    pub const ANY: Self =
+        Self { prompt: usize::MAX, new: usize::MAX, texts: usize::MAX, bytes: usize::MAX };
 }
 
 /// What a request asks for.
@@ -178,6 +181,18 @@ impl Reader<'_> {
         Ok(Asked { route, model, sequences, n, stop, echo, calls, stream, is_deterministic })
     }
 
+    /// Refuses a text that has more tokens than allowed, however long they are.
+    fn check_bytes(&self, param: &str, text: &str) -> Result<(), Refusal> {
+        let (len, most) = (text.len(), self.limits.bytes);
+        if len > most {
+            let reason = format!(
+                "the prompt has {len} bytes, more than the {most} that fit the model's context"
+            );
+            return Err(Refusal::of(param, reason));
+        }
+        Ok(())
+    }
+
     /// Refuses a prompt that the model cannot run, or that is longer than allowed.
     pub(super) fn check(&self, param: &str, prompt: &[u32]) -> Result<(), Refusal> {
         if prompt.is_empty() {
@@ -202,16 +217,24 @@ impl Reader<'_> {
         }
         let name = model.rsplit_once(':').map_or(model, |(_, name)| name);
         match self.adapters.get(name) {
-            None if model != self.model && !self.adapters.is_empty() => {
-                let names = Vec::from_iter(self.adapters.keys().map(String::as_str)).join(", ");
+            None if model != self.model
+                && (!self.adapters.is_empty() || self.is_qualified(model)) =>
+            {
+                let names = self.adapters.keys().map(|name| format!(", {}:{name}", self.model));
                 let reason = format!(
-                    "there is no model `{model}`: there is {}, with the adapters {names}",
-                    self.model
+                    "there is no model `{model}`: there is {}{}",
+                    self.model,
+                    names.collect::<String>()
                 );
                 Err(Refusal::of("model", reason))
             }
             adapter => Ok(adapter),
         }
+    }
+
+    /// Whether a name is that of an adapter beside the model.
+    fn is_qualified(&self, name: &str) -> bool {
+        name.strip_prefix(self.model).is_some_and(|rest| rest.starts_with(':'))
     }
 
     /// How the text is to go on, as the command line has it.
@@ -319,6 +342,7 @@ impl Reader<'_> {
             Err(error) => return Err(refuse(error.to_string())),
         };
         let text = conversation::prompt(messages, tools, template)?;
+        self.check_bytes(NAME, &text)?;
         self.tokenizer.encode_prompt(&text).map_err(|error| refuse(error.to_string()))
     }
 
@@ -359,6 +383,7 @@ impl Reader<'_> {
             return Err(Refusal::of(name, format!("there is no `{name}`")));
         };
         let encode = |text: &str| {
+            self.check_bytes(name, text)?;
             self.tokenizer.encode(text, true).map_err(|error| Refusal::of(name, error.to_string()))
         };
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -372,7 +397,7 @@ impl Reader<'_> {
                 if values.len() > most {
                     let len = values.len();
                     let reason = format!(
-                        "`{name}` has {len} texts, but the server takes at most {most} with so many choices each"
+                        "`{name}` has {len} texts, but at most {most} are taken at once (fewer, the more choices each has)"
                     );
                     return Err(Refusal::of(name, reason));
                 }
