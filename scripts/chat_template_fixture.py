@@ -1,6 +1,6 @@
-"""Writes tests/fixtures/chat_templates.json: chat templates in the styles of well-known models, rendered by transformers.
+"""Writes tests/fixtures/chat_templates.json.gz: chat templates in the styles of well-known models, rendered by transformers.
 
-Run with transformers and jinja2 installed: python scripts/chat_template_fixture.py > tests/fixtures/chat_templates.json
+Run with transformers and jinja2 installed: python scripts/chat_template_fixture.py | gzip -9n > tests/fixtures/chat_templates.json.gz
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Writes tests/fixtures/sampler.json: distributions of transformers' logits processors for random logits.
+"""Writes tests/fixtures/sampler.json.gz: distributions of transformers' logits processors for random logits.
 
-Run with transformers and torch (CPU) installed: python scripts/sampler_fixture.py > tests/fixtures/sampler.json
+Run with transformers and torch (CPU) installed: python scripts/sampler_fixture.py | gzip -9n > tests/fixtures/sampler.json.gz
 Frequency and presence penalties and the logit bias are OpenAI's and have no processor; sampler.rs tests them by hand.
 """
 

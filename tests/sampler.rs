@@ -1,11 +1,13 @@
 //! The sampler's distributions against those of transformers' logits processors.
 
 use bitnet_model::sampler::{Sampler, SamplingParams};
+use flate2::read::GzDecoder;
 use serde_json::Value;
 
 #[test]
 fn distributions_equal_the_reference() {
-    let fixture: Value = serde_json::from_str(include_str!("fixtures/sampler.json")).unwrap();
+    let fixture = GzDecoder::new(&include_bytes!("fixtures/sampler.json.gz")[..]);
+    let fixture: Value = serde_json::from_reader(fixture).unwrap();
     let cases = fixture["cases"].as_array().unwrap();
     assert!(cases.len() >= 30);
     for case in cases {

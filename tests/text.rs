@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 use bitnet_model::text::{ChatTemplate, Message, Tokenizer};
+use flate2::read::GzDecoder;
 use serde_json::Value;
 
 fn fixture(name: &str) -> PathBuf {
@@ -13,6 +14,11 @@ fn fixture(name: &str) -> PathBuf {
 
 fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
+}
+
+fn templates() -> Value {
+    let file = std::fs::File::open(fixture("chat_templates.json.gz")).unwrap();
+    serde_json::from_reader(GzDecoder::new(file)).unwrap()
 }
 
 fn messages(chat: &Value) -> Vec<Message> {
@@ -72,7 +78,7 @@ fn chats_equal_the_reference() {
 /// are in them, or it is refused.
 #[test]
 fn replies_are_found_in_what_templates_render() {
-    let fixture = json("chat_templates.json");
+    let fixture = templates();
     let special_tokens: BTreeMap<String, String> =
         serde_json::from_value(fixture["special_tokens"].clone()).unwrap();
     let talk = [
@@ -107,7 +113,7 @@ fn replies_are_found_in_what_templates_render() {
 
 #[test]
 fn chat_templates_render_as_in_transformers() {
-    let fixture = json("chat_templates.json");
+    let fixture = templates();
     let special_tokens: BTreeMap<String, String> =
         serde_json::from_value(fixture["special_tokens"].clone()).unwrap();
     for case in fixture["cases"].as_array().unwrap() {
