@@ -99,7 +99,7 @@ fn goes_on_where_it_was() {
     let lines_of = text_of(&file);
     let cut: Vec<&str> = lines_of.split_inclusive('\n').take(6).collect();
     let cut = cut.concat();
-    fs::write(&file, &cut[..cut.len() - 20]).unwrap();
+    fs::write(&file, [&cut.as_bytes()[..cut.len() - 20], &[0xc3]].concat()).unwrap(); // half a character, too
     let mut again = report(TASKS, &[&kept[..], &["--batch", "3"]].concat());
     assert_eq!(again, whole);
     assert_eq!(text_of(&file), lines_of);

@@ -41,15 +41,16 @@ impl<'a> Items<'a> {
             }
             opened => opened.with_context(name)?,
         };
-        let mut text = String::new();
-        file.read_to_string(&mut text).with_context(name)?;
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(name)?;
+        let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let text = str::from_utf8(&bytes[..whole]).with_context(name)?;
         let header = format!("{}\n", identity.header());
-        let mut lines = text[..whole].lines().enumerate();
+        let mut lines = text.lines().enumerate();
         match lines.next() {
             Some((_, first)) => check_header(first, &identity.header()).with_context(name)?,
             None => ensure!(
-                header.starts_with(&text),
+                header.as_bytes().starts_with(&bytes),
                 "{}: is no file of results; choose another --output",
                 name()
             ),

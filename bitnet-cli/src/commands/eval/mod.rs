@@ -80,7 +80,7 @@ pub struct Args {
     /// Run no model: write what it would be asked, as text and as tokens
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["output", "json"])]
     requests_only: Option<PathBuf>,
-    /// Print one JSON object: `results`, `versions`, `n-shot`, `n-samples`, `config`, `seconds`
+    /// Print one JSON object: `results`, `versions`, `n-shot`, `n-samples`, `data`, `config`, `seconds`
     #[arg(long)]
     json: bool,
     /// How keys and values are stored [default: f16, with --low-memory int8]

@@ -1,5 +1,7 @@
 //! What came out: the table of the harness, and JSON as it writes it.
 
+use std::path::PathBuf;
+
 use bitnet_train::eval::{Metric, Sample, tasks::Prepared};
 use serde_json::{Map, Value, json};
 
@@ -11,6 +13,7 @@ pub struct Result {
     version: &'static str,
     shots: usize,
     questions: usize,
+    file: PathBuf,
     figures: Vec<Figure>,
 }
 
@@ -32,9 +35,11 @@ impl Result {
             let error = metric.standard_error(&samples, bootstrap);
             Figure { metric: *metric, value: metric.value(&samples), error }
         };
-        let (task, shots) = (prepared.task, prepared.shots);
+        let Prepared { task, shots, file, .. } = prepared;
         let figures = task.metrics.iter().enumerate().map(figure).collect();
-        Self { name: task.name, version: task.version, shots, questions: values.len(), figures }
+        let questions = values.len();
+        let (name, version, shots, file) = (task.name, task.version, *shots, file.clone());
+        Self { name, version, shots, questions, file, figures }
     }
 
     /// The figure of this metric.
@@ -122,6 +127,7 @@ pub fn json(results: &[Result], config: Value, protocol: Option<Protocol>, secon
         "versions": by_name(|result| json!(result.version)),
         "n-shot": by_name(|result| json!(result.shots)),
         "n-samples": by_name(|result| json!({"effective": result.questions})),
+        "data": by_name(|result| json!(result.file)),
         "config": config,
         "seconds": seconds,
     });
