@@ -219,6 +219,44 @@ def close(ours, theirs):
     return math.isclose(ours, theirs, rel_tol=METRIC_LIMIT, abs_tol=1e-12)
 
 
+# Answers as models write them, judged as solutions of the numbers or formulas behind them.
+WRITTEN = {
+    "gsm8k": ([
+        "He has 1200.\n#### 1200", "#### $1,200 in all", "It is $1,200.00", "It is 1200.", "#### 1,200\n\nAnd 5 more",
+        "#### 7\n#### 1200", "-1200", "no number", "", "#### -1200", "1200 apples, 1,200 pears", "12 00", "$1200.", "####1200",
+        "so 1.200", "#### 1200.", "#### 1200.0", "one thousand", "1200\n", "= 1200$", "The answer is 1200...", "#### 1200 #### 3",
+        "a 5, b 6: 1200,", "٣", "#### ",
+    ], ["So 2 * 600 = <<2*600=1200>>1,200.\n#### 1,200", "#### -1200", "#### 5"]),
+    "minerva_math500": ([
+        f"{before}Final Answer: The final answer is {answer}{after}"
+        for before in ("", "We get $x$.\n")
+        for answer in ("$4$", "4", "$\\frac12$", "$\\frac{1}{2}$", "$x = 4$", "$\\boxed{4}$", "$4$ cm", "$4.$", "$0.5$", "")
+        for after in (". I hope it is correct.", ". I hope it is correct.\n\nMore", "", ". ", "\n")
+    ] + ["so \\boxed{4}", "4", "final answer is 4. I hope it is correct."], ["4", "\\frac{1}{2}"]),
+}
+
+
+def judged(configs):
+    """What the harness says of WRITTEN: task, answer, target, and the values in the order of our metrics."""
+    from lm_eval.tasks.minerva_math import utils as math_utils
+    tasks = TaskManager(include_path=str(configs), include_defaults=False).load(["gsm8k"])["tasks"]
+    task, rows = next(iter(tasks.values())), []
+    for answer in WRITTEN["gsm8k"][0]:
+        for target in WRITTEN["gsm8k"][1]:
+            values = {}
+            for ensemble in task._filters:
+                texts = [[answer]]
+                for step in ensemble.filters:
+                    texts = list(step().apply(texts, [None]))
+                values[ensemble.name] = float(task.process_results({"question": "", "answer": target}, texts)["exact_match"])
+            rows.append(["gsm8k", answer, target, values["flexible-extract"], values["strict-match"]])
+    for answer in WRITTEN["minerva_math500"][0]:
+        for target in WRITTEN["minerva_math500"][1]:
+            found = math_utils.normalize_final_answer(math_utils.get_unnormalized_answer(answer))
+            rows.append(["minerva_math500", answer, target, float(found == target)])  # without sympy
+    return rows
+
+
 class Comparison:
     def __init__(self, args, folder):
         self.bitnet, self.model, self.folder = args.bitnet, args.model, folder
@@ -226,7 +264,7 @@ class Comparison:
         self.tokenizer = Tokenizer.from_file(str(assets / "tokenizer.json"))
         self.config = json.loads((assets / "tokenizer_config.json").read_text())
         self.max_len = json.loads((assets / "config.json").read_text())["max_position_embeddings"]
-        self.problems, self.frozen = [], []
+        self.problems, self.frozen, self.judged = [], [], []
 
     def run(self, *args):
         result = subprocess.run([self.bitnet, *args], capture_output=True, text=True)
@@ -332,7 +370,7 @@ def main():
     parser.add_argument("--bitnet", default=str(ROOT / "target/release/bitnet"))
     parser.add_argument("--model", default="default", help="`default`, or a folder")
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--freeze", type=Path, metavar="FILE", help="write what the harness asks, for the tests")
+    parser.add_argument("--freeze", type=Path, metavar="FILE", help="write what the harness asks, and beside it what it says of answers, for the tests")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -341,8 +379,10 @@ def main():
         comparison = Comparison(args, folder)
         for number, run in enumerate(RUNS):
             comparison.compare(ours, configs, number, run)
+        comparison.judged = judged(configs) if args.freeze else []
     if args.freeze:
-        args.freeze.write_text("".join(json.dumps(run) + "\n" for run in comparison.frozen))
+        write(args.freeze, comparison.frozen)
+        write(args.freeze.with_name("judged.jsonl"), comparison.judged)
     if comparison.problems:
         sys.exit(f"{len(comparison.problems)} differences")
     print("all equal")
