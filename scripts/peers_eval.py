@@ -53,6 +53,7 @@ TASKS = {
     "boolq": ("super_glue/boolq/default.yaml", "validation"),
     "winogrande": ("winogrande/default.yaml", "validation"),
     "piqa": ("piqa/piqa.yaml", "validation"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
     "lambada_openai": ("lambada/lambada_openai.yaml", "test"),
     "wikitext": ("wikitext/wikitext.yaml", "test"),
     "gsm8k": ("gsm8k/gsm8k.yaml", "test"),
@@ -61,7 +62,7 @@ TASKS = {
 # What is run: tasks, and options of both.
 RUNS = [
     (list(TASKS), None, False),
-    (["arc_easy", "boolq", "winogrande", "piqa", "lambada_openai", "gsm8k"], 3, False),
+    (["arc_easy", "boolq", "winogrande", "piqa", "hellaswag", "lambada_openai", "gsm8k"], 3, False),
     (["arc_challenge", "winogrande", "gsm8k", "minerva_math500"], 2, True),
 ]
 
@@ -125,15 +126,17 @@ def write(path, rows):
 
 
 def prepare(folder, folders, limit):
-    """Files for both: the first records are asked; examples are those of a file of examples, or the last ones."""
+    """The tasks that there is data of, and files for both: the first records are asked; examples are those of a file of examples, or the last ones."""
     ours, theirs, configs = folder / "ours", folder / "theirs", folder / "tasks"
     for path in (ours, theirs, configs):
         path.mkdir()
+    found = []
     tasks = Path(lm_eval.__file__).parent / "tasks"
     for task, (config, split) in TASKS.items():
         rows = records(task, folders)
         if not rows:
-            sys.exit(f"{task}: no file in {', '.join(map(str, folders))}")
+            print(f"{task}: passed over, there is no file in {', '.join(map(str, folders))}")
+            continue
         if task == "wikitext":
             limit_here = min(limit, 8)  # articles are long
         else:
@@ -152,7 +155,8 @@ def prepare(folder, folders, limit):
         if split == "validation":
             lines.append("test_split: null")
         (configs / f"{task}.yaml").write_text("\n".join(lines) + "\n")
-    return ours, configs
+        found.append(task)
+    return found, ours, configs
 
 
 class Recorder(TemplateLM):
@@ -375,10 +379,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        ours, configs = prepare(folder, args.data, args.limit)
+        found, ours, configs = prepare(folder, args.data, args.limit)
         comparison = Comparison(args, folder)
-        for number, run in enumerate(RUNS):
-            comparison.compare(ours, configs, number, run)
+        for number, (tasks, shots, chat) in enumerate(RUNS):
+            tasks = [task for task in tasks if task in found]
+            comparison.compare(ours, configs, number, (tasks, shots, chat))
         comparison.judged = judged(configs) if args.freeze else []
     if args.freeze:
         write(args.freeze, comparison.frozen)

@@ -10,8 +10,7 @@ use serde_json::{Value, json};
 use support::{failure, run, stdout, text};
 use tempfile::TempDir;
 
-const TASKS: &str =
-    "arc_easy,arc_challenge,boolq,winogrande,piqa,lambada_openai,wikitext,gsm8k,minerva_math500";
+const TASKS: &str = "arc_easy,arc_challenge,boolq,winogrande,piqa,hellaswag,lambada_openai,wikitext,gsm8k,minerva_math500";
 
 fn data() -> String {
     format!("{}/../tests/fixtures/eval", env!("CARGO_MANIFEST_DIR"))
@@ -28,7 +27,12 @@ fn lines(path: &Path) -> Vec<Value> {
 fn asks_what_the_harness_asks() {
     let runs: [&[&str]; 3] = [
         &["--tasks", TASKS],
-        &["--tasks", "arc_easy,boolq,winogrande,piqa,lambada_openai,gsm8k", "--num-fewshot", "3"],
+        &[
+            "--tasks",
+            "arc_easy,boolq,winogrande,piqa,hellaswag,lambada_openai,gsm8k",
+            "--num-fewshot",
+            "3",
+        ],
         &[
             "--tasks",
             "arc_challenge,winogrande,gsm8k,minerva_math500",
@@ -86,7 +90,7 @@ fn goes_on_where_it_was() {
     let whole = report(TASKS, &kept);
     let results = &whole["results"];
     let all = lines(&file);
-    assert_eq!(all.len(), 1 + 8 * 2 + 4); // a header, four questions of lambada_openai, two of all others
+    assert_eq!(all.len(), 1 + 9 * 2 + 4); // a header, four questions of lambada_openai, two of all others
     // The values of the file are what the figures are made of.
     let hits = all.iter().filter(|line| line["task"] == "arc_easy");
     let hits = hits.map(|line| line["values"]["acc,none"][0].as_f64().unwrap());
@@ -209,7 +213,7 @@ fn bad_data_is_told_by_file_line_and_field() {
     assert!(error.contains("arc_easy_train.jsonl"), "{error}");
     let error = asks(&["--tasks", "humaneval_plus"]);
     assert!(error.contains("runs programs that the model writes"), "{error}");
-    assert!(asks(&["--tasks", "hellaswag"]).contains("is not implemented; there are arc_easy"));
+    assert!(asks(&["--tasks", "mmlu"]).contains("`mmlu` is no task; there are arc_easy"));
     assert!(asks(&["--tasks", "arc_easy,arc_easy"]).contains("is there twice"));
     let error =
         failure(&["eval", "--data", &data(), "--tasks", "wikitext", "--num-fewshot", "1"], "");

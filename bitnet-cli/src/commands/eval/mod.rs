@@ -38,7 +38,7 @@ use work::Work;
 /// Options of `bitnet eval`.
 #[derive(clap::Args)]
 #[command(
-    after_long_help = "Tasks: arc_easy, arc_challenge, boolq, winogrande, piqa, lambada_openai, wikitext, gsm8k, minerva_math500. The \
+    after_long_help = "Tasks: arc_easy, arc_challenge, boolq, winogrande, piqa, hellaswag, lambada_openai, wikitext, gsm8k, minerva_math500. The \
 data is read from --data, nothing is fetched: arc_easy from arc_easy.jsonl, arc_easy_test.jsonl and the like, examples for it from \
 arc_easy_train.jsonl. See docs/evaluation.md."
 )]
@@ -133,6 +133,9 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     };
     for (index, prepared) in prepared.iter().enumerate() {
         bar.set_message(prepared.task.name);
+        if interrupt.load(Ordering::Relaxed) {
+            break;
+        }
         while let Some(batch) = items.next(index, args.batch) {
             let responses = work.run(prepared, &batch)?;
             if interrupt.load(Ordering::Relaxed) {

@@ -48,7 +48,8 @@ pub const PIQA: Task = Task {
     ..ARC_EASY
 };
 
-fn choices(text: String, choices: Vec<String>, gold: usize) -> Document {
+/// The question and its answers.
+pub fn choices(text: String, choices: Vec<String>, gold: usize) -> Document {
     Document { text, answer: choices[gold].clone(), ask: Ask::Choices { choices, gold } }
 }
 

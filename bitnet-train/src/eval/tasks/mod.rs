@@ -2,6 +2,7 @@
 
 mod choice;
 mod gsm8k;
+mod hellaswag;
 mod lambada;
 mod math;
 mod math_answer;
@@ -62,12 +63,13 @@ pub enum Examples {
 }
 
 /// All of them.
-pub const TASKS: [&Task; 9] = [
+pub const TASKS: [&Task; 10] = [
     &choice::ARC_EASY,
     &choice::ARC_CHALLENGE,
     &choice::BOOLQ,
     &choice::WINOGRANDE,
     &choice::PIQA,
+    &hellaswag::HELLASWAG,
     &lambada::LAMBADA,
     &wikitext::WIKITEXT,
     &gsm8k::GSM8K,
@@ -75,8 +77,7 @@ pub const TASKS: [&Task; 9] = [
 ];
 
 /// Well-known tasks that are not among them, and why.
-const REFUSED: [(&str, &str); 3] =
-    [("hellaswag", "is not implemented"), ("humaneval_plus", RUNS_CODE), ("humaneval", RUNS_CODE)];
+const REFUSED: [(&str, &str); 2] = [("humaneval_plus", RUNS_CODE), ("humaneval", RUNS_CODE)];
 const RUNS_CODE: &str =
     "is not implemented: it runs programs that the model writes, which needs a sandbox";
 
