@@ -7,7 +7,7 @@ mod support;
 use std::{collections::BTreeMap, fs, path::Path};
 
 use serde_json::{Value, json};
-use support::{failure, run, stdout, text};
+use support::{edited_default, failure, run, stdout, text};
 use tempfile::TempDir;
 
 const TASKS: &str = "arc_easy,arc_challenge,boolq,winogrande,piqa,hellaswag,lambada_openai,wikitext,gsm8k,minerva_math500";
@@ -125,6 +125,21 @@ fn goes_on_where_it_was() {
     let error = failure(&args.iter().map(String::as_str).collect::<Vec<_>>(), "");
     assert!(error.contains("is no file of results; choose another --output"), "{error}");
     assert_eq!(text_of(&file), "a letter\n");
+}
+
+/// A model of the same name may be another one.
+#[test]
+fn results_of_another_model_are_not_mixed() {
+    let model = edited_default("config.json", |_| ());
+    let file = model.path().join("kept.jsonl");
+    let kept = ["-m", text(model.path()), "-o", text(&file)];
+    report("arc_easy", &kept);
+    let config = model.path().join("config.json");
+    let changed = fs::read_to_string(&config).unwrap().replace("10000.0", "20000.0");
+    fs::write(config, changed).unwrap();
+    let args = eval("arc_easy", &kept);
+    let error = failure(&args.iter().map(String::as_str).collect::<Vec<_>>(), "");
+    assert!(error.contains("of another run: `fingerprint` was"), "{error}");
 }
 
 #[test]

@@ -3,11 +3,7 @@
 use std::{fs::File, io, path::Path};
 
 use anyhow::Context;
-use bitnet_model::{
-    nn::HeadPrecision,
-    ops::KvType,
-    pretrained::{Origin, Source, default_files},
-};
+use bitnet_model::{nn::HeadPrecision, ops::KvType, pretrained::Source, text::Tokenizer};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -27,7 +23,7 @@ pub struct Identity {
 impl Identity {
     /// Reads the weights for their fingerprint if results are to be kept.
     pub fn new(
-        source: &Source,
+        (source, tokenizer): (&Source, &Tokenizer),
         args: &Args,
         kv_type: KvType,
         global: &Global,
@@ -35,18 +31,7 @@ impl Identity {
         let adapters = Vec::from_iter(args.adapters.adapters.iter().map(ToString::to_string));
         let mut hash = Sha256::new();
         if args.output.is_some() {
-            match &source.origin {
-                Origin::Embedded => {
-                    default_files().iter().for_each(|(_, bytes)| hash.update(bytes))
-                }
-                Origin::Synthetic => hash.update(&source.name),
-                Origin::Files(files) => {
-                    let others = [Some(&files.config), files.tokenizer.as_ref()];
-                    for path in files.weights.iter().chain(others.into_iter().flatten()) {
-                        add_file(&mut hash, path)?;
-                    }
-                }
-            }
+            add_model(&mut hash, source, tokenizer)?;
             for adapter in &args.adapters.adapters {
                 let folder = args.model.hub(global).resolve_adapter(&adapter.source)?;
                 hash.update(adapter.scale.to_le_bytes());
@@ -84,6 +69,20 @@ impl Identity {
         config["apply_chat_template"] = json!(args.apply_chat_template);
         config
     }
+}
+
+/// Wherever the model lies: its tensors and tokens by name, and what else makes its answers.
+fn add_model(hash: &mut Sha256, source: &Source, tokenizer: &Tokenizer) -> anyhow::Result<()> {
+    for name in source.checkpoint.names() {
+        hash.update(name);
+        hash.update(source.checkpoint.read_bytes(name)?);
+    }
+    for id in 0..tokenizer.vocab_size() as u32 {
+        hash.update(tokenizer.id_to_token(id).unwrap_or_default());
+        hash.update([0]);
+    }
+    hash.update(format!("{:?} {:?}", source.config, source.generation.eos_token_ids));
+    Ok(())
 }
 
 fn add_file(hash: &mut Sha256, path: &Path) -> anyhow::Result<()> {

@@ -111,7 +111,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         return requests::write(path, &prepared, &tokenizer);
     }
     let kv_type = args.kv_cache.unwrap_or_else(|| args.model.kv_type());
-    let identity = identity::Identity::new(&source, args, kv_type, global)?;
+    let identity = identity::Identity::new((&source, &tokenizer), args, kv_type, global)?;
     let mut items = Items::open(args.output.as_deref(), &identity, &prepared)?;
     let adaptation = args.adapters.read(&source, global)?;
     let mut model = source.into_pretrained(&Device::Cpu)?;
