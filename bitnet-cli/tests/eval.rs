@@ -98,6 +98,9 @@ fn goes_on_where_it_was() {
     assert_eq!(results["wikitext"]["word_perplexity_stderr,none"], "N/A");
     assert!(results["lambada_openai"]["perplexity_stderr,none"].as_f64().unwrap() > 0.);
     assert_eq!(whole["n-shot"]["gsm8k"], 5);
+    // Their four examples take more tokens than the model has.
+    assert_eq!(whole["n-samples"]["minerva_math500"]["cut"], 2);
+    assert_eq!(whole["n-samples"]["arc_easy"]["cut"], 0);
     // All but four questions are taken away, and half a line stays.
     let text_of = |path: &Path| fs::read_to_string(path).unwrap();
     let lines_of = text_of(&file);

@@ -21,6 +21,8 @@ pub struct Items<'a> {
     values: Vec<Vec<Option<Vec<Sample>>>>,
     file: Option<(PathBuf, File)>,
     found: usize,
+    /// Questions that did not fit the model, by task.
+    cut: Vec<usize>,
 }
 
 impl<'a> Items<'a> {
@@ -31,7 +33,8 @@ impl<'a> Items<'a> {
         prepared: &'a [Prepared],
     ) -> anyhow::Result<Self> {
         let values = prepared.iter().map(|prepared| vec![None; prepared.items.len()]).collect();
-        let mut items = Self { prepared, values, file: None, found: 0 };
+        let cut = vec![0; prepared.len()];
+        let mut items = Self { prepared, values, file: None, found: 0, cut };
         let Some(path) = path else { return Ok(items) };
         let name = || path.display().to_string();
         let mut options = OpenOptions::new();
@@ -92,6 +95,7 @@ impl<'a> Items<'a> {
         let values: Option<Vec<_>> = values.collect();
         let slot = &mut self.values[task][number];
         self.found += usize::from(slot.is_none());
+        self.cut[task] += usize::from(slot.is_none() && is_cut(&value["cut"]));
         *slot = Some(values.context(no_result)?);
         Ok(())
     }
@@ -99,6 +103,11 @@ impl<'a> Items<'a> {
     /// Results that were there already.
     pub fn found(&self) -> usize {
         self.found
+    }
+
+    /// Questions of a task whose prompts were cut on the left, as they did not fit the model.
+    pub fn cut(&self, task: usize) -> usize {
+        self.cut[task]
     }
 
     /// The next questions of a task that have no result; `None` if all have.
@@ -119,6 +128,7 @@ impl<'a> Items<'a> {
         let Prepared { task: definition, items, .. } = &self.prepared[task];
         let item = &items[number];
         let values = definition.values(&item.document, responses)?;
+        self.cut[task] += usize::from(notes.get("cut").is_some_and(is_cut));
         if let Some((path, file)) = &mut self.file {
             let pairs = definition.metrics.iter().zip(&values).map(|(metric, sample)| {
                 let key = format!("{},{}", metric.name, metric.filter);
@@ -142,6 +152,10 @@ impl<'a> Items<'a> {
     pub fn values(&self, task: usize) -> Vec<&[Sample]> {
         self.values[task].iter().flatten().map(Vec::as_slice).collect()
     }
+}
+
+fn is_cut(note: &Value) -> bool {
+    note.as_bool().unwrap_or_default()
 }
 
 fn response(response: &Response) -> Value {

@@ -155,13 +155,13 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         interrupt::exit();
     }
-    let results = Vec::from_iter(
-        prepared
-            .iter()
-            .enumerate()
-            .map(|(index, prepared)| Result::new(prepared, items.values(index), args.bootstrap)),
-    );
+    let results = Vec::from_iter(prepared.iter().enumerate().map(|(index, prepared)| {
+        Result::new(prepared, items.values(index), items.cut(index), args.bootstrap)
+    }));
     let seconds = start.elapsed().as_secs_f64();
+    if !global.quiet {
+        let _ = io::stderr().write_all(report::cut(&results).as_bytes());
+    }
     let mut out = io::stdout().lock();
     if args.json {
         let config = identity.config(args);

@@ -13,6 +13,8 @@ pub struct Result {
     version: &'static str,
     shots: usize,
     questions: usize,
+    /// Of these, those that did not fit the model.
+    cut: usize,
     file: PathBuf,
     figures: Vec<Figure>,
 }
@@ -29,7 +31,7 @@ pub struct Figure {
 
 impl Result {
     /// Of the values of all questions, one a metric.
-    pub fn new(prepared: &Prepared, values: Vec<&[Sample]>, bootstrap: usize) -> Self {
+    pub fn new(prepared: &Prepared, values: Vec<&[Sample]>, cut: usize, bootstrap: usize) -> Self {
         let figure = |(index, metric): (usize, &Metric)| {
             let samples = Vec::from_iter(values.iter().map(|values| values[index]));
             let error = metric.standard_error(&samples, bootstrap);
@@ -39,7 +41,7 @@ impl Result {
         let figures = task.metrics.iter().enumerate().map(figure).collect();
         let questions = values.len();
         let (name, version, shots, file) = (task.name, task.version, *shots, file.clone());
-        Self { name, version, shots, questions, file, figures }
+        Self { name, version, shots, questions, cut, file, figures }
     }
 
     /// The figure of this metric.
@@ -48,6 +50,17 @@ impl Result {
             |figure: &&Figure| (figure.metric.name, figure.metric.filter) == (metric, filter);
         self.figures.iter().filter(|_| self.name == task).find(is_it)
     }
+}
+
+/// Says which figures are of questions that did not fit; nothing if all did.
+pub fn cut(results: &[Result]) -> String {
+    let cut = results.iter().filter(|result| result.cut > 0);
+    let line = |Result { name, questions, cut, .. }: &Result| {
+        format!(
+            "{name}: {cut} of {questions} questions did not fit the model's context and were cut on the left\n"
+        )
+    };
+    cut.map(line).collect()
 }
 
 /// The results in Markdown.
@@ -126,7 +139,7 @@ pub fn json(results: &[Result], config: Value, protocol: Option<Protocol>, secon
         }),
         "versions": by_name(|result| json!(result.version)),
         "n-shot": by_name(|result| json!(result.shots)),
-        "n-samples": by_name(|result| json!({"effective": result.questions})),
+        "n-samples": by_name(|result| json!({"effective": result.questions, "cut": result.cut})),
         "data": by_name(|result| json!(result.file)),
         "config": config,
         "seconds": seconds,
