@@ -39,6 +39,7 @@ MAY_USE = {
     "batch": {"error", "adapter", "grammar", "kv_cache", "model", "nn", "ops", "sampler", "score", "session"},
     "speculative": set(),
     "score": {"error", "model", "ops", "storage"},
+    "choices": {"error", "kv_cache", "model", "ops", "score", "storage"},
     "synthetic": {"error", "config", "checkpoint"},
     "hub": {"error"},
     "text": {"error", "isolated"},

@@ -5,6 +5,7 @@
 use std::{ops::ControlFlow, sync::Arc};
 
 use bitnet_model::{
+    choices::choice_loglikelihoods,
     ops::KvType,
     score::{Perplexity, ScoreRequest, Windows, loglikelihood, perplexity},
     session::{Finish, Session},
@@ -75,4 +76,44 @@ fn perplexity_is_that_of_the_scores() {
     ] {
         assert!(perplexity(&model, tokens, windows, go_on).is_err(), "{windows:?}");
     }
+}
+
+/// Whether a question's answers begin alike, how long they are and what else is asked changes no bit.
+#[test]
+fn choices_score_as_they_do_alone() {
+    let model = Fixture::open("bitnet_packed_tied").model();
+    let max_len = model.config().max_position_embeddings;
+    let request = |context: &[u32], continuation: &[u32]| ScoreRequest {
+        context: context.to_vec(),
+        continuation: continuation.to_vec(),
+    };
+    let question = ids(20, 17);
+    let long = ids(21, max_len);
+    let questions = vec![
+        // One token each: the question alone is run.
+        [3, 9, 400].map(|id| request(&question, &[id])).to_vec(),
+        // Answers of several lengths, of which one is the beginning of another.
+        vec![
+            request(&question, &ids(22, 5)),
+            request(&question, &ids(22, 3)),
+            request(&question, &ids(23, 1)),
+        ],
+        // Different contexts, the same ending.
+        vec![
+            request(&ids(24, 6), &ids(25, 4)),
+            request(&[&ids(24, 6)[..], &[7]].concat(), &ids(25, 4)),
+        ],
+        // Nothing in common, and what does not fit is cut on the left.
+        vec![request(&[1], &ids(26, 2)), request(&long, &ids(27, 9))],
+        vec![request(&[5], &[6])],
+        vec![],
+    ];
+    let found = choice_loglikelihoods(&model, &questions, KvType::F32).unwrap();
+    for (requests, found) in questions.iter().zip(&found) {
+        assert_eq!(&loglikelihood(&model, requests, 4).unwrap(), found);
+    }
+    let greedy = found.iter().flatten().filter(|score| score.is_greedy).count();
+    assert!(greedy < 12);
+    let error = choice_loglikelihoods(&model, &[vec![request(&[1], &[])]], KvType::F32);
+    assert!(error.unwrap_err().to_string().contains("at least one token"));
 }

@@ -91,6 +91,8 @@ pub enum Command {
     Logits(commands::logits::Args),
     /// Say how well a model foresees a text
     Perplexity(commands::perplexity::Args),
+    /// Ask a model the questions of well-known benchmarks
+    Eval(Box<commands::eval::Args>),
     /// Show the tokens of a text, or the text of tokens
     Tokenize(commands::tokenize::Args),
     /// Print a completion script for a shell

@@ -30,6 +30,7 @@ pub mod adapter;
 pub mod batch;
 pub mod calibration;
 pub mod checkpoint;
+pub mod choices;
 pub mod config;
 mod error;
 pub mod grammar;

@@ -74,25 +74,7 @@ pub fn loglikelihood(
 ) -> Result<Vec<LogLikelihood>> {
     let max_len = model.config().max_position_embeddings;
     for (index, request) in requests.iter().enumerate() {
-        let continuation = request.continuation.len();
-        if request.context.is_empty() || continuation == 0 {
-            return Err(Error::Input(format!(
-                "request {index}: context and continuation need at least one token each \
-                 (begin a text with BOS)"
-            )));
-        }
-        let vocab_size = model.config().vocab_size;
-        if let Some(id) = request.continuation.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(Error::Input(format!(
-                "request {index}: token id {id} is outside the model's vocabulary of {vocab_size}"
-            )));
-        }
-        if continuation > max_len {
-            return Err(Error::Input(format!(
-                "request {index}: a continuation of {continuation} tokens exceeds the model's \
-                 context of {max_len}"
-            )));
-        }
+        check(model, index, request)?;
     }
     // Neighbours of similar length waste little padding.
     let mut order: Vec<usize> = (0..requests.len()).collect();
@@ -107,21 +89,46 @@ pub fn loglikelihood(
     Ok(scores.into_iter().flatten().collect())
 }
 
+/// Refuses what cannot be scored.
+pub(crate) fn check(model: &Model, index: usize, request: &ScoreRequest) -> Result<()> {
+    let (vocab_size, max_len) = (model.config().vocab_size, model.config().max_position_embeddings);
+    let continuation = request.continuation.len();
+    if request.context.is_empty() || continuation == 0 {
+        return Err(Error::Input(format!(
+            "request {index}: context and continuation need at least one token each \
+             (begin a text with BOS)"
+        )));
+    }
+    if let Some(id) = request.continuation.iter().find(|&&id| id as usize >= vocab_size) {
+        return Err(Error::Input(format!(
+            "request {index}: token id {id} is outside the model's vocabulary of {vocab_size}"
+        )));
+    }
+    if continuation > max_len {
+        return Err(Error::Input(format!(
+            "request {index}: a continuation of {continuation} tokens exceeds the model's \
+             context of {max_len}"
+        )));
+    }
+    Ok(())
+}
+
+impl ScoreRequest {
+    /// What is run: all tokens but the last, which predicts nothing that is asked, and of these the last `max_len`.
+    pub(crate) fn input(&self, max_len: usize) -> Vec<u32> {
+        let mut tokens = [&self.context[..], &self.continuation].concat();
+        tokens.pop();
+        tokens.split_off(tokens.len().saturating_sub(max_len))
+    }
+}
+
 /// The rows are padded on the right, where causal attention never looks.
 fn score_batch(
     model: &Model,
     requests: &[&ScoreRequest],
     max_len: usize,
 ) -> Result<Vec<LogLikelihood>> {
-    // The last token predicts nothing that is asked, so it is not run.
-    let inputs: Vec<Vec<u32>> = requests
-        .iter()
-        .map(|request| {
-            let mut tokens = [&request.context[..], &request.continuation].concat();
-            tokens.pop();
-            tokens.split_off(tokens.len().saturating_sub(max_len))
-        })
-        .collect();
+    let inputs: Vec<Vec<u32>> = requests.iter().map(|request| request.input(max_len)).collect();
     let seq = inputs.iter().map(Vec::len).max().unwrap_or(0);
     let padded: Vec<u32> = inputs
         .iter()
@@ -238,7 +245,7 @@ fn log_sum_exp(logits: &[f32]) -> (f32, f64) {
 }
 
 /// `ln softmax(logits)[target]`, and whether `target` has the largest logit.
-fn token_logprob(logits: &[f32], target: usize) -> (f32, bool) {
+pub(crate) fn token_logprob(logits: &[f32], target: usize) -> (f32, bool) {
     let (max, log_sum) = log_sum_exp(logits);
     let logprob = f64::from(logits[target] - max) - log_sum;
     // On a tie greedy decoding takes the lowest id.

@@ -8,6 +8,7 @@
 //! into windows, [`language_model`] runs them forward and backward, with an [`objective`] made of [`loss`]es,
 //! [`optimizer`] updates the parameters, [`metrics`] writes down what happened and [`checkpoint`] makes
 //! it possible to stop and resume at any step with the same bits. [`trainer`] is that loop, over any [`task`].
+//! [`eval`] asks a model the questions of well-known benchmarks.
 //! [`lora`] trains an adapter beside a model that stays as it is, [`sft`] makes examples of instructions.
 pub mod batch;
 pub mod checkpoint;
@@ -17,6 +18,7 @@ pub mod detector;
 pub mod distill;
 pub mod distributed;
 mod error;
+pub mod eval;
 pub mod experiment;
 mod fingerprint;
 pub mod head_loss;

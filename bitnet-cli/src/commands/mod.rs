@@ -7,6 +7,7 @@ pub mod completions;
 pub mod convert;
 pub mod diff;
 pub mod download;
+pub mod eval;
 pub mod generate;
 pub mod info;
 pub mod logits;
@@ -36,6 +37,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Merge(args) => merge::run(&args, global),
         Command::Logits(args) => logits::run(args, global),
         Command::Perplexity(args) => perplexity::run(&args, global),
+        Command::Eval(args) => eval::run(&args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Completions(args) => completions::run(args),
     }

@@ -1,0 +1,31 @@
+//! Answers judged as lm-evaluation-harness judges them.
+
+#![allow(clippy::unwrap_used)]
+
+use bitnet_train::eval::{Ask, Document, Response, Task};
+use serde_json::Value;
+
+/// `judged.jsonl` is what lm-evaluation-harness 0.4.13 says of answers, as `scripts/peers_eval.py --freeze` writes it: task, answer,
+/// target, and the last of the values. Of `minerva_math500` it is whether the texts are equal, without sympy.
+#[test]
+fn answers_are_judged_as_by_the_harness() {
+    let judged = include_str!("fixtures/eval/judged.jsonl").lines();
+    let (mut right, mut wrong) = (0, 0);
+    for line in judged {
+        let line: Vec<Value> = serde_json::from_str(line).unwrap();
+        let [task, answer, target] = [0, 1, 2].map(|index| line[index].as_str().unwrap());
+        let document = Document {
+            text: String::new(),
+            answer: String::new(),
+            ask: Ask::Written { target: target.into() },
+        };
+        let task = Task::by_name(task).unwrap();
+        let found = task.values(&document, &[Response::Text(answer.into())]).unwrap();
+        let found = Vec::from_iter(found.iter().map(|sample| sample.value));
+        let expected = Vec::from_iter(line[3..].iter().map(|value| value.as_f64().unwrap()));
+        assert!(found.ends_with(&expected), "{}: {answer:?} for {target:?}: {found:?}", task.name);
+        let is_right = expected.contains(&1.);
+        (right, wrong) = (right + usize::from(is_right), wrong + usize::from(!is_right));
+    }
+    assert!(right > 50 && wrong > 50, "{right} {wrong}");
+}
