@@ -142,7 +142,11 @@ def prepare(folder, folders, limit):
         else:
             limit_here = limit
         asked, examples = rows[:limit_here], records(task, folders, ["_train"]) or rows[-EXAMPLES:]
-        if task not in ("lambada_openai", "wikitext", "minerva_math500"):
+        if task == "minerva_math500":  # its examples are in the harness
+            from lm_eval.tasks.minerva_math import utils as math_utils
+
+            examples = [{"problem": shot["problem"], "solution": shot["solution"]} for shot in math_utils.list_fewshot_samples()]
+        if task not in ("lambada_openai", "wikitext"):
             write(ours / f"{task}_train.jsonl", examples)
         write(ours / f"{task}.jsonl", asked)
         write(theirs / f"{task}.jsonl", [hub_record(task, row) for row in asked])
@@ -307,7 +311,8 @@ class Comparison:
 
     def requests(self, asked_file, recorder, theirs):
         theirs_asked = {(task, item, index): asked for task, item, index, asked in recorder.asked}
-        self.frozen.append([[task, item, asked] for (task, item, _), asked in sorted(theirs_asked.items(), key=lambda x: x[0])])
+        frozen = sorted(theirs_asked.items(), key=lambda x: x[0])
+        self.frozen.append([[task, item, asked] for (task, item, _), asked in frozen if task != "minerva_math500"])
         count = 0
         for line in map(json.loads, asked_file.read_text().splitlines()):
             for index, request in enumerate(line["requests"]):
@@ -388,6 +393,8 @@ def main():
     if args.freeze:
         write(args.freeze, comparison.frozen)
         write(args.freeze.with_name("judged.jsonl"), comparison.judged)
+        for path in (args.freeze, args.freeze.with_name("judged.jsonl")):
+            subprocess.run(["gzip", "-9nf", path], check=True)
     if comparison.problems:
         sys.exit(f"{len(comparison.problems)} differences")
     print("all equal")

@@ -3,15 +3,17 @@
 #![allow(clippy::unwrap_used)]
 
 use bitnet_train::eval::{Ask, Document, Response, Task};
+use flate2::read::GzDecoder;
 use serde_json::Value;
 
-/// `judged.jsonl` is what lm-evaluation-harness 0.4.13 says of answers, as `scripts/peers_eval.py --freeze` writes it: task, answer,
+/// `judged.jsonl.gz` is what lm-evaluation-harness 0.4.13 says of answers, as `scripts/peers_eval.py --freeze` writes it: task, answer,
 /// target, and the last of the values. Of `minerva_math500` it is whether the texts are equal, without sympy.
 #[test]
 fn answers_are_judged_as_by_the_harness() {
-    let judged = include_str!("fixtures/eval/judged.jsonl").lines();
+    let judged = GzDecoder::new(&include_bytes!("fixtures/eval/judged.jsonl.gz")[..]);
+    let judged = std::io::read_to_string(judged).unwrap();
     let (mut right, mut wrong) = (0, 0);
-    for line in judged {
+    for line in judged.lines() {
         let line: Vec<Value> = serde_json::from_str(line).unwrap();
         let [task, answer, target] = [0, 1, 2].map(|index| line[index].as_str().unwrap());
         let document = Document {

@@ -6,6 +6,7 @@ mod support;
 
 use std::{collections::BTreeMap, fs, path::Path};
 
+use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 use support::{edited_default, failure, run, stdout, text};
 use tempfile::TempDir;
@@ -21,7 +22,7 @@ fn lines(path: &Path) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// What is asked in these runs, by task and question, with its tokens. `harness.jsonl` is what lm-evaluation-harness 0.4.13
+/// What is asked in these runs, by task and question, but for `minerva_math500`, whose examples are in the harness, with its tokens. `harness.jsonl.gz` is what lm-evaluation-harness 0.4.13
 /// asks, as `scripts/peers_eval.py --data tests/fixtures/eval --freeze` writes it.
 #[test]
 fn asks_what_the_harness_asks() {
@@ -41,7 +42,10 @@ fn asks_what_the_harness_asks() {
             "--apply-chat-template",
         ],
     ];
-    let expected = lines(Path::new(&data()).join("harness.jsonl").as_path());
+    let expected = fs::File::open(Path::new(&data()).join("harness.jsonl.gz")).unwrap();
+    let expected = std::io::read_to_string(GzDecoder::new(expected)).unwrap();
+    let expected = expected.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let expected = Vec::from_iter(expected);
     assert_eq!(expected.len(), runs.len());
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("asked.jsonl");
@@ -51,6 +55,9 @@ fn asks_what_the_harness_asks() {
         let mut asked: BTreeMap<(String, u64), Vec<Value>> = BTreeMap::new();
         for line in lines(&file) {
             let key = (line["task"].as_str().unwrap().to_owned(), line["item"].as_u64().unwrap());
+            if key.0 == "minerva_math500" {
+                continue;
+            }
             for mut request in line["requests"].as_array().unwrap().clone() {
                 if let Some(until) = line.get("until") {
                     request["until"] = until.clone();

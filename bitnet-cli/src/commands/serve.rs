@@ -138,7 +138,7 @@ struct SecurityArgs {
     /// Key of the certificate, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
-    /// Origin whose pages may ask, such as https://example.org. Repeatable
+    /// Origin whose pages may ask, such as `https://example.org`. Repeatable
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     cors_origins: Vec<String>,
     /// The longest body of a request, in KiB

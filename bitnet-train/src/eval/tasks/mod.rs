@@ -56,8 +56,8 @@ pub enum Examples {
     },
     /// Drawn from the questions themselves, as the harness does if there is nothing else.
     Own,
-    /// The first of these.
-    Given(fn() -> Vec<Document>),
+    /// The first of a file of training records, always the same.
+    First,
     /// There are none.
     None,
 }
@@ -150,7 +150,9 @@ impl Task {
                 pool = documents.clone();
                 drawer = Some(Drawer::new(&pool, asking.seed, false));
             }
-            Examples::Given(given) => pool = given(),
+            Examples::First => {
+                pool = self.documents(&records::train_file(asking.folders, self.files)?)?;
+            }
             Examples::None => {
                 return Err(Error::Input(format!("{} has no examples: ask it alone", self.name)));
             }
