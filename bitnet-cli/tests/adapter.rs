@@ -273,7 +273,7 @@ fn requests_of_one_batch_choose_their_adapters() {
         (&answer["response"]["status_code"], &error["param"]),
         (&json!(400), &json!("model"))
     );
-    assert!(error["message"].as_str().unwrap().contains("with the adapters first, second"));
+    assert!(error["message"].as_str().unwrap().contains("default:first, default:second"));
     let again = failure(&[&args[..], &["--adapter", &first]].concat(), "");
     assert!(again.contains("two of the name `first`"), "{again}");
 }
