@@ -179,7 +179,8 @@ fn mistakes_are_told_by_status_and_field() {
     assert_eq!(raw("GET", "/v1/models", "Host: evil.example\r\n", b""), 403);
     let fine = json!({"prompt": "a", "max_tokens": null, "unheard_of": {"x": 1}, "user": "me"});
     assert_eq!(server.post(text, &fine).status, 200);
-    assert!(server.get("/metrics").body.contains("bitnet_blocked_total{reason=\"body\"} 1\n"));
+    let blocked = "bitnet_blocked_total{reason=\"body\"} 1\n";
+    wait_until(|| server.get("/metrics").body.contains(blocked));
 }
 
 #[test]
