@@ -13,7 +13,9 @@ if [[ ${1-} == --only-equality ]]; then
     only_equality=true
     shift
 fi
-if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
+# Debian's package of mpirun has mpicc, too, but not the header that it compiles with.
+compiles() { echo '#include <mpi.h>' | mpicc -fsyntax-only -x c - 2>/dev/null; }
+if ! command -v mpirun >/dev/null || ! compiles; then
     if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null ||
         ! { apt-get update -qq && apt-get install -y -qq libopenmpi-dev openmpi-bin libclang-dev; } >/dev/null 2>&1; then
         echo "   *** SKIPPED: Open MPI is not installed, so training over MPI was NOT checked ***" >&2
