@@ -17,7 +17,11 @@ export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=${FUZZ_TARGET_DIR:-$PWD/fuzz/target}
 seed() { # what is valid, to begin with
     mkdir -p "fuzz/corpus/$1"
     case $1 in
-    safetensors) find tests/fixtures -name '*.safetensors' -size -200k -exec cp -t fuzz/corpus/safetensors {} + ;;
+    safetensors)
+        find tests/fixtures -name '*.safetensors' -size -64k | while read -r file; do
+            cp "$file" "fuzz/corpus/safetensors/${file//\//-}"
+        done
+        ;;
     request)
         printf '\0%s' '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "n": 2, "logprobs": true, "top_logprobs": 3, "stop": ["a"], "tools": [{"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}], "tool_choice": "auto"}' >fuzz/corpus/request/chat
         printf '\1%s' '{"prompt": ["a", [1, 2]], "max_tokens": 5, "echo": true, "logprobs": 2, "temperature": 0.5, "logit_bias": {"5": 1}, "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1]}}}}' >fuzz/corpus/request/text

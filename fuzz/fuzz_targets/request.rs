@@ -1,7 +1,7 @@
 //! Bodies of requests, of every route: the first byte chooses it. What is no JSON is none of ours.
 
 #![no_main]
-#![allow(dead_code)] // the modules of the program, of which only some is used here
+#![allow(dead_code, unused_imports)] // the modules of the program, of which only some is used here
 
 #[path = "../../bitnet-cli/src/continuation.rs"]
 mod continuation;
