@@ -48,14 +48,17 @@ impl Sanitizer {
         }
     }
 
-    /// Composed characters (NFC), without those that are not seen, without spellings of special tokens.
+    /// Composed characters (NFC), without those that are not seen, without spellings of special tokens. Each is taken out where
+    /// it ends, so that parts which that brings together are seen as well, in one pass.
     pub fn clean_text(&self, text: &str) -> String {
-        let mut text: String = text.nfc().filter(|c| !is_unseen(*c)).collect();
-        // Taking one out can bring parts of another together.
-        while let Some(token) = self.special.iter().find(|token| text.contains(&token[..])) {
-            text = text.replace(&token[..], "");
+        let mut clean = String::with_capacity(text.len());
+        for c in text.nfc().filter(|c| !is_unseen(*c)) {
+            clean.push(c);
+            if let Some(token) = self.special.iter().find(|token| clean.ends_with(&token[..])) {
+                clean.truncate(clean.len() - token.len());
+            }
         }
-        text
+        clean
     }
 }
 
@@ -82,6 +85,8 @@ mod tests {
         let (head, tail) = token.split_at(1);
         let text = format!("a\u{200b}b{token}\u{7}e\u{301}{head}{token}{tail}\n");
         assert_eq!(sanitizer.clean_text(&text), "abé\n");
+        let nested = head.repeat(100_000) + &tail.repeat(100_000);
+        assert_eq!(sanitizer.clean_text(&nested), "", "one in the other");
         let mut body = json!({"model": "m\u{200b}", "messages": [{"role": "user\u{200b}", "content": [{"type": "text", "text": text}]}], "prompt": [[1], text]});
         sanitizer.clean(&mut body);
         let expected = json!({"model": "m\u{200b}", "messages": [{"role": "user\u{200b}", "content": [{"type": "text", "text": "abé\n"}]}], "prompt": [[1], "abé\n"]});

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     num::NonZeroUsize,
     sync::{
         Arc,
@@ -20,7 +21,7 @@ use bitnet_model::{
     sampler::{Sampler, SamplingParams},
     score::{LogLikelihood, ScoreRequest},
     session::PREFILL_CHUNK,
-    text::{StopStrings, TokenStream, Tokenizer},
+    text::{StopStrings, Tokenizer},
 };
 use bitnet_train::eval::{
     Request, Response,
@@ -28,6 +29,8 @@ use bitnet_train::eval::{
     tasks::Prepared,
 };
 use serde_json::{Map, Value, json};
+
+use crate::continuation::{Finish, TextOutput};
 
 /// The model, and how it is asked.
 pub struct Work<'a> {
@@ -157,8 +160,8 @@ impl Work<'_> {
             let cut = tokens.len().saturating_sub(context - new);
             tokens.drain(..cut);
             let stops = stops.iter().copied().map(String::from).collect();
-            let (stream, stops) = (self.tokenizer.stream(true), StopStrings::new(stops)?);
-            answers.push(Answer { tokens, is_cut: cut > 0, stream, stops, text: String::new() });
+            let text = TextOutput::new(self.tokenizer, StopStrings::new(stops)?, None);
+            answers.push(Answer { tokens, is_cut: cut > 0, text });
         }
         let longest = answers.iter().map(|answer| answer.tokens.len() + new).max().unwrap_or(0);
         // One more for what ended sequences leave to those that begin alike.
@@ -199,7 +202,7 @@ impl Work<'_> {
                 let Some(&index) = running.get(&id) else { continue };
                 let is_over = match update {
                     Update::Token(token, _) => {
-                        let is_over = answers[index].push(token)?;
+                        let is_over = answers[index].text.push(token)?.is_break();
                         if is_over {
                             batch.cancel(id);
                         }
@@ -229,25 +232,12 @@ struct Answer {
     /// The prompt.
     tokens: Vec<u32>,
     is_cut: bool,
-    stream: TokenStream,
-    stops: StopStrings,
-    text: String,
+    text: TextOutput<io::Sink>,
 }
 
 impl Answer {
-    /// Takes a token; says whether the answer ends with it.
-    fn push(&mut self, token: u32) -> anyhow::Result<bool> {
-        let Some(piece) = self.stream.push(token)? else { return Ok(false) };
-        let outcome = self.stops.push(&piece);
-        self.text += &outcome.text;
-        Ok(outcome.stopped.is_some())
-    }
-
-    fn end(mut self) -> anyhow::Result<Responded> {
-        if let Some(piece) = self.stream.finish()? {
-            self.text += &self.stops.push(&piece).text;
-        }
-        self.text += &self.stops.finish();
-        Ok((vec![Response::Text(self.text)], notes(self.is_cut)))
+    fn end(self) -> anyhow::Result<Responded> {
+        let (text, _) = self.text.finish(Finish::Length)?;
+        Ok((vec![Response::Text(text)], notes(self.is_cut)))
     }
 }

@@ -38,11 +38,15 @@ impl<T> Queue<T> {
     }
 
     /// Removes all for which `goes` says so.
-    pub fn remove_if(&mut self, mut goes: impl FnMut(&T) -> bool) -> Vec<T> {
+    pub fn remove_if(&mut self, goes: impl Fn(&T) -> bool) -> Vec<T> {
         let mut gone = Vec::new();
         for (_, items) in &mut self.clients {
+            // Asked before every token, and hardly ever true.
+            if !items.iter().any(&goes) {
+                continue;
+            }
             let all = std::mem::take(items);
-            let (leave, stay): (Vec<T>, Vec<T>) = all.into_iter().partition(&mut goes);
+            let (leave, stay): (Vec<T>, Vec<T>) = all.into_iter().partition(&goes);
             gone.extend(leave);
             items.extend(stay);
         }
