@@ -107,6 +107,36 @@ fn check_input(app: &App, value: &Value) -> Result<()> {
     }
 }
 
+/// What becomes of a sequence that is not the end of its request.
+pub enum News {
+    /// It runs; so many tokens of its prompt need not be.
+    Joined(usize),
+    /// Of its batch; it has not failed.
+    Update(Update),
+}
+
+/// Waits for news of a sequence, or for what ends its request, and says of which.
+///
+/// # Errors
+/// If nothing comes any more.
+pub async fn news(ticket: &mut Ticket, app: &App) -> Result<(usize, Result<News>)> {
+    let failed =
+        |reason: String| ApiError::internal(&anyhow::anyhow!("the engine failed: {reason}"));
+    let Some((index, event)) = ticket.next().await else {
+        return Err(failed("it fell silent".into()));
+    };
+    let news = match event {
+        Event::Joined(reused) => Ok(News::Joined(reused)),
+        Event::Refused(reason) | Event::Update(Update::Failed(reason)) => {
+            Err(ApiError::bad(reason))
+        }
+        Event::Update(update) => Ok(News::Update(update)),
+        Event::Expired => Err(ApiError::expired(app.policy.request_timeout)),
+        Event::Broken(reason) => Err(failed(reason)),
+    };
+    Ok((index, news))
+}
+
 impl Answering {
     /// Hands the sequences to the engine, and waits until the first of them runs or cannot.
     pub async fn start(context: Context, asked: Asked) -> Result<Self> {
@@ -126,8 +156,9 @@ impl Answering {
         let sequences = asked.sequences.clone();
         let ticket = loaded.engine.submit(sequences, &caller.client, deadline)?;
         let mut answering = Self { app, loaded, asked, choices, ticket, record };
-        if let Some((index, event)) = answering.ticket.next().await {
-            answering.take(index, event)?;
+        if !answering.choices.is_empty() {
+            let (index, first) = news(&mut answering.ticket, &answering.app).await?;
+            answering.take(index, first)?;
         }
         Ok(answering)
     }
@@ -135,10 +166,8 @@ impl Answering {
     /// Waits for news of a choice, and says of which; `None` when all have ended.
     pub async fn next(&mut self) -> Result<Option<usize>> {
         while !self.choices.iter().all(Choice::is_ended) {
-            let Some((index, event)) = self.ticket.next().await else {
-                return Err(ApiError::internal(&anyhow::anyhow!("the engine fell silent")));
-            };
-            if self.take(index, event)? {
+            let (index, news) = news(&mut self.ticket, &self.app).await?;
+            if self.take(index, news)? {
                 return Ok(Some(index));
             }
         }
@@ -149,22 +178,17 @@ impl Answering {
     }
 
     /// Takes what becomes of a sequence, and says whether there is news for the client.
-    fn take(&mut self, index: usize, event: Event) -> Result<bool> {
+    fn take(&mut self, index: usize, news: Result<News>) -> Result<bool> {
         let choice = &mut self.choices[index];
         if choice.is_ended() {
             return Ok(false);
         }
-        let update = match event {
-            Event::Update(update) => update,
-            Event::Joined(reused) => {
+        let update = match news? {
+            News::Update(update) => update,
+            News::Joined(reused) => {
                 choice.join(reused);
                 return Ok(false);
             }
-            Event::Refused(reason) => return Err(ApiError::bad(reason)),
-            Event::Broken(reason) => {
-                return Err(ApiError::internal(&anyhow::anyhow!("the engine failed: {reason}")));
-            }
-            Event::Expired => return Err(ApiError::expired(self.app.policy.request_timeout)),
         };
         let internal = |error: anyhow::Error| ApiError::internal(&error);
         match update {
@@ -179,8 +203,7 @@ impl Answering {
                 }
             }
             Update::End(finish) => choice.end(finish).map_err(internal)?,
-            Update::Failed(reason) => return Err(ApiError::bad(reason)),
-            Update::Pooled(_) => return Ok(false),
+            Update::Pooled(_) | Update::Failed(_) => return Ok(false),
         }
         let denied = self.app.policy.deny_output.as_ref();
         if let Some(at) = denied.and_then(|filter| filter.find(choice.text())) {

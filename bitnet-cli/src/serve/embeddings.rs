@@ -1,33 +1,21 @@
 //! `/v1/embeddings`: the mean of a text's hidden states after the final norm, scaled to length 1.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
-use axum::{
-    Extension, Json,
-    extract::{Request, State},
-};
+use axum::Json;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bitnet_model::batch::{Sequence, Update};
 use serde_json::{Value, json};
 
 use super::{
-    answering::{Context, look_through, note_model},
+    answering::{Context, News, look_through, news, note_model},
     app::{App, Loaded},
-    engine::Event,
     error::{ApiError, Result},
-    generate::receive,
-    guard::Caller,
-    watch::Record,
+    received::Received,
 };
 
 /// `POST /v1/embeddings`
-pub async fn embed(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Json<Value>> {
-    let (context, mut body) = receive(app, caller, record, request).await?;
+pub async fn embed(Received { context, mut body }: Received) -> Result<Json<Value>> {
     let record = context.record.clone();
     let read = move |app: &App, loaded: &Loaded| {
         look_through((app, loaded), &mut body, "input", &record)?;
@@ -81,17 +69,9 @@ async fn pooled(
     let mut means = vec![None; sequences.len()];
     let mut ticket = loaded.engine.submit(sequences, client, deadline)?;
     while means.iter().any(Option::is_none) {
-        match ticket.next().await {
-            Some((index, Event::Update(Update::Pooled(mean)))) => means[index] = Some(mean),
-            Some((_, Event::Refused(reason) | Event::Update(Update::Failed(reason)))) => {
-                return Err(ApiError::bad(reason));
-            }
-            Some((_, Event::Joined(_) | Event::Update(_))) => {}
-            Some((_, Event::Expired)) => return Err(ApiError::expired(app.policy.request_timeout)),
-            Some((_, Event::Broken(reason))) => {
-                return Err(ApiError::internal(&anyhow::anyhow!(reason)));
-            }
-            None => return Err(ApiError::internal(&anyhow::anyhow!("the engine fell silent"))),
+        let (index, news) = news(&mut ticket, app).await?;
+        if let News::Update(Update::Pooled(mean)) = news? {
+            means[index] = Some(mean);
         }
     }
     Ok(means.into_iter().flatten().collect())

@@ -3,9 +3,8 @@
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
-    Extension, Json,
+    Json,
     body::{Body, Bytes},
-    extract::{Request, State},
     http::{HeaderName, HeaderValue, header},
     response::{IntoResponse, Response},
 };
@@ -15,11 +14,9 @@ use serde_json::Value;
 use super::{
     answering::{self, Answering, Context},
     app::{self, App},
-    body,
     cache::Cache,
     error::{ApiError, Result},
-    guard::Caller,
-    watch::Record,
+    received::Received,
 };
 use crate::openai::{Chunks, Route, answer};
 
@@ -29,43 +26,13 @@ const CACHE: HeaderName = HeaderName::from_static("x-bitnet-cache");
 const COMMENT_AFTER: Duration = Duration::from_secs(15);
 
 /// `POST /v1/chat/completions`
-pub async fn chat(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Response> {
-    let (context, body) = receive(app, caller, record, request).await?;
+pub async fn chat(Received { context, body }: Received) -> Result<Response> {
     generate(context, Route::Chat, body).await
 }
 
 /// `POST /v1/completions`
-pub async fn completion(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Response> {
-    let (context, body) = receive(app, caller, record, request).await?;
+pub async fn completion(Received { context, body }: Received) -> Result<Response> {
     generate(context, Route::Completion, body).await
-}
-
-/// The body of a request, and what it is answered with.
-pub async fn receive(
-    app: Arc<App>,
-    caller: Caller,
-    record: Arc<Record>,
-    request: Request,
-) -> Result<(Context, Value)> {
-    let loaded = app.loaded()?;
-    let (parts, body) = request.into_parts();
-    let bytes = body::read(&app.policy, &parts.headers, body).await?;
-    let Ok(turn) = app.readers.clone().acquire_owned().await else {
-        return Err(ApiError::unavailable("the server is about to end"));
-    };
-    let context = Context { app, loaded, caller, record, turn: Arc::new(turn) };
-    let body = context.off_thread(move |_, _| body::parse(&bytes)).await?;
-    Ok((context, body))
 }
 
 async fn generate(context: Context, route: Route, body: Value) -> Result<Response> {

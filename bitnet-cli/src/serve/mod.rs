@@ -18,6 +18,7 @@ pub mod keys;
 pub mod listen;
 mod models;
 pub mod rates;
+mod received;
 mod responses;
 pub mod routes;
 mod sanitize;

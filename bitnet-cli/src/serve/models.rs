@@ -3,19 +3,16 @@
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
-    extract::{Path, Request, State, rejection::PathRejection},
+    Json,
+    extract::{Path, State, rejection::PathRejection},
     http::StatusCode,
 };
 use serde_json::{Value, json};
 
 use super::{
-    answering::Context,
     app::{App, Loaded},
     error::{ApiError, Result},
-    generate::receive,
-    guard::Caller,
-    watch::Record,
+    received::{Admin, Received},
 };
 use crate::{
     adapter::{AdapterSpec, read_named},
@@ -58,13 +55,7 @@ fn models(app: &App, loaded: &Loaded) -> Vec<Value> {
 
 /// `POST /v1/load_lora_adapter`: `lora_name` and `lora_path`, a folder or Hub repo id of the server. A name that is taken is
 /// replaced, for requests from now on.
-pub async fn load_adapter(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Json<Value>> {
-    let (context, body) = admin(app, caller, record, request).await?;
+pub async fn load_adapter(Admin(Received { context, body }): Admin) -> Result<Json<Value>> {
     let name = text(&body, "lora_name")?;
     let spec = AdapterSpec::parse(&text(&body, "lora_path")?);
     let spec = spec.map_err(|reason| ApiError::bad(reason).param("lora_path"))?;
@@ -85,13 +76,7 @@ pub async fn load_adapter(
 }
 
 /// `POST /v1/unload_lora_adapter`: `lora_name`. Requests that run with it go on.
-pub async fn unload_adapter(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Json<Value>> {
-    let (context, body) = admin(app, caller, record, request).await?;
+pub async fn unload_adapter(Admin(Received { context, body }): Admin) -> Result<Json<Value>> {
     let name = text(&body, "lora_name")?;
     if context.loaded.change_adapters(|adapters| adapters.remove(&name)).is_none() {
         let error = ApiError::new(StatusCode::NOT_FOUND, format!("there is no adapter `{name}`"));
@@ -99,19 +84,6 @@ pub async fn unload_adapter(
     }
     tracing::info!(name, "adapter unloaded");
     Ok(Json(json!({"status": "unloaded", "lora_name": name})))
-}
-
-async fn admin(
-    app: Arc<App>,
-    caller: Caller,
-    record: Arc<Record>,
-    request: Request,
-) -> Result<(Context, Value)> {
-    if !caller.is_admin {
-        let message = "only a key whose name begins with `admin` may change adapters";
-        return Err(ApiError::new(StatusCode::FORBIDDEN, message).blocked("admin"));
-    }
-    receive(app, caller, record, request).await
 }
 
 fn text(body: &Value, name: &str) -> Result<String> {

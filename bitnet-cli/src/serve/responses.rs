@@ -1,32 +1,22 @@
 //! `/v1/responses`: texts only, nothing kept.
 
-use std::sync::Arc;
-
 use axum::{
-    Extension, Json,
-    extract::{Request, State},
+    Json,
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
 use super::{
     answering::{self, Answering},
-    app::{self, App},
+    app,
     error::{ApiError, Result},
-    generate::{Events, Source, events, receive, unique},
-    guard::Caller,
-    watch::Record,
+    generate::{Events, Source, events, unique},
+    received::Received,
 };
 use crate::openai::{Route, responses};
 
 /// `POST /v1/responses`
-pub async fn respond(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Response> {
-    let (context, body) = receive(app, caller, record, request).await?;
+pub async fn respond(Received { context, body }: Received) -> Result<Response> {
     let chat = responses::to_chat(&body)?;
     let response = responses::Response::new(&body, (&unique(), app::now()));
     drop(body); // it may be large

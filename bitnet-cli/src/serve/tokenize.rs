@@ -2,28 +2,17 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Extension, Json,
-    extract::{Request, State},
-};
+use axum::{Json, extract::State};
 use serde_json::{Value, json};
 
 use super::{
     app::{App, Loaded},
     error::{ApiError, Result},
-    generate::receive,
-    guard::Caller,
-    watch::Record,
+    received::Received,
 };
 
 /// `POST /tokenize`: the ids of `prompt`, or of `messages` by the chat template.
-pub async fn tokenize(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Json<Value>> {
-    let (context, body) = receive(app, caller, record, request).await?;
+pub async fn tokenize(Received { context, body }: Received) -> Result<Json<Value>> {
     let work = move |app: &App, loaded: &Loaded| {
         let adapters = loaded.adapters();
         let reader = loaded.reader(&app.model, &adapters);
@@ -41,13 +30,7 @@ pub async fn tokenize(
 }
 
 /// `POST /detokenize`: the text of `tokens`.
-pub async fn detokenize(
-    State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(record): Extension<Arc<Record>>,
-    request: Request,
-) -> Result<Json<Value>> {
-    let (context, body) = receive(app, caller, record, request).await?;
+pub async fn detokenize(Received { context, body }: Received) -> Result<Json<Value>> {
     let work = move |_: &App, loaded: &Loaded| {
         let wrong = || {
             let size = loaded.config.vocab_size;
