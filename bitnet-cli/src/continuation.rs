@@ -33,6 +33,18 @@ pub enum Finish {
     Interrupted,
 }
 
+impl From<session::Finish> for Finish {
+    /// Whoever has stop strings looks at them first: what else stops is an interrupt.
+    fn from(finish: session::Finish) -> Self {
+        match finish {
+            session::Finish::Eos => Self::Eos,
+            session::Finish::Length => Self::Length,
+            session::Finish::Context => Self::Context,
+            session::Finish::Stopped => Self::Interrupted,
+        }
+    }
+}
+
 /// New tokens, and what they cost.
 pub struct Continuation {
     /// The new tokens.
@@ -75,12 +87,7 @@ pub fn run(
             session.cache_bytes(),
         ),
         tokens: generation.tokens,
-        finish: match generation.finish {
-            session::Finish::Eos => Finish::Eos,
-            session::Finish::Length => Finish::Length,
-            session::Finish::Context => Finish::Context,
-            session::Finish::Stopped => Finish::Interrupted,
-        },
+        finish: generation.finish.into(),
     })
 }
 

@@ -65,12 +65,7 @@ impl Choice {
         if self.finish.is_some() {
             return Ok(());
         }
-        self.finish = Some(self.text.close(match finish {
-            session::Finish::Eos => Finish::Eos,
-            session::Finish::Length => Finish::Length,
-            session::Finish::Context => Finish::Context,
-            session::Finish::Stopped => Finish::Interrupted,
-        })?);
+        self.finish = Some(self.text.close(finish.into())?);
         Ok(())
     }
 
@@ -119,16 +114,16 @@ pub fn answer(
     tokenizer: &Tokenizer,
     (id, created): (&str, u64),
 ) -> anyhow::Result<Value> {
-    let (kind, object) = match asked.route {
-        Route::Chat => ("chatcmpl", "chat.completion"),
-        Route::Completion => ("cmpl", "text_completion"),
+    let object = match asked.route {
+        Route::Chat => "chat.completion",
+        Route::Completion => "text_completion",
     };
     let each = choices.iter().zip(&asked.sequences).enumerate();
     let each = each.map(|(index, (choice, sequence))| {
         choice_json(asked, choice, sequence, tokenizer, (id, index))
     });
     Ok(json!({
-        "id": format!("{kind}-{id}"),
+        "id": format!("{}-{id}", asked.route.kind()),
         "object": object,
         "created": created,
         "model": asked.model,

@@ -12,6 +12,8 @@ pub mod responses;
 mod stream;
 mod tools;
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use serde_json::{Value, json};
 
 pub use self::{
@@ -19,6 +21,16 @@ pub use self::{
     request::{Asked, Lengths, Reader},
     stream::Chunks,
 };
+
+/// An id that nothing else has.
+pub fn unique() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
 
 /// Where a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +42,14 @@ pub enum Route {
 }
 
 impl Route {
+    /// What ids of its answers begin with.
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl",
+            Self::Completion => "cmpl",
+        }
+    }
+
     /// The route of this path.
     pub fn of(path: &str) -> Option<Self> {
         match path {

@@ -116,12 +116,12 @@ impl Chunks {
     }
 
     fn chunk(&self, asked: &Asked, choices: Vec<Value>) -> Value {
-        let (kind, object) = match asked.route {
-            Route::Chat => ("chatcmpl", "chat.completion.chunk"),
-            Route::Completion => ("cmpl", "text_completion"),
+        let object = match asked.route {
+            Route::Chat => "chat.completion.chunk",
+            Route::Completion => "text_completion",
         };
         let mut chunk = json!({
-            "id": format!("{kind}-{}", self.id),
+            "id": format!("{}-{}", asked.route.kind(), self.id),
             "object": object,
             "created": self.created,
             "model": asked.model,

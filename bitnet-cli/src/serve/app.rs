@@ -7,7 +7,7 @@ use std::{
         Arc, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use bitnet_model::{
@@ -29,7 +29,7 @@ use super::{
     sanitize::Sanitizer,
     watch::Watch,
 };
-use crate::openai::{Lengths, Reader};
+use crate::openai::{Lengths, Reader, now};
 
 /// Adapters by name.
 pub type Adapters = BTreeMap<String, Arc<Adaptation>>;
@@ -203,9 +203,4 @@ impl App {
 pub struct StatsFile {
     pub path: PathBuf,
     pub every: Duration,
-}
-
-/// Seconds since 1970.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

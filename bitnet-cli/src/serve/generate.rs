@@ -13,12 +13,12 @@ use serde_json::Value;
 
 use super::{
     answering::{self, Answering, Context},
-    app::{self, App},
+    app::App,
     cache::Cache,
     error::{ApiError, Result},
     received::Received,
 };
-use crate::openai::{Chunks, Route, answer};
+use crate::openai::{Chunks, Route, answer, now, unique};
 
 /// Says whether an answer was kept from an equal request.
 const CACHE: HeaderName = HeaderName::from_static("x-bitnet-cache");
@@ -65,7 +65,7 @@ async fn generate(context: Context, route: Route, body: Value) -> Result<Respons
 async fn whole(mut answering: Answering) -> Result<(Arc<App>, Value)> {
     while answering.next().await?.is_some() {}
     let Answering { app, loaded, asked, choices, .. } = &answering;
-    let answer = answer(asked, choices, &loaded.tokenizer, (&unique(), app::now()));
+    let answer = answer(asked, choices, &loaded.tokenizer, (&unique(), now()));
     let answer = answer.map_err(|error| ApiError::internal(&error))?;
     Ok((app.clone(), answer))
 }
@@ -74,13 +74,13 @@ async fn whole(mut answering: Answering) -> Result<(Arc<App>, Value)> {
 fn renewed(mut answer: Value) -> Value {
     let kind = answer["id"].as_str().and_then(|id| id.split('-').next()).unwrap_or_default();
     answer["id"] = format!("{kind}-{}", unique()).into();
-    answer["created"] = app::now().into();
+    answer["created"] = now().into();
     answer
 }
 
 /// The answer in pieces, as server-sent events.
 fn streamed(answering: Answering) -> Response {
-    let chunks = Chunks::new(&answering.asked, (&unique(), app::now()));
+    let chunks = Chunks::new(&answering.asked, (&unique(), now()));
     events(Source { answering, chunks: Box::new(chunks) })
 }
 
@@ -163,9 +163,4 @@ impl Events for Chunks {
     fn failed(&mut self, error: &ApiError) -> String {
         data(&error.to_json())
     }
-}
-
-/// An id that no other answer has.
-pub fn unique() -> String {
-    format!("{:032x}", rand::random::<u128>())
 }

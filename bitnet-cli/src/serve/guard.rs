@@ -22,6 +22,7 @@ use super::{
     error::{ApiError, Blocked, Result},
     watch::Record,
 };
+use crate::openai::unique;
 
 /// The id of a request, from the client or ours.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -171,7 +172,7 @@ fn request_id(headers: &HeaderMap) -> String {
     let is_fit = |id: &&str| {
         (1..=MOST_ID_CHARS).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
     };
-    given.filter(is_fit).map_or_else(|| format!("{:032x}", rand::random::<u128>()), String::from)
+    given.filter(is_fit).map_or_else(unique, String::from)
 }
 
 /// An address as logs have it: the same for one client, and nothing that leads back to it.

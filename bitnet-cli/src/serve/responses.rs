@@ -8,17 +8,16 @@ use serde_json::{Value, json};
 
 use super::{
     answering::{self, Answering},
-    app,
     error::{ApiError, Result},
-    generate::{Events, Source, events, unique},
+    generate::{Events, Source, events},
     received::Received,
 };
-use crate::openai::{Route, responses};
+use crate::openai::{Route, now, responses, unique};
 
 /// `POST /v1/responses`
 pub async fn respond(Received { context, body }: Received) -> Result<Response> {
     let chat = responses::to_chat(&body)?;
-    let response = responses::Response::new(&body, (&unique(), app::now()));
+    let response = responses::Response::new(&body, (&unique(), now()));
     drop(body); // it may be large
     let asked = answering::read(&context, Route::Chat, chat).await;
     // Fields have other names here.

@@ -67,22 +67,16 @@ pub fn compare(
     mut on_tensor: impl FnMut(&str, Difference) -> Result<()>,
 ) -> Result<()> {
     let (a, b) = (names(first.1), names(second.1));
-    let shapes: BTreeMap<String, (usize, usize)> = first.0.projections().collect();
+    let shapes = [first, second].map(|(config, _)| BTreeMap::from_iter(config.projections()));
     let all = a.keys().chain(b.keys().filter(|name| !a.contains_key(*name)));
     for name in all {
         let difference = match (a.get(name), b.get(name)) {
             (Some(_), None) => Difference::OnlyFirst,
             (None, _) => Difference::OnlySecond,
-            (Some(a), Some(b)) => {
-                let shape = shapes.get(name).copied();
-                let same = second.0.projections().find(|(other, _)| other == name);
-                match (shape, same.map(|(_, shape)| shape)) {
-                    (Some(a), Some(b)) if a != b => {
-                        Difference::Shape(vec![a.0, a.1], vec![b.0, b.1])
-                    }
-                    _ => of((first, a), (second, b), shape)?,
-                }
-            }
+            (Some(a), Some(b)) => match shapes.each_ref().map(|shapes| shapes.get(name).copied()) {
+                [Some(a), Some(b)] if a != b => Difference::Shape(vec![a.0, a.1], vec![b.0, b.1]),
+                [shape, _] => of((first, a), (second, b), shape)?,
+            },
         };
         on_tensor(name, difference)?;
     }

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use bitnet_model::{
@@ -12,7 +11,7 @@ use bitnet_model::{
 };
 
 use super::files::{Output, Request};
-use crate::openai::{Asked, Choice, Reader, Refusal, answer};
+use crate::openai::{Asked, Choice, Reader, Refusal, answer, now, unique};
 
 /// The requests that run or wait.
 pub struct Work<'a> {
@@ -139,8 +138,7 @@ impl<'a> Work<'a> {
             return Ok(());
         };
         let id = unique();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let answer = answer(&asked, &choices, self.reader.tokenizer, (&id, now))?;
+        let answer = answer(&asked, &choices, self.reader.tokenizer, (&id, now()))?;
         output.write(&custom_id, &id, Ok(answer))
     }
 
@@ -156,9 +154,4 @@ impl<'a> Work<'a> {
         let Some(Job { custom_id, .. }) = self.jobs.remove(&job) else { return Ok(()) };
         output.write(&custom_id, &unique(), Err(Refusal { message: reason, param: None }))
     }
-}
-
-/// An id that no other answer has.
-fn unique() -> String {
-    format!("{:032x}", rand::random::<u128>())
 }

@@ -1,13 +1,11 @@
 //! Alerts: values that are beyond what the operator allows.
 
-use std::{
-    collections::BTreeMap,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use super::windows::Window;
+use crate::openai::now;
 
 /// From when on there is an alert; none without a threshold.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
@@ -94,9 +92,7 @@ impl Alerts {
             (Some((value, _)), Some(alert)) => alert.value = value,
             (Some((value, threshold)), None) => {
                 tracing::warn!(name, value, threshold, "alert");
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                let since = since.as_secs();
-                self.raised.insert(name, Alert { name, value, threshold, since });
+                self.raised.insert(name, Alert { name, value, threshold, since: now() });
             }
             (None, Some(_)) => {
                 tracing::warn!(name, "alert is over");
