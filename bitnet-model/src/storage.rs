@@ -27,20 +27,10 @@ pub struct Rows<'a, T: Clone> {
 impl<'a, T: WithDType> Rows<'a, T> {
     /// Borrows the rows when they are dense and evenly spaced, gathers them otherwise.
     pub fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
-        let (Some((&width, outer)), Some((&1, strides))) =
-            (layout.dims().split_last(), layout.stride().split_last())
-        else {
-            let width = layout.dims().last().copied().unwrap_or(1);
+        let width = layout.dims().last().copied().unwrap_or(1);
+        let Some(stride) = row_stride(layout) else {
             return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
         };
-        // Dimensions of size 1 have no say; of the others, each must step over all of the next.
-        let mut steps = outer.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1);
-        let stride = steps.clone().next().map_or(width, |(_, stride)| *stride);
-        let mut next = stride;
-        let even = steps.all(|(dim, stride)| std::mem::replace(&mut next, stride * dim) == *stride);
-        if !even || stride < width {
-            return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
-        }
         let data = Cow::Borrowed(&storage.as_slice::<T>()?[layout.start_offset()..]);
         Ok(Self { data, width, stride })
     }
@@ -54,6 +44,18 @@ impl<'a, T: WithDType> Rows<'a, T> {
     pub fn row(&self, index: usize) -> &[T] {
         &self.data[index * self.stride..][..self.width]
     }
+}
+
+/// Elements between the beginnings of rows, if rows are dense and evenly spaced and do not overlap.
+pub fn row_stride(layout: &Layout) -> Option<usize> {
+    let (&width, outer) = layout.dims().split_last()?;
+    let (&1, strides) = layout.stride().split_last()? else { return None };
+    // Dimensions of size 1 have no say; of the others, each must step over all of the next.
+    let mut steps = outer.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1);
+    let stride = steps.clone().next().map_or(width, |(_, stride)| *stride);
+    let mut next = stride;
+    let even = steps.all(|(dim, stride)| std::mem::replace(&mut next, stride * dim) == *stride);
+    (even && stride >= width).then_some(stride)
 }
 
 /// The elements of a strided layout in row-major order.
