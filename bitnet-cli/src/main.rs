@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod continuation;
 mod damage;
+mod device;
 mod folder;
 mod gguf;
 mod interrupt;

@@ -78,14 +78,17 @@ fn gather<T: Copy>(all: &[T], layout: &Layout) -> Vec<T> {
     elements
 }
 
-/// Calls `f` on a CPU tensor's elements in row-major order.
+/// Calls `f` on a tensor's elements in row-major order; of a tensor on another device, on a copy of them.
 pub fn with_slice<T: WithDType, R>(
     tensor: &Tensor,
     f: impl FnOnce(&[T]) -> Result<R>,
 ) -> Result<R> {
+    if !tensor.device().is_cpu() {
+        return f(&tensor.flatten_all()?.to_vec1::<T>()?);
+    }
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => f(&contiguous(storage, layout)?),
-        _ => candle_core::bail!("this operation runs on the CPU only"),
+        _ => candle_core::bail!("a tensor of the CPU is stored elsewhere"),
     }
 }

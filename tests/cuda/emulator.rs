@@ -59,24 +59,42 @@ impl<T> Drop for Buffer<T> {
     }
 }
 
+/// In which order the threads of a block take turns: `Schedule` in `fibers.cpp`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug)]
+enum Schedule {
+    Ascending,
+    Descending,
+    Shuffled,
+    Warps,
+    WarpsDescending,
+}
+
 /// How a launch is carried out.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
     /// With the matrix instruction of sm_75.
-    pub sm75: bool,
-    /// In which order threads take turns.
-    schedule: u32,
+    sm75: bool,
+    schedule: Schedule,
 }
 
 impl Run {
-    /// Threads in ascending, descending and changing order.
-    pub const ALL: [Self; 3] = [
-        Self { sm75: false, schedule: 0 },
-        Self { sm75: false, schedule: 1 },
-        Self { sm75: false, schedule: 7 },
+    /// One order of threads, for results.
+    pub const ONE: [Self; 1] = [Self::in_order(Schedule::Shuffled)];
+    /// All orders, for barriers.
+    pub const ALL: [Self; 5] = [
+        Self::in_order(Schedule::Ascending),
+        Self::in_order(Schedule::Descending),
+        Self::in_order(Schedule::Shuffled),
+        Self::in_order(Schedule::Warps),
+        Self::in_order(Schedule::WarpsDescending),
     ];
-    /// As [`ALL`](Self::ALL), on sm_75.
-    pub const SM75: [Self; 1] = [Self { sm75: true, schedule: 7 }];
+    /// On sm_75.
+    pub const SM75: [Self; 1] = [Self { sm75: true, schedule: Schedule::Shuffled }];
+
+    const fn in_order(schedule: Schedule) -> Self {
+        Self { sm75: false, schedule }
+    }
 }
 
 /// Carries out a launch.
@@ -95,7 +113,7 @@ pub fn run(launch: &Launch, how: Run) {
             launch.grid.as_ptr(),
             launch.block,
             args.as_mut_ptr(),
-            how.schedule,
+            how.schedule as u32,
         )
     };
     drop(device);

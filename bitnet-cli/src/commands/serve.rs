@@ -233,10 +233,16 @@ impl Args {
     }
 
     /// Reads the weights and starts the engine.
-    fn load(&self, source: Source, adapters: Adapters, app: &App) -> anyhow::Result<Loaded> {
+    fn load(
+        &self,
+        source: Source,
+        adapters: Adapters,
+        device: &Device,
+        app: &App,
+    ) -> anyhow::Result<Loaded> {
         let (for_all, adapters) = adapters;
         let (config, generation) = (source.config.clone(), source.generation.clone());
-        let model = source.into_pretrained(&Device::Cpu)?;
+        let model = source.into_pretrained(device)?;
         let Some(tokenizer) = model.tokenizer else {
             bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
         };
@@ -282,6 +288,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
     let tls = tls.map(|(certificate, key)| listen::tls(certificate, key)).transpose()?;
     let source = args.model.open(global)?;
     let adapters = adapter::read_all(&args.adapters, &source, global)?;
+    let device = global.device()?;
     let name = args.served_name.clone().unwrap_or_else(|| source.name.clone());
     let app = Arc::new(args.app(name)?);
     let stats = args.watching.stats_file.clone();
@@ -313,7 +320,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         let looking = tokio::spawn(serve::look_after(app.clone(), stats));
         let loading = {
             let app = app.clone();
-            tokio::task::spawn_blocking(move || args.load(source, adapters, &app))
+            tokio::task::spawn_blocking(move || args.load(source, adapters, &device, &app))
         };
         tokio::select! {
             loaded = loading => {

@@ -1,6 +1,6 @@
 // Launches on the host: block after block, each thread a fiber.
 //
-// A fiber runs until it waits; then the next one does. In which order they take their turns is the caller's to choose: a
+// A fiber runs until it waits; then another one does. In which order they take their turns is the caller's to choose: a
 // result that depends on it lacks a barrier. Memory of the device ends at a page that cannot be touched.
 
 #include "shim.hpp"
@@ -45,8 +45,10 @@ Fiber* current;
 char* stacks;
 const Kernel* kernel;
 void** arguments;
-/// Whether any fiber got past a barrier or ended in this round.
+/// Whether any fiber got past a barrier or ended since this was last set to false.
 bool progress;
+/// Fibers that have not ended.
+unsigned running;
 
 [[noreturn]] void die(const char* what) {
     fprintf(stderr, "emulator: %s in %s, block (%u, %u, %u), thread %u\n", what, kernel->name, blockIdx.x, blockIdx.y,
@@ -71,6 +73,7 @@ void wait(Barrier& barrier) {
 void run_thread() {
     kernel->call(arguments);
     current->state = Fiber::DONE;
+    running--;
     progress = true;
     _longjmp(scheduler, 1);
 }
@@ -94,13 +97,36 @@ void resume(unsigned thread) {
     _longjmp(current->at, 1);
 }
 
-/// The orders of turns: 0 ascending, 1 descending, others shuffled anew each round.
+/// In which order threads take turns.
+enum Schedule : unsigned {
+    /// All threads, the first one first.
+    ASCENDING,
+    /// The last one first.
+    DESCENDING,
+    /// Anew in each round.
+    SHUFFLED,
+    /// A warp as far as it gets, then the next one: the last one to reach a barrier is ahead of all others then.
+    WARPS,
+    /// The last warp first.
+    WARPS_DESCENDING,
+};
+
+/// The order of turns of a round.
 struct Turns {
     unsigned order[MAX_THREADS];
-    unsigned count, schedule, random;
+    unsigned count, random;
+    Schedule schedule;
+
+    void begin(unsigned threads, Schedule kind) {
+        count = threads;
+        schedule = kind;
+        random = 1;
+        bool descending = kind == DESCENDING || kind == WARPS_DESCENDING;
+        for (unsigned i = 0; i < count; i++) order[i] = descending ? count - 1 - i : i;
+    }
 
     void shuffle() {
-        for (unsigned i = count; schedule > 1 && i > 1; i--) {
+        for (unsigned i = count; i > 1; i--) {
             random = random * 1664525 + 1013904223; // Numerical Recipes, 7.1
             unsigned j = random / 65536 % i, other = order[j];
             order[j] = order[i - 1];
@@ -109,21 +135,34 @@ struct Turns {
     }
 };
 
+/// A turn for each of some threads; returns whether any of them got on.
+bool turns_of(const unsigned* order, unsigned count) {
+    progress = false;
+    for (unsigned i = 0; i < count; i++) {
+        if (fibers[order[i]].state != Fiber::DONE) resume(order[i]);
+    }
+    return progress;
+}
+
+/// A turn for each thread, or for each warp all turns that it can take.
+bool round_of(Turns& turns) {
+    if (turns.schedule == SHUFFLED) turns.shuffle();
+    if (turns.schedule < WARPS) return turns_of(turns.order, turns.count);
+    bool any = false;
+    for (unsigned first = 0; first < turns.count; first += 32) {
+        while (turns_of(turns.order + first, min(32, turns.count - first))) any = true;
+    }
+    return any;
+}
+
 void run_block(Turns& turns) {
     memset(__start_shared_memory, 0xff, size_t(__stop_shared_memory - __start_shared_memory));
     block_barrier = {turns.count, 0, 0};
     for (unsigned warp = 0; warp * 32 < turns.count; warp++) warps[warp].barrier = {min(32, turns.count - 32 * warp), 0, 0};
     for (unsigned i = 0; i < turns.count; i++) fibers[i].state = Fiber::NEW, fibers[i].exchanges = 0;
-    for (unsigned done = 0; done < turns.count;) {
-        turns.shuffle();
-        progress = false;
-        done = 0;
-        for (unsigned i = 0; i < turns.count; i++) {
-            unsigned thread = turns.order[i];
-            if (fibers[thread].state != Fiber::DONE) resume(thread);
-            done += fibers[thread].state == Fiber::DONE;
-        }
-        if (!progress) die("threads wait for each other for ever");
+    running = turns.count;
+    while (running > 0) {
+        if (!round_of(turns)) die("threads wait for each other for ever");
     }
 }
 
@@ -163,9 +202,7 @@ extern "C" bool emulator_launch(const char* name, bool sm75, const unsigned* gri
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {threads, 1, 1};
     static Turns turns;
-    turns.count = threads;
-    turns.schedule = turns.random = schedule;
-    for (unsigned i = 0; i < threads; i++) turns.order[i] = schedule == 1 ? threads - 1 - i : i;
+    turns.begin(threads, static_cast<Schedule>(schedule));
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {

@@ -12,7 +12,6 @@ use std::{
 
 use anyhow::bail;
 use bitnet_model::{batch::Limits, grammar::GrammarFactory, ops::KvType, session::PREFILL_CHUNK};
-use candle_core::Device;
 
 use self::{
     files::{Answered, Input, Output, Shard},
@@ -75,7 +74,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let answered = Answered::read(&args.output)?;
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
-    let model = source.into_pretrained(&Device::Cpu)?;
+    let model = source.into_pretrained(&global.device()?)?;
     let Some(tokenizer) = model.tokenizer else {
         bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
     };
