@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything continuous integration checks, cheapest first; stops at the first failure.
-# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched, but for packages of the notebook and
-# of the server's client from PyPI: without them these are passed over, and that is said.
+# Needs the pinned Rust toolchain, git and Python 3; no network once the crates are fetched, but for packages of the notebook, of
+# the server's client and of CUDA's compiler from PyPI: without them these are passed over, and that is said. So are the CUDA
+# kernels where there is no C++ compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -88,6 +89,21 @@ two_ranks() {
     ((status == 77)) || return "$status" # 77: passed over, and said so
 }
 
+# NVIDIA's compiler from PyPI compiles the kernels, and the types of the build for CUDA are checked; nothing is linked.
+cuda_compiles() {
+    if ! timeout 600 scripts/cuda_toolkit.sh; then
+        echo "   *** SKIPPED: CUDA's compiler cannot be had from PyPI, so its kernels were NOT compiled ***"
+        return
+    fi
+    scripts/cuda_check.sh && scripts/cuda_types.sh
+}
+
+# Without it, tests/build.rs leaves the tests of the CUDA kernels out.
+host_compiler_is_there() {
+    "${CXX:-c++}" --version >/dev/null 2>&1 ||
+        echo "   *** SKIPPED: no C++ compiler (${CXX:-c++}), so the CUDA kernels will NOT be tested on the host ***"
+}
+
 step "format" cargo fmt --all --check
 step "file lengths" scripts/file_lengths.sh
 step "dependency direction" python3 scripts/layers.py
@@ -98,9 +114,11 @@ step "size of the fixtures" fixtures_are_small
 step "scripts compile" python_compiles
 step "licences, bans, sources" dependencies_are_allowed
 step "clippy" cargo clippy --workspace --all-targets -- -D warnings
+step "a C++ compiler" host_compiler_is_there
 step "tests" cargo test --workspace
 step "two ranks over MPI" two_ranks
 step "documentation" documentation
+step "CUDA kernels" cuda_compiles
 step "the README's first command" first_command
 step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
 step "the notebook" notebook_executes

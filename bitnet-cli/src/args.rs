@@ -7,10 +7,11 @@ use bitnet_model::{
     kernels::{self, KERNEL_VARIABLE},
     threads,
 };
+use candle_core::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::commands;
+use crate::{commands, device::DeviceChoice};
 
 /// Run, train and inspect 1.58-bit language models.
 #[derive(Parser)]
@@ -36,7 +37,7 @@ pub struct Global {
     /// The instruction set to compute with, as `bitnet info` names it [default: the fastest there is]
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "NAME", env = KERNEL_VARIABLE)]
     pub kernel: Option<String>,
-    /// Where to compute; only `cpu` so far
+    /// Where to compute: `cpu`, `cuda` or `cuda:N` (builds with the feature `cuda`), or `auto` for what is there
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// No progress bars and no statistics on stderr
@@ -99,13 +100,38 @@ pub enum Command {
     Completions(commands::completions::Args),
 }
 
+impl Command {
+    /// Whether it runs its model where `--device` says.
+    fn computes_on_devices(&self) -> bool {
+        matches!(
+            self,
+            Self::Generate(_)
+                | Self::Chat(_)
+                | Self::Serve(_)
+                | Self::Batch(_)
+                | Self::Logits(_)
+                | Self::Perplexity(_)
+                | Self::Eval(_)
+        )
+    }
+}
+
 impl Global {
     /// The kernel that was asked for; an empty variable asks for none.
     pub fn kernel(&self) -> Option<&str> {
         self.kernel.as_deref().filter(|name| !name.is_empty())
     }
 
-    /// Starts logging, sizes the thread pool and chooses the kernel; refuses devices that do not exist.
+    fn device_choice(&self) -> anyhow::Result<DeviceChoice> {
+        self.device.parse().with_context(|| format!("--device `{}` is not available", self.device))
+    }
+
+    /// Opens the device to compute on.
+    pub fn device(&self) -> anyhow::Result<Device> {
+        self.device_choice()?.open()
+    }
+
+    /// Starts logging, sizes the thread pool and chooses the kernel; refuses a device that the command cannot use.
     pub fn apply(&self, command: &Command) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(&self.log)
             .with_context(|| format!("--log `{}` is no log filter", self.log))?;
@@ -116,8 +142,8 @@ impl Global {
             LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).without_time().init(),
             LogFormat::Json => log.json().flatten_event(true).init(),
         }
-        if self.device != "cpu" {
-            bail!("--device `{}` is not available: this build computes on `cpu`", self.device);
+        if self.device_choice()? != DeviceChoice::Cpu && !command.computes_on_devices() {
+            bail!("--device {}: this command computes on `cpu` only so far", self.device);
         }
         if let Some(kernel) = self.kernel() {
             kernels::choose(kernel).with_context(|| format!("--kernel {kernel}"))?;

@@ -45,9 +45,10 @@ impl BatchingArgs {
 /// Reads the weights: the network, with what is beside it for all requests, and its tokenizer.
 pub fn load(
     source: Source,
+    device: &Device,
     for_all: Option<&Adaptation>,
 ) -> anyhow::Result<(Arc<Model>, Tokenizer)> {
-    let model = source.into_pretrained(&Device::Cpu)?;
+    let model = source.into_pretrained(device)?;
     let Some(tokenizer) = model.tokenizer else {
         bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
     };

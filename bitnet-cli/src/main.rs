@@ -6,6 +6,7 @@ mod batching;
 mod commands;
 mod continuation;
 mod damage;
+mod device;
 mod folder;
 mod gguf;
 mod interrupt;

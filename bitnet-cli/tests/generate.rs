@@ -222,7 +222,10 @@ fn bad_input_is_one_clear_line() {
         (&["--presence-penalty", "-3", "hi"], "presence_penalty is -3"),
         (&["--logit-bias", "99999=1", "hi"], "--logit-bias names token 99999"),
         (&["--stop", "", "hi"], "a stop string is empty"),
-        (&["--device", "tpu", "hi"], "--device `tpu` is not available"),
+        (
+            &["--device", "tpu", "hi"],
+            "--device `tpu` is not available: give cpu, cuda, cuda:N or auto",
+        ),
     ];
     for (args, expected) in cases {
         let line = failure(&[&["generate"], args].concat(), "");

@@ -32,6 +32,7 @@ pub mod calibration;
 pub mod checkpoint;
 pub mod choices;
 pub mod config;
+pub mod cuda;
 mod error;
 pub mod grammar;
 pub mod head_weights;

@@ -27,20 +27,10 @@ pub struct Rows<'a, T: Clone> {
 impl<'a, T: WithDType> Rows<'a, T> {
     /// Borrows the rows when they are dense and evenly spaced, gathers them otherwise.
     pub fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
-        let (Some((&width, outer)), Some((&1, strides))) =
-            (layout.dims().split_last(), layout.stride().split_last())
-        else {
-            let width = layout.dims().last().copied().unwrap_or(1);
+        let width = layout.dims().last().copied().unwrap_or(1);
+        let Some(stride) = row_stride(layout) else {
             return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
         };
-        // Dimensions of size 1 have no say; of the others, each must step over all of the next.
-        let mut steps = outer.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1);
-        let stride = steps.clone().next().map_or(width, |(_, stride)| *stride);
-        let mut next = stride;
-        let even = steps.all(|(dim, stride)| std::mem::replace(&mut next, stride * dim) == *stride);
-        if !even || stride < width {
-            return Ok(Self { data: contiguous(storage, layout)?, width, stride: width });
-        }
         let data = Cow::Borrowed(&storage.as_slice::<T>()?[layout.start_offset()..]);
         Ok(Self { data, width, stride })
     }
@@ -54,6 +44,18 @@ impl<'a, T: WithDType> Rows<'a, T> {
     pub fn row(&self, index: usize) -> &[T] {
         &self.data[index * self.stride..][..self.width]
     }
+}
+
+/// Elements between the beginnings of rows, if rows are dense and evenly spaced and do not overlap.
+pub fn row_stride(layout: &Layout) -> Option<usize> {
+    let (&width, outer) = layout.dims().split_last()?;
+    let (&1, strides) = layout.stride().split_last()? else { return None };
+    // Dimensions of size 1 have no say; of the others, each must step over all of the next.
+    let mut steps = outer.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1);
+    let stride = steps.clone().next().map_or(width, |(_, stride)| *stride);
+    let mut next = stride;
+    let even = steps.all(|(dim, stride)| std::mem::replace(&mut next, stride * dim) == *stride);
+    (even && stride >= width).then_some(stride)
 }
 
 /// The elements of a strided layout in row-major order.
@@ -76,14 +78,17 @@ fn gather<T: Copy>(all: &[T], layout: &Layout) -> Vec<T> {
     elements
 }
 
-/// Calls `f` on a CPU tensor's elements in row-major order.
+/// Calls `f` on a tensor's elements in row-major order; of a tensor on another device, on a copy of them.
 pub fn with_slice<T: WithDType, R>(
     tensor: &Tensor,
     f: impl FnOnce(&[T]) -> Result<R>,
 ) -> Result<R> {
+    if !tensor.device().is_cpu() {
+        return f(&tensor.flatten_all()?.to_vec1::<T>()?);
+    }
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => f(&contiguous(storage, layout)?),
-        _ => candle_core::bail!("this operation runs on the CPU only"),
+        _ => candle_core::bail!("a tensor of the CPU is stored elsewhere"),
     }
 }

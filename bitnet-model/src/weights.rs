@@ -30,6 +30,9 @@ pub struct TernaryWeight {
     in_features: usize,
     /// Multiplies: `W = scale · code − scale`.
     scale: f32,
+    /// Of the stack that this matrix begins.
+    #[cfg(feature = "cuda")]
+    resident: crate::cuda::resident::Resident,
 }
 
 /// Tiles by themselves, or beside others in large pages.
@@ -118,8 +121,7 @@ impl TernaryWeight {
                 out.copy_from_slice(&bytes[offset..][..out.len()]);
                 Ok(())
             })?;
-            let tiles = Tiles::Heap(tiles);
-            return Ok(Self { tiles, format, out_features, in_features, scale });
+            return Ok(Self::of(Tiles::Heap(tiles), format, (out_features, in_features), scale));
         }
         let quarter = out_features / 4;
         packed::check_codes(bytes, in_features, |field, row| field * quarter + row)?;
@@ -160,7 +162,7 @@ impl TernaryWeight {
         let mut pages = arena.zeroed(bytes).map_err(no_memory)?;
         let read = |offset, out: &mut [u8]| source.read_packed(name, offset, out);
         packed::fill_tiles(format, (out_features, in_features), pages.as_chunks_mut().0, read)?;
-        Ok(Self { tiles: Tiles::Paged(pages), format, out_features, in_features, scale })
+        Ok(Self::of(Tiles::Paged(pages), format, (out_features, in_features), scale))
     }
 
     /// `row_bytes(format, row, col)` gives a tile's row, the codes of `weight[row][col..]`.
@@ -181,7 +183,24 @@ impl TernaryWeight {
                 }
             }
         });
-        Self { tiles: Tiles::Heap(tiles), format, out_features, in_features, scale }
+        Self::of(Tiles::Heap(tiles), format, (out_features, in_features), scale)
+    }
+
+    fn of(
+        tiles: Tiles,
+        format: TileFormat,
+        (out_features, in_features): (usize, usize),
+        scale: f32,
+    ) -> Self {
+        Self {
+            tiles,
+            format,
+            out_features,
+            in_features,
+            scale,
+            #[cfg(feature = "cuda")]
+            resident: Default::default(),
+        }
     }
 
     /// The same matrix in large pages, beside others of `arena`.
@@ -263,6 +282,12 @@ impl TernaryWeight {
     /// The absmean scale; it multiplies.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// The copy of the stack that this matrix begins on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn resident(&self) -> &crate::cuda::resident::Resident {
+        &self.resident
     }
 
     /// The bytes that a matrix (out_features, in_features) takes in `format`.

@@ -12,7 +12,6 @@ use bitnet_model::{
     pretrained::{Pretrained, Source},
     text::Tokenizer,
 };
-use candle_core::Device;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -98,7 +97,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let prompt = args.prompt(&source)?;
 
     let start = Instant::now(); // waiting for stdin is not loading
-    let mut model = source.into_pretrained(&Device::Cpu)?;
+    let mut model = source.into_pretrained(&global.device()?)?;
     model.model = adapter::beside(model.model, adaptation.as_ref())?;
     let (prompt, echo) = args.encode(prompt, &model)?;
     check_prompt(&prompt, model.model.config())?;

@@ -14,7 +14,7 @@ use bitnet_model::{
     ops::KvType,
     sampler::argmax,
 };
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::{
     adapter::{self, AdapterArgs},
@@ -85,7 +85,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     }
     let adaptation = args.adapters.read(&source, global)?;
     let interrupted = interrupt::flag()?;
-    let model = adapter::beside(Arc::new(source.load(&Device::Cpu)?), adaptation.as_ref())?;
+    let model = adapter::beside(Arc::new(source.load(&global.device()?)?), adaptation.as_ref())?;
     let spec = TensorSpec::new(NAME, Dtype::F32, [tokens.len(), vocab_size]);
     let mut writer = SafetensorsWriter::create(&args.output, vec![spec])?;
     let bar = progress::bar(global, tokens.len(), "{bar:30} {pos}/{len} tokens {eta}");

@@ -16,7 +16,6 @@ use bitnet_model::{
     ops::KvType,
     score::{self, Windows},
 };
-use candle_core::Device;
 use serde_json::json;
 
 use crate::{
@@ -76,7 +75,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         stride.context("a window of one token scores nothing: give at least --window 2")?;
     let kv_type = args.kv_cache.unwrap_or_else(|| args.model.kv_type());
     let adaptation = args.adapters.read(&source, global)?;
-    let mut model = source.into_pretrained(&Device::Cpu)?;
+    let mut model = source.into_pretrained(&global.device()?)?;
     model.model = adapter::beside(model.model, adaptation.as_ref())?;
     let Some(tokenizer) = &model.tokenizer else {
         bail!("{}: has no tokenizer, so it cannot read a text", model.name);

@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context, bail};
 use axum::http::HeaderValue;
 use bitnet_model::{grammar::GrammarFactory, pretrained::Source};
+use candle_core::Device;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::{
@@ -228,10 +229,16 @@ impl Args {
     }
 
     /// Reads the weights and starts the engine.
-    fn load(&self, source: Source, adapters: Adapters, app: &App) -> anyhow::Result<Loaded> {
+    fn load(
+        &self,
+        source: Source,
+        adapters: Adapters,
+        device: &Device,
+        app: &App,
+    ) -> anyhow::Result<Loaded> {
         let (for_all, adapters) = adapters;
         let (config, generation) = (source.config.clone(), source.generation.clone());
-        let (network, tokenizer) = batching::load(source, for_all.as_ref())?;
+        let (network, tokenizer) = batching::load(source, device, for_all.as_ref())?;
         let engine = &self.engine;
         let limits = engine.batching.limits(&self.model, engine.prefill_tokens);
         let most = |length: Option<NonZeroUsize>| length.map_or(usize::MAX, NonZeroUsize::get);
@@ -269,6 +276,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
     let tls = tls.map(|(certificate, key)| listen::tls(certificate, key)).transpose()?;
     let source = args.model.open(global)?;
     let adapters = adapter::read_all(&args.adapters, &source, global)?;
+    let device = global.device()?;
     let name = args.served_name.clone().unwrap_or_else(|| source.name.clone());
     let app = Arc::new(args.app(name)?);
     let every = Duration::from_secs(args.watching.stats_every.get());
@@ -298,7 +306,7 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
         let looking = tokio::spawn(serve::look_after(app.clone(), stats));
         let loading = {
             let app = app.clone();
-            tokio::task::spawn_blocking(move || args.load(source, adapters, &app))
+            tokio::task::spawn_blocking(move || args.load(source, adapters, &device, &app))
         };
         tokio::select! {
             loaded = loading => {

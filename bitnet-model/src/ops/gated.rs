@@ -1,7 +1,11 @@
 //! The gate of the feed-forward layer, `act(gate) · up`, in one pass and with a gradient.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     config::Activation,
     kernels::{Loop, vectorized},
@@ -16,6 +20,13 @@ pub fn gated(gate: &Tensor, up: &Tensor, act: Activation) -> Result<Tensor> {
 
 struct Gated {
     act: Activation,
+}
+
+fn check(gate: &Layout, up: &Layout) -> Result<()> {
+    match gate.shape() == up.shape() {
+        true => Ok(()),
+        false => bail!("gated: gate {:?}, up {:?}", gate.shape(), up.shape()),
+    }
 }
 
 impl Activation {
@@ -62,9 +73,7 @@ impl CustomOp2 for Gated {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if gate_layout.shape() != up_layout.shape() {
-            bail!("gated: gate {:?}, up {:?}", gate_layout.shape(), up_layout.shape());
-        }
+        check(gate_layout, up_layout)?;
         let gate = Rows::<f32>::new(gate, gate_layout)?;
         let up = Rows::<f32>::new(up, up_layout)?;
         let (len, width) = (gate_layout.shape().elem_count(), gate.width());
@@ -84,6 +93,18 @@ impl CustomOp2 for Gated {
             },
         );
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        gate: &CudaStorage,
+        gate_layout: &Layout,
+        up: &CudaStorage,
+        up_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        check(gate_layout, up_layout)?;
+        cuda::ops::gated(self.act, (gate, gate_layout), (up, up_layout))
     }
 
     fn bwd(

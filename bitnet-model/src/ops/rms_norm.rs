@@ -1,8 +1,12 @@
 //! Root-mean-square norm with a gradient: `y = weight · x · rsqrt(mean(x²) + ε)`.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::{dot, for_each_chunk};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     kernels::{self, Loop, vectorized},
     storage::{contiguous, with_slice},
@@ -16,6 +20,15 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 struct RmsNorm {
     eps: f32,
+}
+
+/// Elements of a row, which are as many as those of the weight.
+fn check(x: &Layout, weight: &Layout) -> Result<usize> {
+    let hidden = weight.shape().dims1()?;
+    if x.dims().last() != Some(&hidden) {
+        bail!("rms-norm: x is {:?}, the weight has {hidden} elements", x.shape());
+    }
+    Ok(hidden)
 }
 
 impl RmsNorm {
@@ -38,10 +51,7 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let hidden = weight_layout.shape().dims1()?;
-        if x_layout.dims().last() != Some(&hidden) {
-            bail!("rms-norm: x is {:?}, the weight has {hidden} elements", x_layout.shape());
-        }
+        let hidden = check(x_layout, weight_layout)?;
         let x = contiguous::<f32>(x, x_layout)?;
         let weight = contiguous::<f32>(weight, weight_layout)?;
         let mut y = vec![0f32; x.len()];
@@ -51,6 +61,18 @@ impl CustomOp2 for RmsNorm {
             vectorized(Normalized { inverse_rms, weight: &weight, x, y });
         });
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        check(x_layout, weight_layout)?;
+        cuda::ops::rms_norm((x, x_layout), (weight, weight_layout), self.eps)
     }
 
     /// With `r = rsqrt(mean(x²) + ε)` and `u = dy·weight`:

@@ -1,9 +1,13 @@
 //! Rotary position embedding, rotate-half form: the pair `(x[i], x[i + d/2])` turns by
 //! `position · theta^(-2i/d)` (arXiv:2104.09864, in the element order of Llama checkpoints).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::for_each_chunk;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     kernels::{Loop, vectorized},
     storage::{Rows, contiguous},
@@ -17,6 +21,23 @@ pub fn rope(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor) -> Result<Tens
 
 struct Rope {
     heads: usize,
+}
+
+impl Rope {
+    /// The shape of the result; refuses angles that do not fit.
+    fn shape(&self, x: &Layout, cos: &Layout, sin: &Layout) -> Result<Shape> {
+        let ((batch, seq, width), heads) = (x.shape().dims3()?, self.heads);
+        let (angle_rows, angle_seq, half) = cos.shape().dims3()?;
+        let angles_fit = cos.shape() == sin.shape()
+            && (angle_rows == batch || angle_rows == 1)
+            && angle_seq == seq
+            && 2 * half * heads == width;
+        if !angles_fit {
+            let (angles, x) = (cos.shape(), x.shape());
+            bail!("rope: angles {angles:?} do not fit {heads} heads of x {x:?}");
+        }
+        Ok((batch, seq, heads, 2 * half).into())
+    }
 }
 
 /// One head: both halves are turned.
@@ -57,16 +78,9 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sin_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((batch, seq, width), heads) = (x_layout.shape().dims3()?, self.heads);
-        let (angle_rows, angle_seq, half) = cos_layout.shape().dims3()?;
-        let angles_fit = cos_layout.shape() == sin_layout.shape()
-            && (angle_rows == batch || angle_rows == 1)
-            && angle_seq == seq
-            && 2 * half * heads == width;
-        if !angles_fit {
-            let (angles, x) = (cos_layout.shape(), x_layout.shape());
-            bail!("rope: angles {angles:?} do not fit {heads} heads of x {x:?}");
-        }
+        let shape = self.shape(x_layout, cos_layout, sin_layout)?;
+        let (batch, seq, width) = x_layout.shape().dims3()?;
+        let (angle_rows, _, half) = cos_layout.shape().dims3()?;
         let x = Rows::<f32>::new(x, x_layout)?;
         let cos = contiguous::<f32>(cos, cos_layout)?;
         let sin = contiguous::<f32>(sin, sin_layout)?;
@@ -79,7 +93,21 @@ impl CustomOp3 for Rope {
                 vectorized(Turn { cos, sin, x, y });
             }
         });
-        Ok((CpuStorage::F32(y), (batch, seq, heads, head_dim).into()))
+        Ok((CpuStorage::F32(y), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        cos: &CudaStorage,
+        cos_layout: &Layout,
+        sin: &CudaStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let shape = self.shape(x_layout, cos_layout, sin_layout)?;
+        cuda::ops::rope((x, x_layout), (cos, cos_layout), (sin, sin_layout), shape)
     }
 
     /// The gradient turns back by the same angle.

@@ -7,12 +7,17 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+
 use super::gemm::{Factor, Precision, TernaryRows, gemm, gemm_add, plain};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     activations::{QuantizedActivations, SharedActivations},
     kernels,
     quant::{ActivationCodes, Rounding},
-    storage::{contiguous, with_slice},
+    storage::contiguous,
     weights::{TernaryWeight, matmul},
 };
 
@@ -116,13 +121,49 @@ impl CustomOp1 for TernaryMatmul {
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let mut shape = layout.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = self.out_features();
+        }
+        let weights = (&*self.weights, self.part.clone());
+        cuda::ops::ternary_product(x, layout, weights, self.product.input, shape.into())
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let mut dx = vec![0f32; x.elem_count()];
-        with_slice::<f32, _>(dy, |dy| {
-            backward_x(dy, self.weights(), self.product.backward, &mut dx);
-            Ok(())
-        })?;
-        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+        let (weights, part) = (self.weights.clone(), self.part.clone());
+        let (precision, shape) = (self.product.backward, x.shape().clone());
+        let dx = dy.detach().apply_op1(Gradient { weights, part, precision, shape })?;
+        Ok(Some(dx))
+    }
+}
+
+/// The gradient of the input of a [`TernaryMatmul`] from that of its result.
+struct Gradient {
+    weights: Arc<[TernaryWeight]>,
+    part: Range<usize>,
+    precision: Precision,
+    shape: Shape,
+}
+
+impl CustomOp1 for Gradient {
+    fn name(&self) -> &'static str {
+        "ternary-gradient"
+    }
+
+    fn cpu_fwd(&self, dy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut dx = vec![0f32; self.shape.elem_count()];
+        let weights = &self.weights[self.part.clone()];
+        backward_x(&contiguous::<f32>(dy, layout)?, weights, self.precision, &mut dx);
+        Ok((CpuStorage::F32(dx), self.shape.clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, dy: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let weights = (&*self.weights, self.part.clone());
+        let bf16 = self.precision == Precision::Bf16;
+        cuda::ops::ternary_gradient(dy, layout, weights, bf16, self.shape.clone())
     }
 }
 

@@ -20,7 +20,6 @@ use std::{
 
 use anyhow::{Context, bail};
 use bitnet_model::text::Tokenizer;
-use candle_core::Device;
 
 use self::{
     command::{Command, HELP},
@@ -82,7 +81,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let template = template.transpose()?;
     let adaptation = args.adapters.read(&source, global)?;
 
-    let mut model = source.into_pretrained(&Device::Cpu)?;
+    let mut model = source.into_pretrained(&global.device()?)?;
     let Some(tokenizer) = model.tokenizer.take() else {
         bail!("{}: has no tokenizer, so there is no text to chat in", model.name);
     };

@@ -21,7 +21,6 @@ use bitnet_train::eval::{
     Task,
     tasks::{Asking, Prepared},
 };
-use candle_core::Device;
 
 use crate::{
     adapter::{self, AdapterArgs},
@@ -114,7 +113,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let identity = identity::Identity::new((&source, &tokenizer), args, kv_type, global)?;
     let mut items = Items::open(args.output.as_deref(), &identity, &prepared)?;
     let adaptation = args.adapters.read(&source, global)?;
-    let mut model = source.into_pretrained(&Device::Cpu)?;
+    let mut model = source.into_pretrained(&global.device()?)?;
     model.model = adapter::beside(model.model, adaptation.as_ref())?;
 
     let interrupt = interrupt::flag()?;

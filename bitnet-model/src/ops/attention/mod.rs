@@ -7,13 +7,19 @@ mod key_values;
 mod own;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType, backend::BackendStorage};
 
+#[cfg(feature = "cuda")]
+use self::key_values::SCALE_BYTES;
 use self::{
     backward::{Gradients, Inputs, KvStrides},
     forward::Forward,
     key_values::KeyValues,
 };
 pub use self::{key_values::KvType, own::self_attention};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     kernels,
     storage::{contiguous, with_slice},
@@ -61,6 +67,12 @@ impl Dims {
             bail!("attention: q {q:?}, k {k:?} and v {v:?} do not fit together");
         }
         Ok(Self { batch, seq, heads, kv_heads, context, head_dim })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> cuda::ops::AttentionSizes {
+        let Self { batch, seq, heads, kv_heads, context, head_dim } = *self;
+        cuda::ops::AttentionSizes { batch, seq, heads: (heads, kv_heads), context, head_dim }
     }
 
     fn scale(&self) -> f32 {
@@ -125,6 +137,27 @@ impl CustomOp3 for Attention {
         let out =
             Forward { dims, starts: &self.starts, q: &q, k, v, kernel: kernels::active() }.run();
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let head_dim = |width: usize| match k.dtype() {
+            DType::U8 => width.saturating_sub(SCALE_BYTES),
+            _ => width,
+        };
+        let (q_shape, k_shape, v_shape) = (q_layout.shape(), k_layout.shape(), v_layout.shape());
+        let dims = Dims::new(q_shape, k_shape, v_shape, head_dim)?;
+        self.check(&dims)?;
+        let (q, k, v) = ((q, q_layout), (k, k_layout), (v, v_layout));
+        cuda::ops::attention(dims.on_device(), [q, k, v], &self.starts, q_shape.clone())
     }
 
     fn bwd(

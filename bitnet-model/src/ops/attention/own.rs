@@ -1,8 +1,12 @@
 //! Attention of tokens to one another, without a cache: keys and values lie as the projections leave them.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::{Attention, Dims, backward::KvStrides, forward::Forward, key_values::KeyValues};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{kernels, storage::contiguous};
 
 /// Attends `q` (batch, seq, heads, head_dim) over `k` (batch, seq, kv_heads, head_dim) and `v`
@@ -66,6 +70,30 @@ impl CustomOp3 for SelfAttention {
             kernel: kernels::active(),
         };
         Ok((CpuStorage::F32(forward.run()), (batch, seq, heads * head_dim).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dims = self.dims(q_layout.shape(), k_layout.shape(), v_layout.shape())?;
+        let Dims { batch, seq, heads, kv_heads, head_dim, .. } = dims;
+        let k_layout = k_layout.transpose(1, 2)?;
+        let [row, position, 1] = *v_layout.stride() else {
+            bail!("self-attention: values must be dense, not {:?}", v_layout.stride());
+        };
+        let v_shape = (batch, kv_heads, seq, head_dim).into();
+        let v_stride = vec![row, head_dim, position, 1];
+        let v_layout = Layout::new(v_shape, v_stride, v_layout.start_offset());
+        let (q, k, v) = ((q, q_layout), (k, &k_layout), (v, &v_layout));
+        let shape = (batch, seq, heads * head_dim).into();
+        cuda::ops::attention(dims.on_device(), [q, k, v], &self.0.starts, shape)
     }
 
     fn bwd(
