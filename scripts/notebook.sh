@@ -94,3 +94,14 @@ tune fast --rank 4 --alpha 8 --lr 2e-3
 tune slow --rank 4 --alpha 8 --lr 2e-4
 tune small --rank 2 --alpha 4 --lr 2e-3
 check lora_finetuning 3 3
+
+evaluate() {
+    mkdir -p "$scratch/eval_summary/$1"
+    "$bitnet" eval --quiet --data "$root/tests/fixtures/eval" --tasks arc_easy,boolq,piqa,hellaswag,lambada_openai --bootstrap 1000 \
+        -o "$scratch/eval_summary/$1/items.jsonl" --report "$scratch/eval_summary/$1/report.json" "${@:2}" >/dev/null
+}
+evaluate exact
+evaluate small --lm-head q4 --kv-cache int8
+"$bitnet" eval --compare "$scratch/eval_summary/exact" "$scratch/eval_summary/small" \
+    --report "$scratch/eval_summary/compare.json" >/dev/null
+check eval_summary 2 3

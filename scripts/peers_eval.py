@@ -11,8 +11,8 @@ in a conversation:
 * metrics: every value and standard error that the harness computes of the answers is that of `bitnet eval --json`;
 * log-likelihoods: of some questions, they are what `bitnet logits` gives, within 1e-3.
 
-Not compared, as the harness is the only one to have them: `math_verify`, and formulas that sympy finds equal. Articles of
-WikiText are cut here as the harness' data set is, which it does not do itself.
+Not compared: `math_verify`, which only the harness has (scripts/peers_math.py compares formulas), and what programs do, which only
+`bitnet eval` runs here. Articles of WikiText are cut here as the harness' data set is, which it does not do itself.
 
 Needs lm_eval and tokenizers, for example
 
@@ -21,6 +21,7 @@ Needs lm_eval and tokenizers, for example
 """
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import evaluate
 import jinja2
 import lm_eval
 import numpy as np
@@ -39,6 +41,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
+
+class CodeEval:
+    """In the place of the metric `code_eval`, which would be fetched from the Hub and run programs: says what `bitnet eval` found."""
+
+    passed = {}  # by program, up to the tests
+
+    def compute(self, references, predictions, k):
+        return {"pass@1": float(self.passed.get(predictions[0][0], 0))}, {}
+
+
+evaluate.load = lambda name: CodeEval()
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "bitnet-model" / "assets" / "default"
@@ -58,6 +71,7 @@ TASKS = {
     "wikitext": ("wikitext/wikitext.yaml", "test"),
     "gsm8k": ("gsm8k/gsm8k.yaml", "test"),
     "minerva_math500": ("minerva_math/minerva_math500.yaml", "test"),
+    "humaneval_plus": ("humaneval/humaneval_plus.yaml", "test"),
 }
 # What is run: tasks, and options of both.
 RUNS = [
@@ -105,14 +119,15 @@ def hub_record(task, record):
 
 def records(task, folders, parts=("", "_test", "_validation", "_val", "_valid", "_test_norm", "_val_norm")):
     """The records of a task's file, as they are; none if there is no such file."""
-    names = {"minerva_math500": ["minerva_math500", "math500"], "wikitext": ["wikitext", "wikitext2"]}.get(task, [task])
+    names = {"minerva_math500": ["minerva_math500", "math500"], "wikitext": ["wikitext", "wikitext2"],
+             "humaneval_plus": ["humaneval_plus", "humanevalplus", "HumanEvalPlus-OriginFmt"]}.get(task, [task])
     for folder in folders:
         for name in names:
             for part in parts:
-                for ending in ["jsonl", "json", "txt"]:
+                for ending in ["jsonl", "json", "txt", "jsonl.gz"]:
                     path = folder / f"{name}{part}.{ending}"
                     if path.is_file():
-                        text = path.read_text()
+                        text = gzip.decompress(path.read_bytes()).decode() if ending == "jsonl.gz" else path.read_text()
                         if ending == "txt":
                             return pages(text)
                         if ending == "json":
@@ -261,7 +276,7 @@ def judged(configs):
     for answer in WRITTEN["minerva_math500"][0]:
         for target in WRITTEN["minerva_math500"][1]:
             found = math_utils.normalize_final_answer(math_utils.get_unnormalized_answer(answer))
-            rows.append(["minerva_math500", answer, target, float(found == target)])  # without sympy
+            rows.append(["minerva_math500", answer, target, float(math_utils.is_equiv(found, target))])
     return rows
 
 
@@ -291,18 +306,23 @@ class Comparison:
         args = ["eval", "-q", "-m", self.model, "--data", str(ours), "--tasks", ",".join(tasks)]
         args += ["--num-fewshot", str(shots)] if shots is not None else []
         args += ["--apply-chat-template"] if chat else []
+        args += ["--allow-code-execution", "--python", sys.executable] if "humaneval_plus" in tasks else []
         asked_file, kept = self.folder / f"asked{number}.jsonl", self.folder / f"kept{number}.jsonl"
         self.run(*args, "--requests-only", str(asked_file))
         report = json.loads(self.run(*args, "--max-new-tokens", "48", "--bootstrap", "2000", "--kv-cache", "f32",
                                      "--json", "-o", str(kept)))
-        answers = {}
+        answers, prompts = {}, {}
+        for line in map(json.loads, asked_file.read_text().splitlines()):
+            prompts[line["task"], line["item"]] = line["requests"][0].get("prompt")
         for line in kept.read_text().splitlines()[1:]:
             line = json.loads(line)
             answers.setdefault(line["task"], {})[line["item"]] = line["responses"]
+            if "outcome" in line:
+                CodeEval.passed[prompts[line["task"], line["item"]] + line["responses"][0]] = line["outcome"] == "passed"
         recorder = Recorder(self.tokenizer, self.config, answers)
         theirs = simple_evaluate(
             model=recorder, tasks=tasks, num_fewshot=shots, bootstrap_iters=2000, log_samples=True,
-            apply_chat_template=chat, fewshot_as_multiturn=chat,
+            apply_chat_template=chat, fewshot_as_multiturn=chat, confirm_run_unsafe_code=True,
             task_manager=TaskManager(include_path=str(configs), include_defaults=False),
         )
         self.requests(asked_file, recorder, theirs)

@@ -7,7 +7,7 @@ use flate2::read::GzDecoder;
 use serde_json::Value;
 
 /// `judged.jsonl.gz` is what lm-evaluation-harness 0.4.13 says of answers, as `scripts/peers_eval.py --freeze` writes it: task, answer,
-/// target, and the last of the values. Of `minerva_math500` it is whether the texts are equal, without sympy.
+/// target, and the last of the values. Of `minerva_math500` that is `is_equiv`: equal texts, or formulas that sympy finds equal.
 #[test]
 fn answers_are_judged_as_by_the_harness() {
     let judged = GzDecoder::new(&include_bytes!("fixtures/eval/judged.jsonl.gz")[..]);

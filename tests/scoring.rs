@@ -7,10 +7,12 @@ use std::{ops::ControlFlow, sync::Arc};
 use bitnet_model::{
     choices::choice_loglikelihoods,
     ops::KvType,
-    score::{Perplexity, ScoreRequest, Windows, loglikelihood, perplexity},
+    perplexity::{Cut, Run, Window, perplexity},
+    score::{ScoreRequest, loglikelihood},
     session::{Finish, Session},
 };
 use bitnet_tests::fixture::Fixture;
+use candle_core::Tensor;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -39,15 +41,19 @@ fn a_replay_writes_the_given_text() {
     }
 }
 
+fn go_on(_: &Window, _: f64) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 #[test]
 fn perplexity_is_that_of_the_scores() {
     let model = Fixture::open("bitnet_packed_tied").model();
     let tokens = ids(8, 50);
-    let go_on = |_: &Perplexity| ControlFlow::Continue(());
+    let run = Run { kv_type: KvType::F32, begin: None };
     for (window, stride) in [(64, 3), (50, 49), (16, 8), (7, 6), (2, 1)] {
         let (w, s) = (window.try_into().unwrap(), stride.try_into().unwrap());
-        let windows = Windows { window: w, stride: s, kv_type: KvType::F32 };
-        let found = perplexity(&model, &tokens, windows, go_on).unwrap();
+        let windows = Cut::Sliding { window: w, stride: s }.windows(50).unwrap();
+        let found = perplexity(&model, &tokens, &windows, run, go_on).unwrap();
         // Token i is in the first window that reaches it.
         let start = |i: usize| (i + 1usize).saturating_sub(window).div_ceil(stride) * stride;
         let requests = (1..50).map(|i| ScoreRequest {
@@ -58,23 +64,46 @@ fn perplexity_is_that_of_the_scores() {
         let nll: f64 = -scores.iter().map(|score| score.sum()).sum::<f64>();
         assert_eq!(found.tokens, 49);
         assert!((found.nll - nll).abs() < 1e-9, "{window} {stride}: {} {nll}", found.nll);
-        let half = Windows { kv_type: KvType::F16, ..windows };
-        let half = perplexity(&model, &tokens, half, go_on).unwrap();
+        let half = Run { kv_type: KvType::F16, ..run };
+        let half = perplexity(&model, &tokens, &windows, half, go_on).unwrap();
         // Keys and values of f16 are off by 2⁻¹¹ of themselves.
         assert!((half.value() / found.value() - 1.).abs() < 0.01 && half != found);
     }
-    let windows = |window: usize, stride: usize| Windows {
-        window: window.try_into().unwrap(),
-        stride: stride.try_into().unwrap(),
-        kv_type: KvType::F32,
+    let windows = |window: usize, tokens| {
+        let stride = 1.try_into().unwrap();
+        Cut::Sliding { window: window.try_into().unwrap(), stride }.windows(tokens).unwrap()
     };
-    for (tokens, windows) in [
-        (&tokens[..], windows(257, 8)),
-        (&tokens, windows(8, 8)),
-        (&tokens[..1], windows(8, 4)),
-        (&[1, 512], windows(8, 4)),
-    ] {
-        assert!(perplexity(&model, tokens, windows, go_on).is_err(), "{windows:?}");
+    let long = ids(8, 300);
+    for (tokens, windows) in [(&long[..], windows(257, 300)), (&[1, 512], windows(8, 2))] {
+        assert!(perplexity(&model, tokens, &windows, run, go_on).is_err(), "{windows:?}");
+    }
+}
+
+/// Straight from the logits of all positions: of windows of 8 tokens that begin with token 3, the last three are scored.
+#[test]
+fn second_halves_are_those_of_the_logits() {
+    let model = Fixture::open("bitnet_packed_tied").model();
+    let tokens = ids(9, 30);
+    let windows = Cut::SecondHalves { window: 8.try_into().unwrap() }.windows(30).unwrap();
+    for begin in [None, Some(3)] {
+        let run = Run { kv_type: KvType::F32, begin };
+        let found = perplexity(&model, &tokens, &windows, run, go_on).unwrap();
+        let mut nll = 0.;
+        for chunk in tokens.chunks_exact(8) {
+            let mut input = chunk.to_vec();
+            input[0] = begin.unwrap_or(input[0]);
+            let input = Tensor::new(input, model.device()).unwrap().unsqueeze(0).unwrap();
+            let hidden = model.hidden_states(&input, None).unwrap();
+            let logits = model.logits(&hidden.squeeze(0).unwrap()).unwrap();
+            let logits = logits.to_vec2::<f32>().unwrap();
+            for (logits, &next) in logits.iter().zip(&chunk[1..]).skip(4) {
+                let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+                nll += sum.ln() - f64::from(logits[next as usize]);
+            }
+        }
+        assert_eq!(found.tokens, 9);
+        // ln p is kept in f32: 9 · 8 · 2⁻²⁴.
+        assert!((found.nll - nll).abs() < 1e-5, "{begin:?}: {} {nll}", found.nll);
     }
 }
 

@@ -96,6 +96,9 @@ pub enum Command {
     Eval(Box<commands::eval::Args>),
     /// Show the tokens of a text, or the text of tokens
     Tokenize(commands::tokenize::Args),
+    /// Become another program, confined
+    #[command(hide = true)]
+    Sandboxed(commands::sandboxed::Args),
     /// Print a completion script for a shell
     Completions(commands::completions::Args),
 }

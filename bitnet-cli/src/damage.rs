@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use bitnet_model::{
     model::Model,
     ops::KvType,
+    perplexity::{self, Cut, Run, Window},
     pretrained::Source,
-    score::{self, Windows},
 };
 use candle_core::Device;
 
@@ -16,7 +16,7 @@ use candle_core::Device;
 pub struct Text {
     name: String,
     tokens: Vec<u32>,
-    windows: Windows,
+    windows: Vec<Window>,
 }
 
 impl Text {
@@ -32,13 +32,16 @@ impl Text {
             bail!("{}: has no tokenizer, so it cannot read {name}", source.name);
         };
         let tokens = tokenizer.encode(&content, true)?;
-        Ok(Self { name, tokens, windows: Windows { window, stride, kv_type: KvType::default() } })
+        let cut = Cut::Sliding { window, stride };
+        let windows = cut.windows(tokens.len()).with_context(|| name.clone())?;
+        Ok(Self { name, tokens, windows })
     }
 
     /// The perplexity of `model` on it; its logarithm is the loss, in nats a token.
     pub fn perplexity(&self, model: &Model) -> anyhow::Result<f64> {
-        let go_on = |_: &_| ControlFlow::Continue(());
-        let result = score::perplexity(model, &self.tokens, self.windows, go_on);
+        let run = Run { kv_type: KvType::default(), begin: None };
+        let go_on = |_: &Window, _: f64| ControlFlow::Continue(());
+        let result = perplexity::perplexity(model, &self.tokens, &self.windows, run, go_on);
         Ok(result.with_context(|| self.name.clone())?.value())
     }
 }

@@ -14,8 +14,10 @@ mod model;
 mod openai;
 mod progress;
 mod sampling;
+mod sandbox;
 mod serve;
 mod statistics;
+mod table;
 
 use std::{io, process::ExitCode};
 

@@ -60,7 +60,7 @@ pub enum WeightFormat {
 }
 
 /// The values of `--lm-head`.
-#[derive(ValueEnum, Clone, Copy, Debug)]
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LmHead {
     /// As in the checkpoint
     Exact,
@@ -80,6 +80,13 @@ impl From<LmHead> for HeadPrecision {
             LmHead::Q6 => Self::Quantized(HeadFormat::Q6),
             LmHead::Q4 => Self::Quantized(HeadFormat::Q4),
         }
+    }
+}
+
+impl LmHead {
+    /// As it is given.
+    pub fn name(self) -> &'static str {
+        HeadPrecision::from(self).name()
     }
 }
 

@@ -45,6 +45,7 @@ pub mod nn;
 pub mod ops;
 pub mod packed;
 pub mod pages;
+pub mod perplexity;
 pub mod pretrained;
 pub mod quant;
 pub mod rows;

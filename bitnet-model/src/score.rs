@@ -1,11 +1,8 @@
-//! Scoring: the log-likelihood of a continuation after a context, and the perplexity of a text. Everything that evaluates
-//! a model goes through here.
-
-use std::{num::NonZeroUsize, ops::ControlFlow};
+//! Scoring: the log-likelihood of a continuation after a context. Everything that evaluates a model goes through here.
 
 use candle_core::{IndexOp, Tensor};
 
-use crate::{Error, Result, model::Model, ops::KvType, storage::with_slice};
+use crate::{Error, Result, model::Model, storage::with_slice};
 
 /// A continuation to score after its context; both are token ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,7 +141,7 @@ fn score_batch(
 }
 
 /// The score of `targets`, each of which follows one of the last rows of `hidden` (tokens, hidden_size).
-fn score_last(model: &Model, hidden: &Tensor, targets: &[u32]) -> Result<LogLikelihood> {
+pub(crate) fn score_last(model: &Model, hidden: &Tensor, targets: &[u32]) -> Result<LogLikelihood> {
     let first = hidden.dim(0)? - targets.len();
     let mut score = LogLikelihood { token_logprobs: Vec::new(), is_greedy: true };
     for (chunk, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
@@ -161,80 +158,6 @@ fn score_last(model: &Model, hidden: &Tensor, targets: &[u32]) -> Result<LogLike
         })?;
     }
     Ok(score)
-}
-
-/// How a long text is cut to be scored.
-#[derive(Clone, Copy, Debug)]
-pub struct Windows {
-    /// Tokens that the model sees at once.
-    pub window: NonZeroUsize,
-    /// Tokens from one window to the next, less than `window`: a token has at least `window − stride` tokens before it,
-    /// where the text has so many.
-    pub stride: NonZeroUsize,
-    /// How keys and values are stored meanwhile.
-    pub kv_type: KvType,
-}
-
-/// How well a model foresees a text.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Perplexity {
-    /// Tokens scored.
-    pub tokens: usize,
-    /// Σ −ln p of these, in nats.
-    pub nll: f64,
-}
-
-impl Perplexity {
-    /// `exp` of the mean of −ln p; NaN for no tokens.
-    pub fn value(&self) -> f64 {
-        (self.nll / self.tokens as f64).exp()
-    }
-}
-
-/// Scores every token of `tokens` but the first, each once. `on_window` sees the sum so far after each window and may stop
-/// there.
-///
-/// # Errors
-/// Fewer than two tokens, windows longer than the model's context or no longer than their stride, or an id outside the
-/// vocabulary.
-pub fn perplexity(
-    model: &Model,
-    tokens: &[u32],
-    windows: Windows,
-    mut on_window: impl FnMut(&Perplexity) -> ControlFlow<()>,
-) -> Result<Perplexity> {
-    let (window, stride) = (windows.window.get(), windows.stride.get());
-    let context = model.config().max_position_embeddings;
-    if window > context || stride >= window {
-        return Err(Error::Input(format!(
-            "windows of {window} tokens, {stride} apart: a window is longer than the way to the next, and at most the \
-             model's context of {context}"
-        )));
-    }
-    if tokens.len() < 2 {
-        return Err(Error::Input("a text of two tokens is the least that can be scored".into()));
-    }
-    let vocab_size = model.config().vocab_size;
-    if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
-        return Err(Error::Input(format!(
-            "token id {id} is outside the model's vocabulary of {vocab_size}"
-        )));
-    }
-    let (mut sum, mut scored, mut start) = (Perplexity::default(), 1, 0);
-    while scored < tokens.len() {
-        let end = tokens.len().min(start + window);
-        let targets = &tokens[scored..end];
-        let input = Tensor::new(&tokens[start..end - 1], model.device())?.unsqueeze(0)?;
-        let mut cache = model.cache(windows.kv_type, 1);
-        let hidden = model.hidden_states(&input, Some(&mut cache))?.squeeze(0)?;
-        sum.nll -= score_last(model, &hidden, targets)?.sum();
-        sum.tokens += targets.len();
-        (scored, start) = (end, start + stride);
-        if on_window(&sum).is_break() {
-            break;
-        }
-    }
-    Ok(sum)
 }
 
 /// The largest logit `max` and `ln Σ exp(logit − max)`, summed in f64.

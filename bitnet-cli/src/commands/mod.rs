@@ -14,6 +14,7 @@ pub mod logits;
 pub mod merge;
 pub mod perplexity;
 pub mod plot;
+pub mod sandboxed;
 pub mod serve;
 pub mod tokenize;
 pub mod train;
@@ -39,6 +40,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Perplexity(args) => perplexity::run(&args, global),
         Command::Eval(args) => eval::run(&args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
+        Command::Sandboxed(args) => sandboxed::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

@@ -125,6 +125,21 @@ impl Tokenizer {
         Ok(encoding.map_err(|e| Error::Tokenizer(e.to_string()))?.get_ids().to_vec())
     }
 
+    /// The ids of `text` with what the post-processor adds, and how many bytes of `text` each stands for: from where the one
+    /// before it ended to its own end. Of a character in several tokens the first has all bytes; what was added has none.
+    pub fn encode_with_bytes(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        let encoding = self.core.encode(text, true);
+        let encoding = encoding.map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let mut covered = 0;
+        let ends = encoding.get_offsets().iter().map(|&(_, end)| end);
+        let tokens = encoding.get_ids().iter().zip(ends).map(|(&id, end)| {
+            let bytes = end.saturating_sub(covered);
+            covered = covered.max(end);
+            (id, bytes)
+        });
+        Ok(tokens.collect())
+    }
+
     /// The ids of a prompt: those of `text` with what the post-processor adds. A begin-of-text token that `text`, as some
     /// chat templates have it, begins with already is not doubled.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {

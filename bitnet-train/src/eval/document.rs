@@ -37,6 +37,11 @@ pub enum Ask {
         /// Bytes of the same.
         bytes: usize,
     },
+    /// To write a program, which then runs.
+    Program {
+        /// What comes behind it, and ends without an error if it is right.
+        test: String,
+    },
     /// To write an answer.
     Written {
         /// What it is compared with.

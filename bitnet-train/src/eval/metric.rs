@@ -48,6 +48,8 @@ pub const ACC: Metric = Metric { name: "acc", ..MEAN };
 pub const ACC_NORM: Metric = Metric { name: "acc_norm", ..MEAN };
 /// Whether a written answer is the right one.
 pub const EXACT_MATCH: Metric = Metric { name: "exact_match", ..MEAN };
+/// Whether the first program that is written does what it is to do.
+pub const PASS_AT_1: Metric = Metric { name: "pass@1", filter: "create_test", ..MEAN };
 /// Of the answers.
 pub const PERPLEXITY: Metric = Metric {
     name: "perplexity",
@@ -82,7 +84,11 @@ impl Metric {
     /// The figure; NaN of no values.
     pub fn value(&self, samples: &[Sample]) -> f64 {
         let sum: f64 = samples.iter().map(|sample| sample.value).sum();
-        let weight: f64 = samples.iter().map(|sample| sample.weight).sum();
+        self.of_sums(sum, samples.iter().map(|sample| sample.weight).sum())
+    }
+
+    /// The same of the sums of values and of weights, on which alone it depends.
+    pub fn of_sums(&self, sum: f64, weight: f64) -> f64 {
         match self.aggregation {
             Aggregation::Mean => sum / weight,
             Aggregation::Perplexity | Aggregation::WeightedPerplexity => (-sum / weight).exp(),

@@ -1,15 +1,17 @@
 //! Data files: where they lie, and the fields of their records.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
+use flate2::read::MultiGzDecoder;
 use serde_json::Value;
 
 use crate::{Error, Result};
 
-/// What may stand between a task's name and `.jsonl`, `.json` or `.txt`, in the order in which it is looked for.
+/// What may stand between a task's name and `.jsonl`, `.json`, `.txt` or `.jsonl.gz`, in the order in which it is looked for.
 const TEST: [&str; 7] = ["", "_test", "_validation", "_val", "_valid", "_test_norm", "_val_norm"];
 /// The same for a file of examples.
 const TRAIN: [&str; 3] = ["_train", "_train_norm", "_train_first64"];
@@ -44,7 +46,7 @@ fn find(folders: &[PathBuf], names: &[&str], parts: &[&str]) -> Result<PathBuf> 
     for folder in folders {
         for name in names {
             for part in parts {
-                for ending in ["jsonl", "json", "txt"] {
+                for ending in ["jsonl", "json", "txt", "jsonl.gz"] {
                     let path = folder.join(format!("{name}{part}.{ending}"));
                     if path.is_file() {
                         return Ok(path);
@@ -72,7 +74,12 @@ pub fn read<T>(
     pages: Option<fn(&str) -> Vec<Value>>,
     mut take: impl FnMut(&Record<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    let is_packed = path.extension().is_some_and(|found| found == "gz");
+    let text = match is_packed {
+        true => File::open(path).and_then(|file| io::read_to_string(MultiGzDecoder::new(file))),
+        false => fs::read_to_string(path),
+    };
+    let text = text.map_err(Error::io(path))?;
     let refuse = |reason: String| Error::Corpus { path: path.into(), reason };
     let is = |ending: &str| path.extension().is_some_and(|found| found == ending);
     let mut all = Vec::new();

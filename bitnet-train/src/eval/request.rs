@@ -31,6 +31,13 @@ pub enum Response {
     LogLikelihood(f64, bool),
     /// The continuation.
     Text(String),
+    /// The continuation, a program, and whether it did what it was to do.
+    Program {
+        /// The continuation.
+        text: String,
+        /// Whether it and the tests behind it came to their end.
+        passed: bool,
+    },
 }
 
 /// What is asked about a document behind `examples`.
@@ -63,7 +70,9 @@ pub fn requests(
             vec![Request::Continuation { context, continuation }]
         }
         Ask::Page { .. } => vec![Request::Page(document.answer.clone())],
-        Ask::Written { .. } => vec![Request::Generate(prompt(&document.text)?)],
+        Ask::Written { .. } | Ask::Program { .. } => {
+            vec![Request::Generate(prompt(&document.text)?)]
+        }
     })
 }
 

@@ -16,7 +16,10 @@ pub struct Identity {
     adapters: Vec<String>,
     lm_head: &'static str,
     kv_cache: &'static str,
-    max_new_tokens: usize,
+    /// Each task's own if it is `None`.
+    max_new_tokens: Option<usize>,
+    /// Seconds of a program.
+    code_timeout: u64,
     fingerprint: Option<String>,
 }
 
@@ -48,6 +51,7 @@ impl Identity {
             lm_head: HeadPrecision::from(args.model.lm_head()).name(),
             kv_cache: kv_type.name(),
             max_new_tokens: args.max_new_tokens(),
+            code_timeout: args.code_timeout,
             fingerprint: args.output.is_some().then(hex),
         })
     }
@@ -56,7 +60,8 @@ impl Identity {
     pub fn header(&self) -> Value {
         json!({
             "bitnet_eval": 1, "model": self.model, "adapters": self.adapters, "lm_head": self.lm_head,
-            "kv_cache": self.kv_cache, "max_new_tokens": self.max_new_tokens, "fingerprint": self.fingerprint,
+            "kv_cache": self.kv_cache, "max_new_tokens": self.max_new_tokens,
+            "code_timeout": self.code_timeout, "fingerprint": self.fingerprint,
         })
     }
 
@@ -65,7 +70,7 @@ impl Identity {
         let mut config = self.header();
         config["limit"] = json!(args.limit);
         config["seed"] = json!(args.seed);
-        config["bootstrap"] = json!(args.bootstrap);
+        config["bootstrap"] = json!(args.bootstrap());
         config["apply_chat_template"] = json!(args.apply_chat_template);
         config
     }

@@ -161,7 +161,7 @@ fn is_cut(note: &Value) -> bool {
 fn response(response: &Response) -> Value {
     match response {
         Response::LogLikelihood(sum, is_greedy) => json!([sum, is_greedy]),
-        Response::Text(text) => json!(text),
+        Response::Text(text) | Response::Program { text, .. } => json!(text),
     }
 }
 

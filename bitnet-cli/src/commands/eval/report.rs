@@ -2,10 +2,15 @@
 
 use std::path::PathBuf;
 
-use bitnet_train::eval::{Metric, Sample, tasks::Prepared};
+use bitnet_train::eval::{Aggregation, Metric, Sample, tasks::Prepared};
 use serde_json::{Map, Value, json};
 
-use super::protocol::Protocol;
+use super::{
+    chart::{Chart, Mark},
+    page::Page,
+    protocol::Protocol,
+};
+use crate::table::Table;
 
 /// The figures of a task.
 pub struct Result {
@@ -63,63 +68,92 @@ pub fn cut(results: &[Result]) -> String {
     cut.map(line).collect()
 }
 
-/// The results in Markdown.
-pub fn table(results: &[Result]) -> String {
-    let header = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"]
-        .map(String::from);
-    let mut rows = vec![header];
+/// The figures, a row each.
+pub fn table(results: &[Result]) -> Table {
+    let header = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"];
+    let mut table = Table::new("Figures with their standard errors", &header, &[1, 3, 6, 8]);
     for result in results {
         let Result { name, version, shots, figures, .. } = result;
         for (index, Figure { metric, value, error }) in figures.iter().enumerate() {
             let once = |text: &str| if index == 0 { text.to_owned() } else { String::new() };
             let arrow = if metric.higher_is_better { "↑" } else { "↓" };
             let error = error.map_or("N/A".into(), |error| format!("{error:.4}"));
-            let (filter, shots) = (metric.filter.into(), shots.to_string());
-            let (metric, value) = (metric.name.into(), format!("{value:.4}"));
-            let (name, version) = (once(name), once(version));
-            rows.push([
-                name,
-                version,
-                filter,
-                shots,
-                metric,
+            table.rows.push(vec![
+                once(name),
+                once(version),
+                metric.filter.into(),
+                shots.to_string(),
+                metric.name.into(),
                 arrow.into(),
-                value,
+                format!("{value:.4}"),
                 "±".into(),
                 error,
             ]);
         }
     }
-    markdown(&rows, &[1, 3, 6, 8])
+    table
 }
 
-/// A table whose first row is the header; the columns `numbers` are flush right.
-pub fn markdown<const N: usize>(rows: &[[String; N]], numbers: &[usize]) -> String {
-    let width =
-        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(|column| width(column).max(3));
-    let mut text = String::new();
-    for (number, row) in rows.iter().enumerate() {
-        text.push('|');
-        for (column, cell) in row.iter().enumerate() {
-            let width = widths[column];
-            text += &match (number, numbers.contains(&column)) {
-                (0, _) => format!("{cell:^width$}|"),
-                (_, true) => format!("{cell:>width$}|"),
-                (_, false) => format!("{cell:<width$}|"),
-            };
-        }
-        text.push('\n');
-        if number == 0 {
-            text.push('|');
-            for (column, width) in widths.iter().enumerate() {
-                let (dashes, right) = (width - 1, numbers.contains(&column));
-                text += &format!("{}{}|", "-".repeat(dashes), if right { ":" } else { "-" });
-            }
-            text.push('\n');
-        }
+/// Whether a figure is a part of 1, and so can be drawn beside others.
+pub fn is_drawn(metric: &Metric) -> bool {
+    metric.aggregation == Aggregation::Mean
+}
+
+/// What the pictures of reports leave out.
+pub const NOT_A_MEAN: &str = "Perplexities and bits per byte have other scales and are in the table only. ↑: more is better, ↓: less is.";
+
+/// The results to be read.
+pub fn page(results: &[Result], config: &Value, protocol: Option<Protocol>, seconds: f64) -> Page {
+    let mark = |result: &Result, figure: &Figure| {
+        let Figure { metric, value, error } = figure;
+        // 1.96 standard errors to both sides are 95 % of a normal distribution.
+        let interval = error.map(|error| (value - 1.96 * error, value + 1.96 * error));
+        let published = protocol.and_then(|protocol| protocol.published(result.name, metric));
+        let label = format!("{} {} {}", result.name, metric.name, metric.filter);
+        Mark { label, value: *value, interval, reference: published }
+    };
+    let all = results.iter().flat_map(|result| result.figures.iter().map(move |f| (result, f)));
+    let drawn = all.filter(|(_, figure)| is_drawn(&figure.metric));
+    let marks = Vec::from_iter(drawn.map(|(result, figure)| mark(result, figure)));
+    let title = match protocol {
+        Some(_) => "Right answers, with 95 % intervals; crosses: published",
+        None => "Right answers, with 95 % intervals",
+    };
+    let axis = "part of the questions".into();
+    let chart = Chart { title: title.into(), axis, marks, span: Some((0., 1.)) };
+    let mut tables = vec![table(results)];
+    tables.extend(protocol.map(|protocol| protocol.table(results)));
+    let mut notes = vec![
+        "Standard errors are of the drawing of questions: another set of as many would give a figure within two of them, nearly always."
+            .to_owned(),
+        NOT_A_MEAN.to_owned(),
+    ];
+    notes.extend(cut(results).lines().map(String::from));
+    let text = |value: &Value| value.as_str().map_or(value.to_string(), String::from);
+    let mut facts = Vec::from_iter(
+        [
+            "model",
+            "adapters",
+            "lm_head",
+            "kv_cache",
+            "fingerprint",
+            "limit",
+            "seed",
+            "apply_chat_template",
+        ]
+        .into_iter()
+        .filter(|name| !matches!(&config[*name], Value::Null))
+        .map(|name| (name, text(&config[name]))),
+    );
+    facts.push(("program", concat!("bitnet ", env!("CARGO_PKG_VERSION")).into()));
+    facts.push(("seconds", format!("{seconds:.1}")));
+    Page {
+        title: format!("Evaluation of {}", text(&config["model"])),
+        facts,
+        charts: Vec::from_iter((!chart.marks.is_empty()).then_some(chart)),
+        tables,
+        notes,
     }
-    text
 }
 
 /// The object of `--json`.

@@ -30,7 +30,7 @@ pub fn write(path: &Path, prepared: &[Prepared], tokenizer: &Tokenizer) -> anyho
                 Ask::Choices { gold, .. } | Ask::Contexts { gold, .. } => {
                     line["gold"] = json!(gold)
                 }
-                Ask::Written { target } => {
+                Ask::Written { target } | Ask::Program { test: target } => {
                     line["until"] = json!(task.until);
                     line["target"] = json!(target);
                 }

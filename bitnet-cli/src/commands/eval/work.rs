@@ -24,13 +24,17 @@ use bitnet_model::{
     text::{StopStrings, Tokenizer},
 };
 use bitnet_train::eval::{
-    Request, Response,
+    Ask, Request, Response,
     request::{encode_pair, prefix_token, rolling_windows},
-    tasks::Prepared,
+    tasks::{Prepared, humaneval},
 };
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::continuation::{Finish, TextOutput};
+use crate::{
+    continuation::{Finish, TextOutput},
+    sandbox::{Outcome, Sandbox},
+};
 
 /// The model, and how it is asked.
 pub struct Work<'a> {
@@ -42,8 +46,10 @@ pub struct Work<'a> {
     pub kv_type: KvType,
     /// Sequences that run together.
     pub batch: NonZeroUsize,
-    /// The most tokens of a written answer.
-    pub max_new_tokens: usize,
+    /// The most tokens of a written answer; what the task says if it is `None`.
+    pub max_new_tokens: Option<usize>,
+    /// Where written programs run.
+    pub sandbox: Option<&'a Sandbox>,
     /// Tokens that end a written answer.
     pub eos_token_ids: Vec<u32>,
     /// Set to stop soon.
@@ -96,7 +102,14 @@ impl Work<'_> {
                 .enumerate()
                 .map(|(index, requests)| self.page(requests).with_context(at(index)))
                 .collect(),
-            Some(Request::Generate(_)) => self.generate(&asked, task.until),
+            Some(Request::Generate(_)) => {
+                let new = self.max_new_tokens.unwrap_or(task.answer_tokens);
+                let written = self.generate(&asked, task.until, new)?;
+                match task.runs_programs {
+                    true => self.run_programs(prepared, numbers, written),
+                    false => Ok(written),
+                }
+            }
             None => bail!("{}: a question asks nothing", task.name),
         }
     }
@@ -145,10 +158,37 @@ impl Work<'_> {
         Ok((responses, Map::new()))
     }
 
-    /// Continues prompts greedily, until one of `stops` is written.
-    fn generate(&self, asked: &[&[Request]], stops: &[&str]) -> anyhow::Result<Vec<Responded>> {
+    /// Runs what was written, with the tests behind it.
+    fn run_programs(
+        &self,
+        prepared: &Prepared,
+        numbers: &[usize],
+        written: Vec<Responded>,
+    ) -> anyhow::Result<Vec<Responded>> {
+        let sandbox = self.sandbox.context("programs run with --allow-code-execution only")?;
+        let run = |(&number, (responses, mut notes)): (&usize, Responded)| {
+            let document = &prepared.items[number].document;
+            let ([Response::Text(text)], Ask::Program { test }) = (&responses[..], &document.ask)
+            else {
+                bail!("question {number} of {}: is asked in several ways", prepared.task.name);
+            };
+            let outcome = sandbox.run(&humaneval::program(&document.text, text, test))?;
+            let passed = outcome == Outcome::Passed;
+            notes.insert("outcome".into(), json!(outcome.to_string()));
+            Ok((vec![Response::Program { text: text.clone(), passed }], notes))
+        };
+        numbers.par_iter().zip(written).map(run).collect()
+    }
+
+    /// Continues prompts greedily by at most `new` tokens, until one of `stops` is written.
+    fn generate(
+        &self,
+        asked: &[&[Request]],
+        stops: &[&str],
+        new: usize,
+    ) -> anyhow::Result<Vec<Responded>> {
         let config = self.model.config();
-        let (context, new) = (config.max_position_embeddings, self.max_new_tokens);
+        let context = config.max_position_embeddings;
         ensure!(
             new < context,
             "the model's context of {context} tokens has no room for an answer of {new} behind a prompt: give a smaller --max-new-tokens"

@@ -1,6 +1,6 @@
 //! Questions with several answers: ARC, BoolQ, WinoGrande and PIQA. The answer that is most likely counts.
 
-use super::{ACC, ACC_NORM, Examples, Metric, Sample, Task, nothing_written};
+use super::{ACC, ACC_NORM, ANSWER_TOKENS, Examples, Metric, Sample, Task, nothing_written};
 use crate::{
     Result,
     eval::{Ask, Document, records::Record},
@@ -15,6 +15,8 @@ pub const ARC_EASY: Task = Task {
     examples: Examples::Drawn { leaves_out: false },
     metrics: &[ACC, ACC_NORM],
     until: &[],
+    answer_tokens: ANSWER_TOKENS,
+    runs_programs: false,
     read: arc,
     pages: None,
     judge: nothing_written,

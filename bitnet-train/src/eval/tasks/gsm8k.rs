@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use regex::{Captures, Regex};
 
-use super::{Examples, Task};
+use super::{ANSWER_TOKENS, Examples, Task};
 use crate::{
     Result,
     eval::{
@@ -23,6 +23,8 @@ pub const GSM8K: Task = Task {
         Metric { filter: "strict-match", ..EXACT_MATCH },
     ],
     until: &["Question:", "</s>", "<|im_end|>"],
+    answer_tokens: ANSWER_TOKENS,
+    runs_programs: false,
     read,
     pages: None,
     judge,

@@ -1,6 +1,6 @@
 //! LAMBADA (arXiv:1606.06031) in OpenAI's version: the last word of a passage.
 
-use super::{Examples, Sample, Task, nothing_written};
+use super::{ANSWER_TOKENS, Examples, Sample, Task, nothing_written};
 use crate::{
     Result,
     eval::{
@@ -18,6 +18,8 @@ pub const LAMBADA: Task = Task {
     examples: Examples::Own,
     metrics: &[ACC, PERPLEXITY],
     until: &[],
+    answer_tokens: ANSWER_TOKENS,
+    runs_programs: false,
     read,
     pages: None,
     judge: nothing_written,

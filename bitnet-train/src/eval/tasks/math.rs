@@ -1,14 +1,19 @@
 //! MATH-500 (arXiv:2103.03874, 2305.20050) with the prompt of Minerva (arXiv:2206.14858): the final answer counts if it is the
-//! same text as the right one when both are normalized. The harness also lets sympy compare the two as formulas, and
-//! has a second metric that a library named math-verify computes; neither is here.
+//! same text as the right one when both are normalized, or the same formula. For that the harness has sympy; here a formula
+//! is computed exactly if it is an ordinary one ([`crate::eval::formula`]). The harness' second metric, of the library math-verify, is not here.
 
 use super::{
-    Examples, Task,
+    ANSWER_TOKENS, Examples, Task,
     math_answer::{final_answer, last_boxed, normalize},
 };
 use crate::{
     Result,
-    eval::{Ask, Document, metric::EXACT_MATCH, metric::Metric, records::Record},
+    eval::{
+        Ask, Document,
+        formula::{same_answer, same_value},
+        metric::{EXACT_MATCH, Metric},
+        records::Record,
+    },
 };
 
 pub const MATH500: Task = Task {
@@ -19,6 +24,8 @@ pub const MATH500: Task = Task {
     examples: Examples::First,
     metrics: &[Metric { filter: "boxed", ..EXACT_MATCH }, EXACT_MATCH],
     until: &["Problem:"],
+    answer_tokens: ANSWER_TOKENS,
+    runs_programs: false,
     read,
     pages: None,
     judge,
@@ -40,9 +47,15 @@ fn read(record: &Record<'_>) -> Result<Document> {
     })
 }
 
-/// The last box, which replies in a conversation have, and what follows `The final answer is`, as the harness looks for it.
+/// The last box, which replies in a conversation have, and what follows `The final answer is`, as the harness looks for it. The
+/// first may be a point, an interval or a list as well.
 fn judge(answer: &str, target: &str) -> Vec<f64> {
-    let is_right = |found: &str| f64::from(u8::from(!found.is_empty() && found == target));
     let boxed = last_boxed(answer).map(normalize).unwrap_or_default();
-    vec![is_right(&boxed), is_right(&normalize(&final_answer(answer)))]
+    let named = normalize(&final_answer(answer));
+    let same_text = |found: &str| !found.is_empty() && found == target;
+    let is_right = [
+        same_text(&boxed) || same_answer(&boxed, target),
+        same_text(&named) || same_value(&named, target),
+    ];
+    is_right.map(|is_right| f64::from(u8::from(is_right))).to_vec()
 }

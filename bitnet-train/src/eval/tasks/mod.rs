@@ -3,6 +3,7 @@
 mod choice;
 mod gsm8k;
 mod hellaswag;
+pub mod humaneval;
 mod lambada;
 mod math;
 mod math_answer;
@@ -38,6 +39,10 @@ pub struct Task {
     pub metrics: &'static [Metric],
     /// Strings that end a written answer.
     pub until: &'static [&'static str],
+    /// The most tokens of one, if nothing else is said.
+    pub answer_tokens: usize,
+    /// Whether programs run that a model has written.
+    pub runs_programs: bool,
     /// Makes a document of a record.
     read: fn(&Record<'_>) -> Result<Document>,
     /// Makes records of plain text.
@@ -63,7 +68,7 @@ pub enum Examples {
 }
 
 /// All of them.
-pub const TASKS: [&Task; 10] = [
+pub const TASKS: [&Task; 11] = [
     &choice::ARC_EASY,
     &choice::ARC_CHALLENGE,
     &choice::BOOLQ,
@@ -74,12 +79,11 @@ pub const TASKS: [&Task; 10] = [
     &wikitext::WIKITEXT,
     &gsm8k::GSM8K,
     &math::MATH500,
+    &humaneval::HUMANEVAL_PLUS,
 ];
 
-/// Well-known tasks that are not among them, and why.
-const REFUSED: [(&str, &str); 2] = [("humaneval_plus", RUNS_CODE), ("humaneval", RUNS_CODE)];
-const RUNS_CODE: &str =
-    "is not implemented: it runs programs that the model writes, which needs a sandbox";
+/// The harness' limit of an answer, where a task names no other.
+const ANSWER_TOKENS: usize = 256;
 
 /// A task with all that is asked for it.
 pub struct Prepared {
@@ -125,10 +129,8 @@ impl Task {
         if let Some(task) = TASKS.into_iter().find(|task| task.name == name) {
             return Ok(task);
         }
-        let known = REFUSED.into_iter().find(|(refused, _)| *refused == name);
-        let reason = known.map_or("is no task", |(_, reason)| reason);
         let names = TASKS.map(|task| task.name).join(", ");
-        Err(Error::Input(format!("`{name}` {reason}; there are {names}")))
+        Err(Error::Input(format!("`{name}` is no task; there are {names}")))
     }
 
     /// Reads the data and makes the requests.
@@ -187,9 +189,13 @@ impl Task {
             let [Response::Text(answer)] = responses else { return Err(wrong()) };
             return Ok((self.judge)(answer, target).into_iter().map(Sample::of).collect());
         }
+        if let Ask::Program { .. } = &document.ask {
+            let [Response::Program { passed, .. }] = responses else { return Err(wrong()) };
+            return Ok(vec![Sample::of(f64::from(u8::from(*passed)))]);
+        }
         let scores = responses.iter().map(|response| match response {
             Response::LogLikelihood(sum, is_greedy) => Ok((*sum, *is_greedy)),
-            Response::Text(_) => Err(wrong()),
+            Response::Text(_) | Response::Program { .. } => Err(wrong()),
         });
         let scores = scores.collect::<Result<Vec<_>>>()?;
         let (choices, gold) = match (&document.ask, &scores[..]) {

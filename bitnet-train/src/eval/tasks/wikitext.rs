@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde_json::{Value, json};
 
-use super::{Examples, Sample, Task, nothing_written};
+use super::{ANSWER_TOKENS, Examples, Sample, Task, nothing_written};
 use crate::{
     Result,
     eval::{
@@ -25,6 +25,8 @@ pub const WIKITEXT: Task = Task {
     examples: Examples::None,
     metrics: &[BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY],
     until: &[],
+    answer_tokens: ANSWER_TOKENS,
+    runs_programs: false,
     read,
     pages: Some(pages),
     judge: nothing_written,
