@@ -2,11 +2,12 @@
 
 mod adapter;
 mod args;
+mod card;
 mod commands;
 mod continuation;
 mod damage;
+mod engines;
 mod folder;
-mod gguf;
 mod interrupt;
 mod model;
 mod openai;
