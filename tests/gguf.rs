@@ -4,6 +4,7 @@
 
 mod gguf_hostile;
 mod gguf_text;
+mod gguf_written;
 mod support {
     pub mod gguf_file;
     pub mod gguf_model;
@@ -12,13 +13,11 @@ mod support {
 use std::fs;
 
 use bitnet_model::{
-    checkpoint::gguf::{self, Contents, Gguf, TernaryType},
+    checkpoint::gguf::Gguf,
     config::{Activation, Config},
-    hub::Hub,
     model::Model,
     packed::PackedSource,
-    pretrained::{Precision, Source},
-    text::{Message, Tokenizer},
+    pretrained::Precision,
 };
 use bitnet_tests::fixture::{Fixture, flat};
 use candle_core::{Device, Tensor};
@@ -249,55 +248,4 @@ fn all_zeros_have_any_scale() {
     let name = "model.layers.0.mlp.up_proj.weight";
     assert_eq!(checkpoint.read_scale(&format!("{name}_scale")).unwrap(), 1.);
     assert!(checkpoint.read_bytes(name).unwrap().iter().all(|byte| *byte == 0b01_01_01_01));
-}
-
-#[test]
-fn what_is_written_is_read() {
-    let types = [TernaryType::I2S, TernaryType::Tq1_0, TernaryType::Tq2_0];
-    let folder = tempfile::tempdir().unwrap();
-    let tokens = Tensor::new(&[[1u32, 17, 250, 3, 99, 4, 5, 200]], &Device::Cpu).unwrap();
-    let states = |model: &Model| flat(&model.hidden_states(&tokens, None).unwrap());
-    let write = |source: &Source, ternary, name: &str| {
-        let path = folder.path().join(name);
-        let text = source.text_files().unwrap();
-        let contents = Contents {
-            name: "a name",
-            config: &source.config,
-            checkpoint: &source.checkpoint,
-            text: text.as_ref(),
-        };
-        gguf::write(contents, ternary, &path, |_, _| ()).map(|()| path)
-    };
-    let default = Source::open("default", Precision::AsConfigured, &Hub::from_env()).unwrap();
-    let tokenizer = default.tokenizer().unwrap().unwrap();
-    let expected = states(&load(&default));
-    for (index, ternary) in types.into_iter().enumerate() {
-        let path = write(&default, ternary, &format!("{index}.gguf")).unwrap();
-        let found = open(&path, Precision::AsConfigured).unwrap();
-        assert_eq!(found.config, default.config);
-        assert_eq!(found.generation.eos_token_ids, [1, 2]);
-        assert_eq!(states(&load(&found)), expected, "{ternary:?}");
-        let text = "Once upon a time<|eot_id|> ☃";
-        let read = found.tokenizer().unwrap().unwrap();
-        assert_eq!(read.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap());
-        let template = |tokenizer: &Tokenizer| {
-            let template = tokenizer.chat_template().unwrap().unwrap().clone();
-            template.render(&[Message::new("user", "hi")], true).unwrap()
-        };
-        assert_eq!(template(&read), template(&tokenizer));
-    }
-    // Rows in another order, a head of its own, masters, other names, and no vocabulary.
-    for name in ["llama_packed_tied_sharded", "bitnet_packed_untied", "legacy_1bitllm"] {
-        let source = open(&Fixture::open(name).dir, Precision::AsConfigured).unwrap();
-        let path = write(&source, TernaryType::I2S, &format!("{name}.gguf")).unwrap();
-        let found = open(&path, Precision::AsConfigured).unwrap();
-        assert!(!found.has_tokenizer());
-        assert_eq!(states(&load(&found)), states(&load(&source)), "{name}");
-        let error = write(&source, TernaryType::Tq2_0, "refused.gguf").unwrap_err().to_string();
-        assert!(error.contains("no whole blocks of 256"), "{error}");
-    }
-    let norms = open(&Fixture::open("llama_packed_rmsnorm").dir, Precision::AsConfigured).unwrap();
-    let error = write(&norms, TernaryType::I2S, "refused.gguf").unwrap_err().to_string();
-    assert!(error.contains("no place in a GGUF file"), "{error}");
-    assert!(!folder.path().join("refused.gguf").exists());
 }

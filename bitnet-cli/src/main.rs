@@ -3,12 +3,13 @@
 mod adapter;
 mod args;
 mod batching;
+mod card;
 mod commands;
 mod continuation;
 mod damage;
 mod device;
+mod engines;
 mod folder;
-mod gguf;
 mod interrupt;
 mod model;
 mod openai;

@@ -44,7 +44,7 @@ fn a_file_writes_the_text_of_the_model_it_was_made_of() {
         stdout(&[&["generate", "-m", model, "Once upon a time"], &greedy[..]].concat())
     };
     let expected = text("default");
-    for form in ["i2_s", "tq1_0", "tq2_0"] {
+    for form in ["i2_s", "tq1_0", "tq2_0", "f16"] {
         let file = dir.path().join(format!("{form}.gguf"));
         let summary = json(&["convert", "default", str(&file), "--to", form, "--json"]);
         assert_eq!((&summary["form"], &summary["file"]), (&form.into(), &str(&file).into()));
@@ -88,6 +88,81 @@ fn back_in_the_hub_s_layout_nothing_is_lost() {
     let ids =
         |model: &str| json(&["tokenize", "-m", model, "a ☃<|eot_id|>", "--json"])["tokens"].clone();
     assert_eq!(ids(str(&folder)), ids("default"));
+}
+
+#[test]
+fn embeddings_of_few_bits_and_what_is_said_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let bytes = |file: &Path| fs::metadata(file).unwrap().len();
+    let (kept, few) = (path("kept.gguf"), path("few.gguf"));
+    stdout(&["convert", "default", str(&kept), "--to", "tq2_0"]);
+    let args = ["convert", "default", str(&few), "--to", "tq2_0", "--token-embedding-type", "q6_k"];
+    let output = run(&args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("llama.cpp does not run it") && stderr.contains("relu²"), "{stderr}");
+    // 2048 rows of 256: bf16, and blocks of 210 bytes.
+    assert_eq!(bytes(&kept) - bytes(&few), 2048 * (512 - 210));
+    let card = fs::read_to_string(path("few.md")).unwrap();
+    for expected in [
+        "---\nlicense:\n- mit\n",
+        "library_name: gguf",
+        "- tq2_0\n",
+        "| embedding | Q6_K |",
+        "| head | the embedding |",
+        "bitnet convert default few.gguf --to tq2_0 --token-embedding-type q6_k",
+        "| llama.cpp | no: it has no BitNet with relu²",
+    ] {
+        assert!(card.contains(expected), "{expected:?} in {card}");
+    }
+    // Back in a folder, whose card knows the licence from the file's.
+    let folder = path("folder");
+    stdout(&["convert", str(&few), str(&folder), "--to", "packed"]);
+    let card = fs::read_to_string(folder.join("README.md")).unwrap();
+    for expected in ["- apache-2.0\n", "library_name: transformers", "| transformers | yes |"] {
+        assert!(card.contains(expected), "{expected:?} in {card}");
+    }
+    // A card of somebody else is not replaced.
+    fs::write(path("kept.md"), "mine").unwrap();
+    let line = failure(&["convert", "default", str(&kept), "--to", "tq2_0", "--force"]);
+    assert!(line.contains("kept.md") && line.contains("move it away"), "{line}");
+}
+
+#[test]
+fn an_adapter_becomes_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora_bitnet_offline");
+    let (adapter, file) = (base.join("adapter"), path("adapter.gguf"));
+    let args =
+        ["convert", str(&adapter), str(&file), "--to", "lora", "--base", str(&base), "--json"];
+    let summary = json(&args);
+    assert_eq!(summary["bytes_written"], fs::metadata(&file).unwrap().len());
+    let peft = fs::read(adapter.join("adapter_model.safetensors")).unwrap();
+    let peft = safetensors::SafeTensors::deserialize(&peft).unwrap();
+    assert_eq!(summary["tensors"], peft.len());
+    let written = fs::read(&file).unwrap();
+    let has = |text: &str| written.windows(text.len()).any(|window| window == text.as_bytes());
+    assert!(has("adapter.lora.alpha") && has("blk.0.attn_q.weight.lora_a"));
+    let card = fs::read_to_string(path("adapter.md")).unwrap();
+    assert!(
+        card.contains("- lora\n") && card.contains("bitnet convert adapter adapter.gguf"),
+        "{card}"
+    );
+
+    let line = failure(&["info", str(&file)]);
+    assert!(line.contains("general.type"), "{line}");
+    let other =
+        ["convert", str(&adapter), str(&path("x.gguf")), "--to", "lora", "--base", "default"];
+    assert!(failure(&other).contains("another model"));
+    let line =
+        failure(&["convert", "default", str(&path("x.gguf")), "--to", "tq2_0", "--base", "x"]);
+    assert!(line.contains("--to lora"), "{line}");
+    let types = ["--token-embedding-type", "f16"];
+    let line =
+        failure(&[&["convert", "default", str(&path("x")), "--to", "packed"], &types[..]].concat());
+    assert!(line.contains("--token-embedding-type"), "{line}");
+    assert!(!path("x.gguf").exists() && !path("x").exists());
 }
 
 #[test]

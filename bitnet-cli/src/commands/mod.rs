@@ -33,7 +33,7 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Download(args) => download::run(args, global),
         Command::Train(command) => train::run(command, global),
         Command::Plot(args) => plot::run(&args),
-        Command::Convert(args) => convert::run(args, global),
+        Command::Convert(args) => convert::run(&args, global),
         Command::Diff(args) => diff::run(&args, global),
         Command::Merge(args) => merge::run(&args, global),
         Command::Logits(args) => logits::run(args, global),

@@ -8,6 +8,7 @@ mod adaptation;
 mod check;
 mod config;
 mod files;
+mod gguf;
 mod json;
 mod low_rank;
 mod merge;

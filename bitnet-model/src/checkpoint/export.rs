@@ -8,6 +8,7 @@
 use std::{fs, path::Path};
 
 use candle_core::{DType, Tensor};
+use half::slice::HalfFloatSliceExt;
 
 use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
 use crate::{
@@ -175,11 +176,16 @@ impl Plan {
                 (out_features, in_features)
             }
             _ if checkpoint.get(&self.source).is_some_and(|info| info.dtype == self.dtype) => {
-                return writer.write(&self.name, &checkpoint.read_bytes(&self.source)?);
+                return checkpoint
+                    .bytes_in_pieces(&self.source, |bytes| writer.append(&self.name, bytes));
             }
             _ => {
-                let tensor = checkpoint.read(&self.source)?.to_dtype(DType::BF16)?;
-                return writer.write_tensor(&self.name, &tensor);
+                let mut rounded = Vec::new();
+                return checkpoint.floats_in_pieces(&self.source, 1, |floats| {
+                    rounded.resize(floats.len(), half::bf16::ZERO);
+                    rounded.convert_from_f32_slice(floats);
+                    writer.append(&self.name, bytemuck::cast_slice(rounded.reinterpret_cast()))
+                });
             }
         };
         let weight = ternary(checkpoint, &self.source, (out_features, in_features), from)?;

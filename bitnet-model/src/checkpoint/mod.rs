@@ -11,6 +11,7 @@ pub mod export;
 mod generated;
 pub mod gguf;
 mod header;
+mod pieces;
 mod rows;
 mod source;
 mod spans;

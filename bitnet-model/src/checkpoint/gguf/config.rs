@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::header::Header;
+use super::{header::Header, names};
 use crate::{
     checkpoint::source::Source,
     config::{Activation, Config, Family},
@@ -87,7 +87,7 @@ pub(super) fn config(
         Architecture::Bitnet158 => ("bitnet", "BitNetForCausalLM", "relu2"),
         Architecture::Llama => ("llama", "LlamaForCausalLM", "silu"),
     };
-    let vocab_size = header.tensors.get("token_embd.weight").map(|embedding| embedding.shape.0);
+    let vocab_size = header.tensors.get(names::EMBEDDING).map(|embedding| embedding.shape.0);
     let mut config = Map::new();
     config.insert("architectures".into(), json!([class]));
     config.insert("model_type".into(), json!(model_type));

@@ -2,50 +2,97 @@
 
 use std::path::Path;
 
-use candle_core::DType;
-
 use super::{
     blocks::BlockType,
     config::prefix_of,
     names,
-    view::RowOrder,
+    tensors::{Content, Planned},
     vocabulary::{self, TextFiles},
     writer::{Writer, padding},
 };
 use crate::{
-    checkpoint::{Checkpoint, Dtype, export::ternary, write::AtomicFile},
-    config::{Config, Family, Quantization},
+    checkpoint::{Checkpoint, Dtype, write::AtomicFile},
+    config::{Config, Quantization},
     error::{Error, Result},
     quant::Scheme,
 };
 
 /// How ternary weights are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TernaryType {
+pub enum ProjectionType {
     /// 2 bits a weight and one scale, for bitnet.cpp.
     I2S,
     /// 1.69 bits, for llama.cpp.
     Tq1_0,
     /// 2.06 bits, for llama.cpp.
     Tq2_0,
+    /// 16 bits: every weight is −scale, 0 or scale, for what knows no ternary type.
+    F16,
 }
 
-impl TernaryType {
+impl ProjectionType {
     fn block(self) -> BlockType {
         match self {
             Self::I2S => BlockType::I2S,
             Self::Tq1_0 => BlockType::Tq1_0,
             Self::Tq2_0 => BlockType::Tq2_0,
+            Self::F16 => BlockType::F16,
         }
     }
 
     /// llama.cpp's and bitnet.cpp's number for files of this type.
     fn file_type(self) -> u32 {
         match self {
-            Self::I2S => 40,
+            Self::F16 => 1,
             Self::Tq1_0 => 36,
             Self::Tq2_0 => 37,
+            Self::I2S => 40,
         }
+    }
+}
+
+/// How the embedding or the head is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FloatType {
+    /// 32 bits: nothing is lost.
+    F32,
+    /// 16 bits, 11 of them significant.
+    F16,
+    /// 16 bits, 8 of them significant.
+    Bf16,
+    /// 8.5 bits a weight.
+    Q8_0,
+    /// 6.56 bits a weight.
+    Q6K,
+}
+
+impl FloatType {
+    fn block(self) -> BlockType {
+        match self {
+            Self::F32 => BlockType::F32,
+            Self::F16 => BlockType::F16,
+            Self::Bf16 => BlockType::Bf16,
+            Self::Q8_0 => BlockType::Q8_0,
+            Self::Q6K => BlockType::Q6K,
+        }
+    }
+}
+
+/// The types of the tensors to write. Norms are F32, as llama.cpp wants them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Types {
+    /// Of the projections.
+    pub projections: ProjectionType,
+    /// Of the embedding, and of the head if it is the embedding; `None` keeps it.
+    pub embedding: Option<FloatType>,
+    /// Of a head of its own; `None` keeps it.
+    pub head: Option<FloatType>,
+}
+
+impl From<ProjectionType> for Types {
+    /// Embedding and head stay as they are.
+    fn from(projections: ProjectionType) -> Self {
+        Self { projections, embedding: None, head: None }
     }
 }
 
@@ -62,26 +109,25 @@ pub struct Contents<'a> {
     pub text: Option<&'a TextFiles>,
 }
 
-/// Writes a file whose projections are of `ternary`; `on_tensor` hears of each tensor written and how many there are.
+/// Writes a file of tensors of these `types`; `on_tensor` hears of each tensor written and how many there are.
 ///
-/// The embedding and the head keep their element type, norms become F32, as llama.cpp wants them. The file appears when it
-/// is complete.
+/// The file appears when it is complete.
 ///
 /// # Errors
 /// What the format has no place for: full precision, other quantizers than b1.58's, norms of their own before projections,
-/// rows that are no whole blocks, a tokenizer of another kind.
+/// rows that are no whole blocks, numbers that a type cannot hold, a tokenizer of another kind.
 pub fn write(
     contents: Contents,
-    ternary: TernaryType,
+    types: Types,
     path: &Path,
     mut on_tensor: impl FnMut(usize, usize),
 ) -> Result<()> {
     let Contents { config, checkpoint, .. } = contents;
     config.check_tensors(checkpoint)?;
     let quantization = quantization(contents)?;
-    let tensors = plan(contents, ternary.block())?;
+    let tensors = plan(contents, types)?;
     let mut writer = Writer::default();
-    metadata(&mut writer, contents, ternary);
+    metadata(&mut writer, contents, types.projections);
     if let Some(text) = contents.text {
         let refuse = |reason| Error::Tokenizer(format!("{}: {reason}", contents.name));
         vocabulary::write(&mut writer, text, config).map_err(refuse)?;
@@ -94,10 +140,13 @@ pub fn write(
     let mut file = AtomicFile::create(path)?;
     file.write(&writer.into_bytes())?;
     for (index, tensor) in tensors.iter().enumerate() {
-        let data = tensor.data(config, checkpoint, quantization)?;
-        debug_assert_eq!(data.len() as u64, tensor.bytes(), "{}", tensor.name);
-        file.write(&data)?;
-        file.write(padding(data.len() as u64))?;
+        let mut written = 0;
+        tensor.write(config, checkpoint, quantization, |data| {
+            written += data.len() as u64;
+            file.write(data)
+        })?;
+        debug_assert_eq!(written, tensor.bytes(), "{}", tensor.name);
+        file.write(padding(written))?;
         on_tensor(index + 1, tensors.len());
     }
     file.commit()
@@ -124,20 +173,13 @@ fn quantization(contents: Contents) -> Result<Quantization> {
     }
 }
 
-/// A tensor to write.
-struct Planned {
-    /// Its name in the checkpoint.
-    source: String,
-    /// Its name in the file.
-    name: String,
-    dims: Vec<usize>,
-    block: BlockType,
-}
-
-/// All tensors of the model, projections of type `ternary`.
-fn plan(contents: Contents, ternary: BlockType) -> Result<Vec<Planned>> {
+/// All tensors of the model.
+fn plan(contents: Contents, types: Types) -> Result<Vec<Planned>> {
     let Contents { config, checkpoint, .. } = contents;
-    let (weights, _) = ternary.block();
+    if config.tie_word_embeddings && types.head.is_some() {
+        let reason = "the model has no head of its own, so there is none to give a type: give one to the embedding";
+        return Err(Error::Input(format!("{}: {reason}", contents.name)));
+    }
     let mut tensors = Vec::new();
     for source in checkpoint.names() {
         let Some(name) = names::in_file(source) else { continue };
@@ -145,39 +187,49 @@ fn plan(contents: Contents, ternary: BlockType) -> Result<Vec<Planned>> {
             continue;
         }
         let Some(info) = checkpoint.get(source) else { continue };
+        let stored = match info.dtype {
+            Dtype::BF16 => BlockType::Bf16,
+            Dtype::F16 => BlockType::F16,
+            _ => BlockType::F32,
+        };
+        let chosen = match &*name {
+            names::EMBEDDING => types.embedding,
+            names::HEAD => types.head,
+            _ => Some(FloatType::F32), // a norm
+        };
         tensors.push(Planned {
             source: source.into(),
-            name: name.clone(),
             dims: info.shape.to_vec(),
-            block: match info.dtype {
-                _ if name.contains("norm") => BlockType::F32,
-                Dtype::BF16 => BlockType::Bf16,
-                Dtype::F16 => BlockType::F16,
-                _ => BlockType::F32,
-            },
+            block: chosen.map_or(stored, FloatType::block),
+            content: Content::Floats { stored },
+            name,
         });
     }
     for (source, (rows, cols)) in config.projections() {
-        if !cols.is_multiple_of(weights) {
-            let reason =
-                format!("has rows of {cols}, no whole blocks of {weights} {}", ternary.name());
-            return Err(checkpoint.wrong(&source, reason));
-        }
         let Some(tensor) = tensors.iter_mut().find(|tensor| tensor.source == source) else {
             continue;
         };
-        (tensor.dims, tensor.block) = (vec![rows, cols], ternary);
+        (tensor.dims, tensor.block) = (vec![rows, cols], types.projections.block());
+        tensor.content = Content::Ternary { rows, cols };
+    }
+    for Planned { source, dims, block, .. } in &tensors {
+        let (weights, _) = block.block();
+        if let Some(cols) = dims.last().filter(|cols| !cols.is_multiple_of(weights)) {
+            let reason =
+                format!("has rows of {cols}, no whole blocks of {weights} {}", block.name());
+            return Err(checkpoint.wrong(source, reason));
+        }
     }
     Ok(tensors)
 }
 
-fn metadata(writer: &mut Writer, contents: Contents, ternary: TernaryType) {
+fn metadata(writer: &mut Writer, contents: Contents, projections: ProjectionType) {
     let Contents { name, config, .. } = contents;
     let prefix = prefix_of(config);
     writer.string("general.architecture", prefix);
     writer.string("general.type", "model");
     writer.string("general.name", name);
-    writer.u32("general.file_type", ternary.file_type());
+    writer.u32("general.file_type", projections.file_type());
     writer.u32("general.quantization_version", 2);
     for (key, value) in [
         ("vocab_size", config.vocab_size),
@@ -202,68 +254,5 @@ fn metadata(writer: &mut Writer, contents: Contents, ternary: TernaryType) {
         if let Some(id) = id {
             writer.u32(&format!("tokenizer.ggml.{key}_token_id"), id);
         }
-    }
-}
-
-impl Planned {
-    fn bytes(&self) -> u64 {
-        let (weights, bytes) = self.block.block();
-        let elements: usize = self.dims.iter().product();
-        (elements / weights * bytes + self.block.tail()) as u64
-    }
-
-    fn data(
-        &self,
-        config: &Config,
-        checkpoint: &Checkpoint,
-        quantization: Quantization,
-    ) -> Result<Vec<u8>> {
-        match (self.block, &self.dims[..]) {
-            (block, &[rows, cols]) if block.is_ternary() => {
-                self.codes(config, checkpoint, (rows, cols), quantization)
-            }
-            (BlockType::F32, _) => {
-                let tensor = checkpoint.read(&self.source)?.to_dtype(DType::F32)?;
-                let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
-                Ok(bytemuck::cast_slice(&values).to_vec())
-            }
-            _ => checkpoint.read_bytes(&self.source),
-        }
-    }
-
-    /// The blocks of a projection, its rows in the order of the file.
-    fn codes(
-        &self,
-        config: &Config,
-        checkpoint: &Checkpoint,
-        (rows, cols): (usize, usize),
-        quantization: Quantization,
-    ) -> Result<Vec<u8>> {
-        let wrong = |reason: String| checkpoint.wrong(&self.source, reason);
-        let weight = ternary(checkpoint, &self.source, (rows, cols), quantization)?;
-        let packed = weight.to_packed().map_err(|e| wrong(e.to_string()))?;
-        let order = match config.family {
-            Family::Llama => RowOrder::of_projection(&self.name, config.head_dim),
-            Family::BitNet | Family::OneBitLlm => RowOrder::Same,
-        };
-        let (weights, bytes) = self.block.block();
-        let mut data = vec![0; self.bytes() as usize];
-        let mut codes = vec![0; cols];
-        for row in 0..rows {
-            let (field, byte) = (row / (rows / 4), row % (rows / 4));
-            for (code, byte) in codes.iter_mut().zip(&packed[byte * cols..][..cols]) {
-                *code = byte >> (2 * field) & 3;
-            }
-            let at = order.stored(row) * (cols / weights * bytes);
-            let blocks = data[at..].chunks_exact_mut(bytes);
-            for (codes, block) in codes.chunks_exact(weights).zip(blocks) {
-                self.block.pack(codes, weight.scale(), block).map_err(wrong)?;
-            }
-        }
-        if self.block == BlockType::I2S {
-            let at = data.len() - self.block.tail();
-            data[at..at + 4].copy_from_slice(&weight.scale().to_le_bytes());
-        }
-        Ok(data)
     }
 }

@@ -10,9 +10,11 @@ mod blocks;
 mod config;
 mod export;
 mod header;
+mod lora;
 mod metadata;
 mod names;
 mod reader;
+mod tensors;
 mod tokenizer;
 mod view;
 mod vocabulary;
@@ -33,7 +35,8 @@ use self::{
     view::{Matrix, RowOrder},
 };
 pub use self::{
-    export::{Contents, TernaryType, write},
+    export::{Contents, FloatType, ProjectionType, Types, write},
+    lora::{LoraContents, LoraPair, write_lora},
     vocabulary::TextFiles,
 };
 use super::{Checkpoint, source::Source};
@@ -55,6 +58,8 @@ pub struct Gguf {
     source: Arc<Source>,
     header: Arc<Header>,
     architecture: Architecture,
+    /// The type of the first projection, and of all others if it is ternary.
+    projections: BlockType,
     config: Config,
 }
 
@@ -87,19 +92,21 @@ impl Gguf {
             return Err(wrong(FIRST_PROJECTION, "not in the file".into()));
         };
         let (block, _) = header.block(first).map_err(|reason| wrong(FIRST_PROJECTION, reason))?;
-        if !block.is_ternary() && architecture != Architecture::Llama {
+        let is_ternary = block.is_ternary() || has_three_values(path, &source, first, block)?;
+        if !is_ternary && architecture != Architecture::Llama {
             let reason = format!(
-                "is {}: weights of a BitNet must be I2_S, TQ1_0 or TQ2_0; quantize the file with `llama-quantize`",
+                "is {} of more than three values: weights of a BitNet must be I2_S, TQ1_0, TQ2_0 or floats that are all \
+                 −scale, 0 or scale; quantize the file with `llama-quantize`",
                 block.name()
             );
             return Err(wrong(FIRST_PROJECTION, reason));
         }
-        let json = config::config(&header, architecture, block.is_ternary())?;
+        let json = config::config(&header, architecture, is_ternary)?;
         let config = Config::from_json(path, &json.to_string())
             .map_err(|error| config::name_key(&header, error))?;
         config::check_head_dim(&header, config.head_dim)?;
         let (source, header) = (Arc::new(source), Arc::new(header));
-        Ok(Self { path: path.into(), source, header, architecture, config })
+        Ok(Self { path: path.into(), source, header, architecture, projections: block, config })
     }
 
     /// Whether `path` has the extension of such a file.
@@ -195,12 +202,15 @@ impl Gguf {
         };
         matrix.order = self.order(name, stored.shape.0)?;
         let is_ternary = self.config.quantization.is_some();
-        if block.is_ternary() != is_ternary {
-            let first = if is_ternary { "ternary" } else { "not ternary" };
+        if block.is_ternary() != self.projections.is_ternary() {
+            let first = if block.is_ternary() { "not ternary" } else { "ternary" };
             return Err(format!(
                 "is {}, and `{FIRST_PROJECTION}` is {first}: a model is ternary as a whole or not at all",
                 block.name()
             ));
+        }
+        if is_ternary && !block.is_ternary() && !block.is_float() {
+            return Err(format!("is {}, which holds no ternary weights", block.name()));
         }
         let factor = self.factor(name)?;
         if is_ternary {
@@ -243,4 +253,24 @@ impl Gguf {
             false => Err(format!("`{name}` beside it is {factor}; it must be a positive number")),
         }
     }
+}
+
+/// Whether the matrix at `stored` begins with the floats of a ternary one: 0, a number and its negative.
+fn has_three_values(
+    path: &Path,
+    source: &Source,
+    stored: &Stored,
+    block: BlockType,
+) -> Result<bool> {
+    /// By chance so many floats of another matrix are not of three values.
+    const LOOKED_AT: usize = 4096;
+    if !block.is_float() {
+        return Ok(false);
+    }
+    let (_, bytes) = block.block();
+    let mut data = vec![0; LOOKED_AT.min(stored.shape.0 * stored.shape.1) * bytes];
+    source.read_exact_at(&mut data, stored.start).map_err(Error::io(path))?;
+    let mut sizes = data.chunks_exact(bytes).map(|float| block.float(float).abs());
+    let Some(scale) = sizes.find(|size| *size != 0.) else { return Ok(false) };
+    Ok(scale.is_finite() && sizes.all(|size| size == 0. || size == scale))
 }

@@ -2,10 +2,13 @@
 
 /// Outside of the blocks.
 const OUTER: [(&str, &str); 3] = [
-    ("token_embd.weight", "model.embed_tokens.weight"),
+    (EMBEDDING, "model.embed_tokens.weight"),
     ("output_norm.weight", "model.norm.weight"),
     (HEAD, "lm_head.weight"),
 ];
+
+/// The embedding.
+pub(super) const EMBEDDING: &str = "token_embd.weight";
 
 /// The head.
 pub(super) const HEAD: &str = "output.weight";

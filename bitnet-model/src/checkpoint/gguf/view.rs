@@ -53,7 +53,8 @@ pub(super) struct Matrix {
     /// Rows and columns; whole blocks.
     pub shape: (usize, usize),
     pub order: RowOrder,
-    /// The scale that all blocks must have, or its negative, or 0; unless they have none.
+    /// The scale that all blocks must have, or its negative, or 0; unless they have none. Floats that have one are codes: all of
+    /// them are it, its negative or 0.
     pub scale: Option<f32>,
 }
 
@@ -141,12 +142,17 @@ impl View {
 }
 
 impl Matrix {
+    /// Whether its elements are codes here.
+    fn is_codes(&self) -> bool {
+        self.block.is_ternary() || self.scale.is_some()
+    }
+
     /// What its elements are here.
     fn dtype(&self) -> Dtype {
         match self.block {
+            _ if self.is_codes() => Dtype::U8,
             BlockType::F16 => Dtype::F16,
             BlockType::Bf16 => Dtype::BF16,
-            block if block.is_ternary() => Dtype::U8,
             _ => Dtype::F32,
         }
     }
@@ -164,12 +170,12 @@ impl Matrix {
 
     /// Makes the bytes from `at` on.
     fn fill(&self, source: &Source, at: usize, out: &mut [u8]) -> io::Result<()> {
-        let is_stored_so = matches!(self.block, BlockType::F32 | BlockType::F16 | BlockType::Bf16);
-        if is_stored_so && self.order == RowOrder::Same {
+        let is_stored_so = self.block.is_float();
+        if is_stored_so && !self.is_codes() && self.order == RowOrder::Same {
             return source.read_exact_at(out, self.start + at as u64);
         }
         let (width, stored_width) = (self.width(), self.stored_width());
-        let fields = if self.block.is_ternary() { 4 } else { 1 };
+        let fields = if self.is_codes() { 4 } else { 1 };
         let (first, end) = (at / width, (at + out.len()).div_ceil(width));
         let (mut stored, mut whole) = (Vec::new(), vec![0u8; width]);
         out.fill(0);
@@ -206,6 +212,15 @@ impl Matrix {
                 self.block.codes(block, codes);
                 self.apply_scale(block, codes)?;
             }
+        } else if let Some(scale) = self.scale {
+            for (weight, code) in stored.chunks_exact(bytes).zip(row) {
+                *code = match self.block.float(weight) {
+                    0. => 1,
+                    weight if weight == scale => 2,
+                    weight if weight == -scale => 0,
+                    weight => return Err(self.not_ternary("weights of the size", scale, weight)),
+                };
+            }
         } else if weights == 1 {
             row.copy_from_slice(stored);
         } else {
@@ -227,19 +242,24 @@ impl Matrix {
         if scale == 0. {
             codes.fill(1); // of zeros only, llama.cpp writes no scale
         } else if scale.abs() != of_matrix {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!(
-                    "`{}` of the file has blocks of the scale {of_matrix} and of {scale}: it was no ternary matrix with one \
-                     scale before it became {}",
-                    self.name,
-                    self.block.name()
-                ),
-            ));
+            return Err(self.not_ternary("blocks of the scale", of_matrix, scale));
         } else if scale < 0. {
             codes.iter_mut().filter(|code| **code <= 2).for_each(|code| *code = 2 - *code);
         }
         Ok(())
+    }
+
+    /// An error about two numbers that no matrix of one scale has.
+    fn not_ternary(&self, what: &str, first: f32, other: f32) -> io::Error {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "`{}` of the file has {what} {first} and of {other}: it was no ternary matrix with one scale before it \
+                 became {}",
+                self.name,
+                self.block.name()
+            ),
+        )
     }
 
     /// The scale of the matrix: in the tail, or that of its blocks.
@@ -261,7 +281,11 @@ impl Matrix {
             for row in 0..self.shape.0 {
                 let at = self.start + (row * self.stored_width()) as u64;
                 source.read_exact_at(&mut buffer, at).map_err(unreadable)?;
-                let scales = buffer.chunks_exact(bytes).filter_map(|block| self.block.scale(block));
+                let scales = buffer.chunks_exact(bytes).filter_map(|block| {
+                    self.block
+                        .scale(block)
+                        .or_else(|| self.block.is_float().then(|| self.block.float(block)))
+                });
                 if let Some(scale) = scales.map(f32::abs).find(|scale| *scale != 0.) {
                     found = scale;
                     break;

@@ -9,7 +9,7 @@ mod q8_0;
 mod tq1_0;
 mod tq2_0;
 
-use half::f16;
+use half::{bf16, f16};
 
 /// An element type: so many weights in so many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +114,21 @@ impl BlockType {
         matches!(self, Self::I2S | Self::Tq1_0 | Self::Tq2_0)
     }
 
+    /// Whether it is one float.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// The float that is in the bytes of one.
+    pub fn float(self, block: &[u8]) -> f32 {
+        match (self, block) {
+            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+            (Self::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
+            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
+            _ => unreachable!("{} is no float", self.name()),
+        }
+    }
+
     /// The codes, weight + 1, of a ternary block. A code 3, which is none, stays what it is.
     pub fn codes(self, block: &[u8], codes: &mut [u8]) {
         match self {
@@ -150,14 +165,52 @@ impl BlockType {
             _ => unreachable!("{} has no codes", self.name()),
         }
         let Some(at) = self.scale_at() else { return Ok(()) };
+        block[at..at + 2].copy_from_slice(&self.half_scale(scale)?.to_le_bytes());
+        Ok(())
+    }
+
+    /// A scale as the f16 that stands for it in the file.
+    ///
+    /// # Errors
+    /// One that rounds to 0, to a number of fewer bits, or to infinity.
+    pub fn half_scale(self, scale: f32) -> Result<f16, String> {
         let half = f16::from_f32(scale);
-        if !half.is_normal() {
-            return Err(format!(
-                "has the scale {scale}, which the f16 of {} cannot hold",
-                self.name()
-            ));
+        match half.is_normal() {
+            true => Ok(half),
+            false => {
+                Err(format!("has the scale {scale}, which the f16 of {} cannot hold", self.name()))
+            }
         }
-        block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    }
+
+    /// Rounds weights to a block of floats or of a few bits.
+    ///
+    /// # Errors
+    /// A weight that is not finite, or that the block cannot hold.
+    pub fn quantize(self, weights: &[f32], block: &mut [u8]) -> Result<(), String> {
+        let limit = match self {
+            Self::F32 => f32::MAX,
+            Self::Bf16 => bf16::MAX.to_f32(),
+            Self::F16 => f16::MAX.to_f32(),
+            Self::Q8_0 => 127. * f16::MAX.to_f32(),
+            Self::Q6K => 31. * 128. * f16::MAX.to_f32(),
+            _ => unreachable!("{} is not written", self.name()),
+        };
+        let is_beyond = |weight: &&f32| weight.is_nan() || weight.abs() > limit;
+        if let Some(weight) = weights.iter().find(is_beyond) {
+            return Err(format!("has the value {weight}, which {} cannot hold", self.name()));
+        }
+        match (self, weights) {
+            (Self::F32, &[weight]) => block.copy_from_slice(&weight.to_le_bytes()),
+            (Self::F16, &[weight]) => {
+                block.copy_from_slice(&f16::from_f32(weight).to_le_bytes());
+            }
+            (Self::Bf16, &[weight]) => {
+                block.copy_from_slice(&bf16::from_f32(weight).to_le_bytes());
+            }
+            (Self::Q8_0, _) => q8_0::quantize(weights, block),
+            _ => q6_k::quantize(weights, block),
+        }
         Ok(())
     }
 
@@ -194,6 +247,65 @@ mod tests {
             assert!(block.scale(&packed).is_none_or(|scale| scale == 0.375));
         }
         assert!(BlockType::Tq2_0.pack(&[1; 256], 1e-9, &mut [0; 66]).is_err());
+    }
+
+    /// What `ggml_quantize_chunk` of llama.cpp makes of [`weights`], in hexadecimal digits.
+    const Q8_0: &str = "4d1e81fbac95b60f9f68689f0fb695acfb81403563c8663a478b08bba7cb26b984860c1ebe35dbbbd62aae776f96039e7f84ce52 \
+            05f31a7c0dd8de1d8c4022408c1dded80c1e0d7c1af30552ce847f9e03966f77ae2a000000000000000000000000000000004d1e \
+            66c863354081fbac95b60f9f68689f0fb695acfb81403563c8663a478b08bba72c12ca27b78184bf34dcbdd729b0756d9803a07c \
+            86cf5005f31a7a0dd9de1d8e3e222c123e8e1dded90d7a1af30550cf867ca003986d75b029d7bddc34bf8481b727caa54d12bb08 \
+            8b473a66c863354081fbac95b60f000000000000000000000000000000002c12498908baa5ca27b78184bf34dcbdd729b0756d98 \
+            03a07c86cf5005f31a7a0dd9";
+    const Q6_K: &str = "d02fab35fdc4c8ea1a88f4ad553b4f60000e09020a0f0202020e09020a0e0001902399d10a06f4b355ea4f88a1ae8c4cdf53b9f1 \
+            0d0ae9992da0f7202d29f99af32a3e21f1902d97df060afcbd5be74109000f0d0b0f0309000d0a09090e0007203e29f9aa3da0e9 \
+            131f0bdd7ff069af473b5d9cfa861fe7cdc0f131ae2ad3aadc45d8acd8066c33033c963cc0cc3990070a074107ca8bc44ec484c5 \
+            0e840808c52e843828759235283542984f034ca6c30c0fc248c502c588054282410b458181837e7b7f008082f00f0ff0f000f010 \
+            4b8a";
+
+    /// 256 weights without a rounding, of two magnitudes, with two groups of zeros.
+    fn weights() -> Vec<f32> {
+        let weight = |i: i32| {
+            let magnitude = if i < 128 { 1. } else { 0.125 };
+            let is_zero = i / 16 % 8 == 5;
+            let digits = (i * 37 + i * i * 11) % 101 - 50;
+            if is_zero { 0. } else { digits as f32 / 64. * magnitude }
+        };
+        (0..256).map(weight).collect()
+    }
+
+    #[test]
+    fn blocks_are_those_of_ggml() {
+        for (kind, expected) in [(BlockType::Q8_0, Q8_0), (BlockType::Q6K, Q6_K)] {
+            let (len, bytes) = kind.block();
+            let mut blocks = vec![0xff; 256 / len * bytes];
+            for (weights, block) in weights().chunks(len).zip(blocks.chunks_mut(bytes)) {
+                kind.quantize(weights, block).unwrap();
+            }
+            let digits: String = blocks.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(digits, expected, "{}", kind.name());
+        }
+    }
+
+    #[test]
+    fn numbers_that_no_block_holds_are_refused() {
+        for kind in
+            [BlockType::F32, BlockType::F16, BlockType::Bf16, BlockType::Q8_0, BlockType::Q6K]
+        {
+            let (len, bytes) = kind.block();
+            let mut block = vec![0xff; bytes];
+            for weight in [f32::NAN, f32::INFINITY] {
+                let error = kind.quantize(&vec![weight; len], &mut block).unwrap_err();
+                assert!(error.contains(kind.name()), "{error}");
+            }
+            kind.quantize(&vec![0.; len], &mut block).unwrap();
+            let mut found = vec![1.; len];
+            match kind.is_float() {
+                true => found[0] = kind.float(&block),
+                false => kind.dequantize(&block, &mut found),
+            }
+            assert_eq!(found, vec![0.; len], "{}", kind.name());
+        }
+        assert!(BlockType::F16.quantize(&[65536.], &mut [0; 2]).is_err());
     }
 
     #[test]
