@@ -9,6 +9,7 @@ mod folder;
 mod gguf;
 mod interrupt;
 mod model;
+mod onnx;
 mod openai;
 mod progress;
 mod sampling;

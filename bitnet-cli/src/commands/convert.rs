@@ -10,16 +10,17 @@ use std::{
 use anyhow::{Context, bail};
 use bitnet_model::{
     checkpoint::{
-        Checkpoint,
+        Checkpoint, Output,
         export::{self, Target},
         gguf::TernaryType,
+        onnx::OnnxWeights,
     },
     config::Config,
     pretrained::{Origin, Precision, Source, default_files},
 };
 use clap::ValueEnum;
 
-use crate::{args::Global, damage, folder, gguf, progress};
+use crate::{args::Global, damage, folder, gguf, onnx, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
@@ -32,6 +33,9 @@ as they are. A packed Llama without input norms gets a plain configuration, so r
 i2_s, tq1_0, tq2_0: one GGUF file with ternary weights of this type, with the vocabulary and the chat template; i2_s is for \
 bitnet.cpp, the others for llama.cpp.
 
+onnx: a graph for ONNX Runtime, with the inputs and outputs that Hugging Face's optimum gives decoders, and OUT.data with the \
+weights. Without tokenizer and settings.
+
 Tokenizer and generation settings are copied. Every ternary matrix is read back and compared before OUT appears: \
 codes must be equal, scales up to the rounding to bf16."
 )]
@@ -39,12 +43,18 @@ pub struct Args {
     /// Hub repo id (org/name), folder, .safetensors or .gguf file, or `default`
     #[arg(value_name = "IN")]
     input: String,
-    /// Folder to write, or GGUF file
+    /// Folder to write, or GGUF or ONNX file
     #[arg(value_name = "OUT")]
     output: PathBuf,
     /// The form to write
     #[arg(long, value_name = "FORM")]
     to: Form,
+    /// How --to onnx writes ternary weights [default: int2]
+    #[arg(long, value_name = "TYPE")]
+    onnx_weights: Option<OnnxType>,
+    /// Cut the weights into files of at most this size, such as 5GB or 500MB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_shard_size: Option<u64>,
     /// Branch, tag or commit of a Hub repo [default: main]
     #[arg(long, value_name = "REVISION")]
     revision: Option<String>,
@@ -57,7 +67,7 @@ pub struct Args {
     /// Text on which --i-know measures perplexity before and after
     #[arg(long, value_name = "FILE", requires = "i_know")]
     text: Option<PathBuf>,
-    /// Replace OUT if it is a model's folder, or a GGUF file
+    /// Replace OUT if it is a model's folder, or a GGUF or ONNX file
     #[arg(long)]
     force: bool,
     /// Print folder, forms and sizes in bytes as JSON
@@ -87,17 +97,33 @@ enum Form {
     /// GGUF with TQ2_0
     #[value(name = "tq2_0")]
     Tq2_0,
+    /// ONNX
+    Onnx,
+}
+
+/// What `--onnx-weights` takes.
+#[derive(Clone, Copy, ValueEnum)]
+enum OnnxType {
+    /// 2 bits a weight, for ONNX Runtime's MatMulNBits
+    Int2,
+    /// A byte a weight, for ONNX's own MatMulInteger
+    Int8,
 }
 
 /// What a form is written as.
 enum Plan {
     Folder(Target),
     Gguf(TernaryType),
+    Onnx(OnnxWeights),
 }
 
 impl Form {
-    fn plan(self) -> Plan {
+    fn plan(self, onnx: Option<OnnxType>) -> Plan {
         match self {
+            Self::Onnx => Plan::Onnx(match onnx {
+                None | Some(OnnxType::Int2) => OnnxWeights::Int2,
+                Some(OnnxType::Int8) => OnnxWeights::Int8,
+            }),
             Self::Packed => Plan::Folder(Target::Packed),
             Self::Latent => Plan::Folder(Target::Latent),
             Self::I2S => Plan::Gguf(TernaryType::I2S),
@@ -110,10 +136,23 @@ impl Form {
 /// Writes the folder.
 pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     let (parent, name) = folder::place(&args.output)?;
-    let plan = args.to.plan();
+    let plan = args.to.plan(args.onnx_weights);
     match plan {
         Plan::Folder(_) => folder::check_free(&args.output, args.force)?,
         Plan::Gguf(_) => gguf::check_free(&args.output, args.force)?,
+        Plan::Onnx(_) => onnx::check_free(&args.output, args.force)?,
+    }
+    match plan {
+        Plan::Onnx(_) if args.i_know => {
+            bail!("--i-know runs what was written, and ONNX is not read: write --to packed first");
+        }
+        Plan::Folder(_) | Plan::Gguf(_) if args.onnx_weights.is_some() => {
+            bail!("--onnx-weights goes with --to onnx");
+        }
+        Plan::Gguf(_) | Plan::Onnx(_) if args.max_shard_size.is_some() => {
+            bail!("--max-shard-size goes with the forms that are folders, packed and latent");
+        }
+        _ => {}
     }
     let precision = match args.ternarize || args.i_know {
         true => Precision::Ternarize,
@@ -137,12 +176,13 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     };
     let (tensors, written) = match plan {
         Plan::Gguf(ternary) => gguf::convert(&source, ternary, &args.output, global)?,
+        Plan::Onnx(weights) => onnx::convert(&source, weights, &args.output, global)?,
         Plan::Folder(target) => {
             let folder = folder::temporary(&parent, &name)?;
-            let tensors = write(&source, folder.path(), target, global)?;
-            let written = fs::metadata(folder.path().join("model.safetensors"))?.len();
+            let output = Output { folder: folder.path(), max_shard_bytes: args.max_shard_size };
+            let written = write(&source, output, target, global)?;
             folder::publish(folder, &args.output)?;
-            (tensors, written)
+            written
         }
     };
 
@@ -174,7 +214,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
         let form = form.as_ref().map_or("", |form| form.get_name());
         let place = match plan {
             Plan::Folder(_) => "folder",
-            Plan::Gguf(_) => "file",
+            Plan::Gguf(_) | Plan::Onnx(_) => "file",
         };
         let mut summary = serde_json::json!({
             place: args.output.display().to_string(), "form": form, "tensors": tensors,
@@ -195,36 +235,63 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a whole model to `folder`, reads it back and compares. Returns how many tensors it has.
-fn write(source: &Source, folder: &Path, target: Target, global: &Global) -> anyhow::Result<usize> {
+/// Writes a whole model to the folder of `output`, reads it back and compares. Returns how many tensors and bytes of weights
+/// it has.
+fn write(
+    source: &Source,
+    output: Output,
+    target: Target,
+    global: &Global,
+) -> anyhow::Result<(usize, u64)> {
     let bar = progress::bar(global, 0, "{msg:8} {bar:30} {pos}/{len} {eta}");
     let step = |position: usize, len: usize| {
         bar.set_length(len as u64);
         bar.set_position(position as u64);
     };
     bar.set_message("writing");
-    let converted = export::convert(&source.config, &source.checkpoint, folder, target, step)?;
-    folder::copy_beside(source, folder)?;
+    let converted = export::convert(&source.config, &source.checkpoint, output, target, step)?;
+    folder::copy_beside(source, output.folder)?;
     bar.set_message("checking");
-    let path = folder.join("config.json");
+    let path = output.folder.join("config.json");
     let mut config = Config::from_file(&path)?;
     if config.quantization.is_none() {
         config = config.ternarize(&path)?;
     }
-    if config != converted {
+    if config != converted.config {
         bail!(
             "{}: read back, it is not what was written; this is a mistake in this program",
             path.display()
         );
     }
-    let written = Checkpoint::open(&[folder.join("model.safetensors")])?;
+    let written = Checkpoint::open(&converted.files)?;
     export::verify((&source.config, &source.checkpoint), (&config, &written), step)?;
     bar.finish_and_clear();
-    Ok(written.names().len())
+    Ok((written.names().len(), sizes(&converted.files)?))
 }
 
 fn sizes(files: &[PathBuf]) -> anyhow::Result<u64> {
     let size =
         |path: &PathBuf| Ok(fs::metadata(path).with_context(|| path.display().to_string())?.len());
     files.iter().map(size).sum()
+}
+
+/// Bytes, with a unit that is a power of ten or of two.
+fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 7] = [
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("B", 1),
+    ];
+    let (number, unit) =
+        text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = if unit.is_empty() { "B" } else { unit.trim() };
+    let factor = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit));
+    let bytes = number.parse::<u64>().ok().zip(factor).and_then(|(n, (_, f))| n.checked_mul(*f));
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| {
+        "a size is a whole number of B, KB, MB, GB, KiB, MiB or GiB, such as 5GB".into()
+    })
 }

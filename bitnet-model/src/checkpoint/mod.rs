@@ -1,5 +1,5 @@
 //! Checkpoints on disk: [safetensors](https://huggingface.co/docs/safetensors) files, one or many
-//! shards, and [`gguf`] files.
+//! shards, and [`gguf`] files; [`onnx`] files are written only.
 //!
 //! [`Checkpoint`] validates every header once and then hands out one tensor at a time, so that a
 //! model is never in memory twice. [`SafetensorsWriter`] is its mirror. What the tensors mean is
@@ -11,7 +11,9 @@ pub mod export;
 mod generated;
 pub mod gguf;
 mod header;
+pub mod onnx;
 mod rows;
+mod shards;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -35,6 +37,7 @@ use self::{backend::Backend, header::Entry, source::Source};
 pub use self::{
     generated::{Content, GeneratedTensor},
     rows::StoredRows,
+    shards::Output,
     write::{SafetensorsWriter, TensorSpec, write_atomic},
 };
 use crate::error::{Error, Result};
@@ -128,6 +131,23 @@ impl Checkpoint {
     pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         let (shard, entry) = self.find(name)?;
         self.read_vec(name, *shard, entry)
+    }
+
+    /// A tensor's bytes as stored, a few MB at a time: `take` gets them in order.
+    pub(crate) fn read_pieces(
+        &self,
+        name: &str,
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (shard, entry) = self.find(name)?;
+        let mut piece = vec![0; READ_BYTES.min(entry.bytes)];
+        for offset in (0..entry.bytes.max(1)).step_by(READ_BYTES) {
+            let piece = &mut piece[..READ_BYTES.min(entry.bytes - offset)];
+            let read = self.shards[*shard].1.read_exact_at(piece, entry.start + offset as u64);
+            read.map_err(|e| self.wrong(name, format!("cannot be read: {e}")))?;
+            take(piece)?;
+        }
+        Ok(())
     }
 
     /// A tensor as stored, on the CPU.
