@@ -20,6 +20,7 @@ mod tests;
 mod write;
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     collections::btree_map,
     path::{Path, PathBuf},
@@ -83,8 +84,8 @@ impl Checkpoint {
         Self::from_sources(origin, paths.iter().map(open).collect::<Result<_>>()?)
     }
 
-    /// A checkpoint in the program itself; `name` stands for the path in errors.
-    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+    /// A checkpoint in memory or in the program itself; `name` stands for the path in errors.
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
         Self::from_sources(name.into(), vec![(name.into(), Source::Memory(bytes.into()))])
     }
 

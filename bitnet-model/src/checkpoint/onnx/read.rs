@@ -54,10 +54,11 @@ impl OnnxGraph {
             return Err(wrong("is too large for a graph: weights inside it are not supported"));
         }
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        Self::parse(&bytes).ok_or_else(|| wrong("is no ONNX model, or a damaged one"))
+        Self::from_bytes(&bytes).ok_or_else(|| wrong("is no ONNX model, or a damaged one"))
     }
 
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    /// What the bytes of a model file say, if they are one.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut found = Self::default();
         let mut has_graph = false;
         for field in Fields::new(bytes) {
