@@ -82,6 +82,13 @@ real_client() {
     scripts/serve_clients.sh --light "${CARGO_TARGET_DIR:-target}/release/bitnet"
 }
 
+# Damaged files and requests, others each time, for half a minute: two programs of tests on two threads each.
+mutated_inputs() {
+    export BITNET_FUZZ_SECONDS=3 BITNET_FUZZ_SEED=$RANDOM
+    cargo test -p bitnet-tests --test mutated -- --nocapture --test-threads 2 &&
+        cargo test -p bitnet-cli --bin bitnet mutated -- --nocapture
+}
+
 # Two processes under mpirun train as one does with twice the batch.
 two_ranks() {
     local status=0
@@ -116,6 +123,7 @@ step "licences, bans, sources" dependencies_are_allowed
 step "clippy" cargo clippy --workspace --all-targets -- -D warnings
 step "a C++ compiler" host_compiler_is_there
 step "tests" cargo test --workspace
+step "damaged files and requests" mutated_inputs
 step "two ranks over MPI" two_ranks
 step "documentation" documentation
 step "CUDA kernels" cuda_compiles

@@ -146,7 +146,7 @@ fn every_scheme_trains_and_loads_as_it_was_trained() {
                 assert!(written.unwrap_err().to_string().contains("no codes"));
                 continue;
             }
-            let written = written.unwrap();
+            let written = written.unwrap().config;
             let source_of_packed = open(&packed);
             assert_eq!(source_of_packed.config, written);
             assert_eq!(written.quantization.unwrap().scheme, scheme);

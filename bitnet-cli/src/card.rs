@@ -49,8 +49,11 @@ impl Card<'_> {
 
     fn text(&self) -> Result<String, std::fmt::Error> {
         let name = self.output.file_name().unwrap_or_default().to_string_lossy();
-        let is_file = self.is_file();
-        let library = if is_file { "gguf" } else { "transformers" };
+        let library = match self.form {
+            "packed" | "latent" => "transformers",
+            "onnx" => "onnx",
+            _ => "gguf",
+        };
         let mut out = front_matter(self.source, library, self.form);
         writeln!(out, "\n# {name}\n")?;
         writeln!(out, "{}", self.summary())?;
@@ -67,11 +70,13 @@ impl Card<'_> {
         let (command, version) = (self.command(&name), env!("CARGO_PKG_VERSION"));
         writeln!(out, "{MADE_WITH} {version}, which compared every code with the source's:\n")?;
         writeln!(out, "```sh\n{command}\n```\n\n## How to run it\n")?;
-        writeln!(
-            out,
-            "```sh\nbitnet chat -m {name}\nbitnet generate -m {name} \"Once upon a time\"\n```\n"
-        )?;
-        writeln!(out, "| engine | runs it |\n|---|---|\n| bitnet | yes |")?;
+        if self.form != "onnx" {
+            writeln!(
+                out,
+                "```sh\nbitnet chat -m {name}\nbitnet generate -m {name} \"Once upon a time\"\n```\n"
+            )?;
+        }
+        writeln!(out, "| engine | runs it |\n|---|---|")?;
         for (engine, verdict) in self.engines() {
             let verdict = match verdict {
                 Ok(how) => how.into(),
@@ -80,10 +85,6 @@ impl Card<'_> {
             writeln!(out, "| {engine} | {verdict} |")?;
         }
         Ok(out)
-    }
-
-    fn is_file(&self) -> bool {
-        !matches!(self.form, "packed" | "latent")
     }
 
     /// The command, without folders of this machine.
@@ -155,6 +156,7 @@ impl Card<'_> {
             ("tq1_0" | "tq2_0", _) => {
                 "an f16 in each block of 256, the same in all blocks of a matrix; multiplies"
             }
+            ("onnx", _) => "one f32 of a matrix, divided by that of a token's activations",
             ("f16", _) => "rounded to f16; the size of every weight that is not 0",
             (_, Some(WeightForm::Packed(ScaleConvention::Multiply))) => {
                 "`weight_scale` of a matrix: weight = code · weight_scale"
@@ -167,12 +169,16 @@ impl Card<'_> {
     }
 
     fn engines(&self) -> Vec<(&'static str, Result<&'static str, &'static str>)> {
-        match self.is_file() {
-            true => vec![
+        match self.form {
+            "packed" | "latent" => {
+                vec![("bitnet", Ok("yes")), ("transformers", engines::transformers(self.config))]
+            }
+            "onnx" => vec![("ONNX Runtime", Ok("yes")), ("bitnet", Err("it writes ONNX only"))],
+            _ => vec![
+                ("bitnet", Ok("yes")),
                 ("llama.cpp", engines::llama_cpp(self.config, self.form)),
                 ("bitnet.cpp", engines::bitnet_cpp(self.config, self.form)),
             ],
-            false => vec![("transformers", engines::transformers(self.config))],
         }
     }
 }

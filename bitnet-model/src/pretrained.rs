@@ -173,7 +173,7 @@ impl Source {
                 &path.join("generation_config.json"),
                 &text(embedded::GENERATION_CONFIG),
             )?,
-            checkpoint: Arc::new(Checkpoint::from_static("embedded model", embedded::MODEL)?),
+            checkpoint: Arc::new(Checkpoint::from_bytes("embedded model", embedded::MODEL)?),
             origin: Origin::Embedded,
             lm_head: HeadPrecision::Exact,
             tile_format: None,

@@ -1,6 +1,10 @@
 //! Requests that nobody means: whatever they are, they are read or refused, and a refusal says something.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bitnet_model::{adapter::Adaptation, grammar::GrammarFactory, hub::Hub, pretrained::Source};
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
@@ -103,12 +107,16 @@ fn are_read_or_refused() {
         3 => reader.read_embeddings(body).map(|asked| asked.sequences.len()),
         _ => reader.read_tokens(body).map(|tokens| tokens.len() + 1),
     };
-    let rng = &mut ChaCha8Rng::seed_from_u64(6);
+    // As tests/mutated.rs: 3000, or as many as fit into the time.
+    let variable = |name| std::env::var(name).ok().map(|text| text.parse::<f64>().unwrap());
+    let seconds = variable("BITNET_FUZZ_SECONDS").map(Duration::from_secs_f64);
+    let seed = variable("BITNET_FUZZ_SEED").unwrap_or(6.) as u64;
+    let (rng, begin) = (&mut ChaCha8Rng::seed_from_u64(seed), Instant::now());
     let (seeds, mut answered, mut refused) = (seeds(), 0, 0);
     for (kind, body) in [0, 0, 1, 2].into_iter().zip(&seeds) {
         read(kind, body).unwrap();
     }
-    for _ in 0..3000 {
+    while seconds.map_or(answered + refused < 3000, |seconds| begin.elapsed() < seconds) {
         let mut body = seeds.choose(rng).unwrap().clone();
         (0..rng.random_range(1..4)).for_each(|_| mutate(&mut body, rng));
         match read(rng.random_range(0..5), &body) {
@@ -122,5 +130,6 @@ fn are_read_or_refused() {
             }
         }
     }
+    println!("requests: {answered} of seed {seed} answered, {refused} refused");
     assert!(answered > 200 && refused > 200, "{answered} answered, {refused} refused");
 }

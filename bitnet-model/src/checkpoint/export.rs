@@ -5,12 +5,12 @@
 //! - **latent**: bf16 masters that quantize online to the same codes and the same scale; masters
 //!   that are there already stay as they are.
 
-use std::{fs, path::Path};
+use std::{fs, path::PathBuf};
 
 use candle_core::{DType, Tensor};
 use half::slice::HalfFloatSliceExt;
 
-use super::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, write_atomic};
+use super::{Checkpoint, Dtype, Output, TensorSpec, shards::Shards, write_atomic};
 use crate::{
     Error, Result,
     config::{Config, Family, PROJECTIONS, Quantization, ScaleConvention, WeightForm},
@@ -29,22 +29,31 @@ pub enum Target {
     Latent,
 }
 
-/// Writes `config.json` and `model.safetensors` of `checkpoint` to the folder `out` in the form
-/// `target`; `on_tensor` hears of each tensor written and how many there are. Returns the new
-/// configuration.
+/// What [`convert`] wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Converted {
+    /// The new configuration.
+    pub config: Config,
+    /// The files of the weights.
+    pub files: Vec<PathBuf>,
+}
+
+/// Writes `config.json` and the weights of `checkpoint` to the folder of `out` in the form `target`; `on_tensor` hears of
+/// each tensor written and how many there are.
 ///
 /// The weights appear only when complete, and the configuration after them.
 ///
 /// # Errors
 /// A full-precision model, which is not ternary in either form; tensors that do not fit the
 /// configuration; a folder that cannot be written.
-pub fn convert(
+pub fn convert<'a>(
     config: &Config,
     checkpoint: &Checkpoint,
-    out: &Path,
+    out: impl Into<Output<'a>>,
     target: Target,
     mut on_tensor: impl FnMut(usize, usize),
-) -> Result<Config> {
+) -> Result<Converted> {
+    let out = out.into();
     config.check_tensors(checkpoint)?;
     let Some(quantization) = config.quantization else {
         return Err(Error::Config {
@@ -61,16 +70,16 @@ pub fn convert(
         .map(|name| Plan::new(name, config, &converted, checkpoint))
         .collect();
     let specs = tensors.iter().flat_map(|plan| plan.specs(target)).collect();
-    fs::create_dir_all(out).map_err(Error::io(out))?;
-    let mut writer = SafetensorsWriter::create(&out.join("model.safetensors"), specs)?;
+    fs::create_dir_all(out.folder).map_err(Error::io(out.folder))?;
+    let mut writer = Shards::create(out, specs)?;
     for (index, plan) in tensors.iter().enumerate() {
         plan.write(&mut writer, checkpoint, quantization, converted.quantization)?;
         on_tensor(index + 1, tensors.len());
     }
-    writer.finish()?;
+    let files = writer.finish()?;
     let json = format!("{:#}\n", converted.to_json());
-    write_atomic(&out.join("config.json"), json.as_bytes())?;
-    Ok(converted)
+    write_atomic(&out.folder.join("config.json"), json.as_bytes())?;
+    Ok(Converted { config: converted, files })
 }
 
 /// The configuration of the converted model.
@@ -163,7 +172,7 @@ impl Plan {
 
     fn write(
         &self,
-        writer: &mut SafetensorsWriter,
+        writer: &mut Shards,
         checkpoint: &Checkpoint,
         from: Quantization,
         to: Option<Quantization>,

@@ -1,5 +1,5 @@
 //! Checkpoints on disk: [safetensors](https://huggingface.co/docs/safetensors) files, one or many
-//! shards, and [`gguf`] files.
+//! shards, and [`gguf`] files; [`onnx`] files are written only.
 //!
 //! [`Checkpoint`] validates every header once and then hands out one tensor at a time, so that a
 //! model is never in memory twice. [`SafetensorsWriter`] is its mirror. What the tensors mean is
@@ -11,8 +11,10 @@ pub mod export;
 mod generated;
 pub mod gguf;
 mod header;
+pub mod onnx;
 mod pieces;
 mod rows;
+mod shards;
 mod source;
 mod spans;
 #[cfg(test)]
@@ -20,6 +22,7 @@ mod tests;
 mod write;
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     collections::btree_map,
     path::{Path, PathBuf},
@@ -37,6 +40,7 @@ use self::{backend::Backend, header::Entry, source::Source};
 pub use self::{
     generated::{Content, GeneratedTensor},
     rows::StoredRows,
+    shards::Output,
     write::{SafetensorsWriter, TensorSpec, write_atomic},
 };
 use crate::error::{Error, Result};
@@ -82,8 +86,8 @@ impl Checkpoint {
         Self::from_sources(origin, paths.iter().map(open).collect::<Result<_>>()?)
     }
 
-    /// A checkpoint in the program itself; `name` stands for the path in errors.
-    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+    /// A checkpoint in memory or in the program itself; `name` stands for the path in errors.
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
         Self::from_sources(name.into(), vec![(name.into(), Source::Memory(bytes.into()))])
     }
 

@@ -31,7 +31,7 @@ fn sample() -> Vec<u8> {
 }
 
 fn open(bytes: Vec<u8>) -> Result<Checkpoint> {
-    Checkpoint::from_static(NAME, bytes.leak())
+    Checkpoint::from_bytes(NAME, bytes.leak())
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn atomic_replacement() {
 /// Whatever opens is consistent: the crate agrees, and reading anything gives a value or an error.
 fn exercise(bytes: Vec<u8>) {
     let bytes: &'static [u8] = bytes.leak();
-    let Ok(checkpoint) = Checkpoint::from_static(NAME, bytes) else { return };
+    let Ok(checkpoint) = Checkpoint::from_bytes(NAME, bytes) else { return };
     let reference = SafeTensors::deserialize(bytes).expect("opened, but the crate refuses it");
     assert_eq!(checkpoint.names().len(), reference.len());
     for name in checkpoint.names() {

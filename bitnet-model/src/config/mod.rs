@@ -126,6 +126,16 @@ pub struct Config {
     pub quantization: Option<Quantization>,
 }
 
+/// Angles of neighbouring positions, `theta^(-2i/head_dim)` for the pairs i of a head. Exponents and frequencies are f32, as
+/// in the reference.
+pub(crate) fn inverse_frequencies(head_dim: usize, theta: f64) -> Vec<f32> {
+    let frequency = |i: usize| {
+        let exponent = (2 * i) as f32 / head_dim as f32;
+        1. / theta.powf(f64::from(exponent)) as f32
+    };
+    (0..head_dim / 2).map(frequency).collect()
+}
+
 impl Config {
     /// Reads and validates a `config.json`.
     pub fn from_file(path: &Path) -> Result<Self> {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     fs::{self, File},
     io::Read,
     path::{Component, Path, PathBuf},
@@ -60,8 +61,20 @@ impl ModelFiles {
         if is_gguf(&source) {
             return Ok(Self::of_gguf(&source, path));
         }
-        if path.extension().is_none_or(|extension| extension != "safetensors") {
-            let reason = "this is no model: give a folder, a `.safetensors` or `.gguf` file or a repository id";
+        let reason = match path.extension().and_then(OsStr::to_str) {
+            Some("safetensors") => None,
+            Some("onnx") => Some(
+                "ONNX files are written, and described by `bitnet info`, but not read: give the model that it was made of",
+            ),
+            Some("bin" | "pt" | "pth") => Some(
+                "weights of PyTorch and llama2.c are not read: convert them to safetensors, those of llama2.c with \
+                 scripts/llama2c_to_hf.py",
+            ),
+            _ => Some(
+                "this is no model: give a folder, a `.safetensors` or `.gguf` file or a repository id",
+            ),
+        };
+        if let Some(reason) = reason {
             return Err(hub_error(&source, reason));
         }
         let root = match path.parent() {

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::ops;
+use crate::{config::inverse_frequencies, ops};
 
 /// The frequencies `theta^(-2i/head_dim)` of a model.
 #[derive(Clone, Debug)]
@@ -18,13 +18,9 @@ pub struct Angles {
 }
 
 impl RotaryEmbedding {
-    /// `head_dim` is even. Exponents and frequencies are f32, as in the reference.
+    /// `head_dim` is even.
     pub fn new(head_dim: usize, theta: f64) -> Self {
-        let frequency = |i: usize| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            1. / theta.powf(f64::from(exponent)) as f32
-        };
-        Self { inverse_frequencies: (0..head_dim / 2).map(frequency).collect() }
+        Self { inverse_frequencies: inverse_frequencies(head_dim, theta) }
     }
 
     /// Angles for `positions`, (rows, seq) row-major.

@@ -1,18 +1,16 @@
 //! A model written as a folder in the Hub's layout.
 
-use std::fs;
-
 use anyhow::bail;
 use bitnet_model::{
     checkpoint::{
-        Checkpoint,
-        export::{self, Target},
+        Checkpoint, Output,
+        export::{self, Converted, Target},
     },
     config::Config,
     pretrained::Source,
 };
 
-use super::{Args, Written, checked};
+use super::{Args, Written, checked, sizes};
 use crate::{args::Global, card::Card, folder};
 
 /// Writes the folder of `args`.
@@ -25,31 +23,31 @@ pub fn convert(
     let (parent, name) = folder::place(&args.output)?;
     let folder = folder::temporary(&parent, &name)?;
     let path = folder.path();
-    let weights = path.join("model.safetensors");
-    let (mut tensors, mut converted) = (0, None);
-    let write = |step: checked::Step<'_>| -> anyhow::Result<()> {
-        let config = export::convert(&source.config, &source.checkpoint, path, target, step)?;
-        converted = Some(config);
-        folder::copy_beside(source, path)
+    let output = Output { folder: path, max_shard_bytes: args.max_shard_size };
+    let mut tensors = 0;
+    let write = |step: checked::Step<'_>| -> anyhow::Result<Converted> {
+        let converted = export::convert(&source.config, &source.checkpoint, output, target, step)?;
+        folder::copy_beside(source, path)?;
+        Ok(converted)
     };
-    let reopen = || -> anyhow::Result<(Config, Checkpoint)> {
+    let reopen = |converted: &Converted| -> anyhow::Result<(Config, Checkpoint)> {
         let file = path.join("config.json");
         let mut config = Config::from_file(&file)?;
         if config.quantization.is_none() {
             config = config.ternarize(&file)?;
         }
-        let written = Checkpoint::open(std::slice::from_ref(&weights))?;
+        let written = Checkpoint::open(&converted.files)?;
         tensors = written.names().len();
         Ok((config, written))
     };
-    let config = checked::write(source, global, write, reopen)?;
-    if converted.is_some_and(|converted| converted != config) {
+    let (converted, config) = checked::write(source, global, write, reopen)?;
+    if converted.config != config {
         bail!(
             "{}: read back, it is not what was written; this is a mistake in this program",
             args.output.display()
         );
     }
-    let bytes = fs::metadata(&weights)?.len();
+    let bytes = sizes(&converted.files)?;
     let projections = match target {
         Target::Packed => "2-bit codes, four a byte",
         Target::Latent => "float masters, which become ternary when they are loaded",

@@ -8,7 +8,10 @@ use bitnet_model::{
     pretrained::{Precision, Source},
 };
 
-use super::{Args, Written, gguf::Place};
+use super::{
+    Args, Written,
+    place::{Place, card_path},
+};
 use crate::{card, engines};
 
 /// Writes the file of `args`. Returns how many bytes were read, too.
@@ -21,14 +24,16 @@ pub fn convert(args: &Args, hub: &Hub) -> anyhow::Result<(u64, Written)> {
     // The adapter's revision is not the base's.
     let base = Source::open(base, Precision::AsFound, &Hub::from_env())
         .with_context(|| format!("the model that {} is for (--base)", args.input))?;
-    let place = Place::new(&args.output)?;
+    let (output, card_output) = (&*args.output, card_path(&args.output));
+    let place = Place::new(output)?;
     let name = args.input.trim_end_matches('/').rsplit('/').next().unwrap_or(&args.input);
-    adapter.write_gguf(&base.config, name, &place.file)?;
-    let bytes = place.bytes()?;
-    write_atomic(&place.card, card::of_adapter(&adapter, name, &base, &args.output)?.as_bytes())?;
-    place.publish()?;
+    adapter.write_gguf(&base.config, name, &place.of(output))?;
+    let bytes = place.bytes(output)?;
+    let card = card::of_adapter(&adapter, name, &base, output)?;
+    write_atomic(&place.of(&card_output), card.as_bytes())?;
+    place.publish(&[output, &card_output])?;
     if let Err(reason) = engines::llama_cpp(&base.config, "tq2_0") {
-        tracing::warn!("{}: llama.cpp does not run its model: {reason}", args.output.display());
+        tracing::warn!("{}: llama.cpp does not run its model: {reason}", output.display());
     }
     let path = folder.join(WEIGHTS);
     let read = std::fs::metadata(&path).with_context(|| path.display().to_string())?.len();

@@ -4,6 +4,9 @@ mod checked;
 mod folder_form;
 mod gguf;
 mod lora;
+mod onnx;
+mod place;
+mod size;
 
 use std::{
     fs,
@@ -16,6 +19,7 @@ use bitnet_model::{
     checkpoint::{
         export::Target,
         gguf::{FloatType, ProjectionType, Types},
+        onnx::OnnxWeights,
     },
     hub::Hub,
     pretrained::{Origin, Precision, Source, default_files},
@@ -36,16 +40,18 @@ i2_s, tq1_0, tq2_0, f16: one GGUF file with ternary weights of this type, with t
 bitnet.cpp, the others for llama.cpp. f16 spends 16 bits on −scale, 0 or scale, for what knows no ternary type; such a program \
 computes without the 8-bit activations that the model was trained with. llama.cpp has no BitNet with relu² (2B-4T): a warning \
 says which engine runs what is written.
+onnx: a graph for ONNX Runtime, with the inputs and outputs that Hugging Face's optimum gives decoders, and OUT.data with the \
+weights. Without tokenizer and settings.
 lora: the GGUF file that llama.cpp takes beside a model (`--lora`), of an adapter in PEFT's format.
 
-Tokenizer and generation settings are copied, and a model card is written: README.md of a folder, OUT.md beside OUT.gguf. Every \
+Tokenizer and generation settings are copied, and a model card is written: README.md of a folder, NAME.md beside a file. Every \
 ternary matrix is read back and compared before OUT appears: codes must be equal, scales up to the rounding to bf16 or f16."
 )]
 pub struct Args {
     /// Hub repo id (org/name), folder, .safetensors or .gguf file, or `default`; with --to lora, an adapter
     #[arg(value_name = "IN")]
     input: String,
-    /// Folder to write, or GGUF file
+    /// Folder to write, or GGUF or ONNX file
     #[arg(value_name = "OUT")]
     output: PathBuf,
     /// The form to write
@@ -57,6 +63,12 @@ pub struct Args {
     /// What a GGUF file has as a head of its own [default: as in IN]
     #[arg(long, value_name = "TYPE")]
     output_tensor_type: Option<Floats>,
+    /// How --to onnx writes ternary weights [default: int2]
+    #[arg(long, value_name = "TYPE")]
+    onnx_weights: Option<OnnxType>,
+    /// Cut the weights of a folder into files of at most this size, such as 5GB or 500MB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    max_shard_size: Option<u64>,
     /// The model that an adapter is for, with --to lora [default: the one its configuration names]
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
@@ -72,7 +84,7 @@ pub struct Args {
     /// Text on which --i-know measures perplexity before and after
     #[arg(long, value_name = "FILE", requires = "i_know")]
     text: Option<PathBuf>,
-    /// Replace OUT if it is a model's folder, or a GGUF file
+    /// Replace OUT if it is a model's folder, or a GGUF or ONNX file
     #[arg(long)]
     force: bool,
     /// Print folder, forms and sizes in bytes as JSON
@@ -104,8 +116,19 @@ enum Form {
     Tq2_0,
     /// GGUF with F16
     F16,
+    /// ONNX
+    Onnx,
     /// An adapter as GGUF
     Lora,
+}
+
+/// What `--onnx-weights` takes.
+#[derive(Clone, Copy, ValueEnum)]
+enum OnnxType {
+    /// 2 bits a weight, for ONNX Runtime's MatMulNBits
+    Int2,
+    /// A byte a weight, for ONNX's own MatMulInteger
+    Int8,
 }
 
 /// What `--token-embedding-type` and `--output-tensor-type` take: llama-quantize's names.
@@ -147,6 +170,7 @@ impl From<Floats> for FloatType {
 enum Plan {
     Folder(Target),
     Gguf(Types),
+    Onnx(OnnxWeights),
     Lora,
 }
 
@@ -159,7 +183,7 @@ struct Written {
 impl Args {
     fn plan(&self) -> anyhow::Result<Plan> {
         let projections = match self.to {
-            Form::Packed | Form::Latent | Form::Lora => None,
+            Form::Packed | Form::Latent | Form::Onnx | Form::Lora => None,
             Form::I2S => Some(ProjectionType::I2S),
             Form::Tq1_0 => Some(ProjectionType::Tq1_0),
             Form::Tq2_0 => Some(ProjectionType::Tq2_0),
@@ -177,6 +201,15 @@ impl Args {
         if matches!(self.to, Form::Lora) && (self.ternarize || self.i_know) {
             bail!("--ternarize and --i-know are of a model: --to lora writes an adapter");
         }
+        if self.onnx_weights.is_some() && !matches!(self.to, Form::Onnx) {
+            bail!("--onnx-weights goes with --to onnx");
+        }
+        if self.i_know && matches!(self.to, Form::Onnx) {
+            bail!("--i-know runs what was written, and ONNX is not read: write --to packed first");
+        }
+        if self.max_shard_size.is_some() && !matches!(self.to, Form::Packed | Form::Latent) {
+            bail!("--max-shard-size goes with the forms that are folders, packed and latent");
+        }
         Ok(match (projections, self.to) {
             (Some(projections), _) => Plan::Gguf(Types {
                 projections,
@@ -184,6 +217,10 @@ impl Args {
                 head: self.output_tensor_type.map(FloatType::from),
             }),
             (None, Form::Lora) => Plan::Lora,
+            (None, Form::Onnx) => Plan::Onnx(match self.onnx_weights {
+                None | Some(OnnxType::Int2) => OnnxWeights::Int2,
+                Some(OnnxType::Int8) => OnnxWeights::Int8,
+            }),
             (None, Form::Latent) => Plan::Folder(Target::Latent),
             (None, _) => Plan::Folder(Target::Packed),
         })
@@ -200,6 +237,12 @@ impl Args {
             if let Some(floats) = floats {
                 options += &format!(" {name} {}", floats.name());
             }
+        }
+        if let Some(OnnxType::Int8) = self.onnx_weights {
+            options += " --onnx-weights int8";
+        }
+        if let Some(bytes) = self.max_shard_size {
+            options += &format!(" --max-shard-size {bytes}");
         }
         options
     }
@@ -249,6 +292,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     match plan {
         Plan::Folder(_) => folder::check_free(&args.output, args.force)?,
         Plan::Gguf(_) | Plan::Lora => gguf::check_free(&args.output, args.force)?,
+        Plan::Onnx(_) => onnx::check_free(&args.output, args.force)?,
     }
     let hub = Hub::from_env().progress(!global.quiet);
     let hub = match &args.revision {
@@ -276,6 +320,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     };
     let written = match plan {
         Plan::Gguf(types) => gguf::convert(&source, types, args, global)?,
+        Plan::Onnx(weights) => onnx::convert(&source, weights, args, global)?,
         Plan::Folder(target) => folder_form::convert(&source, target, args, global)?,
         Plan::Lora => unreachable!("returned above"),
     };

@@ -1,6 +1,7 @@
 //! `bitnet info`: what a model is and what it needs, from its headers alone; or what an adapter is.
 
 mod adapter;
+mod onnx;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,7 @@ use bitnet_model::{
 };
 use serde::Serialize;
 
-use self::adapter::AdapterInfo;
+use self::{adapter::AdapterInfo, onnx::OnnxInfo};
 use crate::{
     args::Global,
     model::ModelArgs,
@@ -32,10 +33,10 @@ use crate::{
 #[command(
     after_long_help = "Only the headers of the weights are read. `memory at rest` is what the loaded weights take; the cache of keys \
 and values grows with the text, by `cache` for 1000 tokens. Of a folder with a LoRA adapter in PEFT's format it tells the model it \
-was trained on, ranks, scales and projections."
+was trained on, ranks, scales and projections; of an ONNX file its inputs, outputs and operators."
 )]
 pub struct Args {
-    /// The model, as with --model, or the folder of an adapter
+    /// The model, as with --model, the folder of an adapter, or an ONNX file
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     positional: Option<String>,
     /// The model
@@ -158,6 +159,14 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
     let folder = Path::new(&args.model.model);
     if AdapterInfo::is_adapter(folder) {
         let info = AdapterInfo::of(folder)?;
+        match args.json {
+            true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
+            false => info.print(args.tensors, out)?,
+        }
+        return Ok(out.flush()?);
+    }
+    if OnnxInfo::is_onnx(folder) {
+        let info = OnnxInfo::of(folder)?;
         match args.json {
             true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
             false => info.print(args.tensors, out)?,
