@@ -193,6 +193,9 @@ fn check_tokenizer(file: &Path, model: &Tokenizer) -> anyhow::Result<()> {
 /// The model with the adapters beside it; it is the same one if there are none.
 pub fn beside(model: Arc<Model>, adaptation: Option<&Adaptation>) -> anyhow::Result<Arc<Model>> {
     Ok(match adaptation {
+        Some(_) if !model.device().is_cpu() => {
+            bail!("adapters compute on `cpu` only so far: leave out --adapter or --device")
+        }
         Some(adaptation) => Arc::new(model.adapted(adaptation)?),
         None => model,
     })

@@ -42,11 +42,11 @@ impl BatchingArgs {
     }
 }
 
-/// Reads the weights: the network, with what is beside it for all requests, and its tokenizer.
+/// Reads the weights to a device: the network, with what is beside it for all requests, and its tokenizer.
 pub fn load(
     source: Source,
-    device: &Device,
     for_all: Option<&Adaptation>,
+    device: &Device,
 ) -> anyhow::Result<(Arc<Model>, Tokenizer)> {
     let model = source.into_pretrained(device)?;
     let Some(tokenizer) = model.tokenizer else {

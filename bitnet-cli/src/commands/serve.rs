@@ -238,7 +238,7 @@ impl Args {
     ) -> anyhow::Result<Loaded> {
         let (for_all, adapters) = adapters;
         let (config, generation) = (source.config.clone(), source.generation.clone());
-        let (network, tokenizer) = batching::load(source, device, for_all.as_ref())?;
+        let (network, tokenizer) = batching::load(source, for_all.as_ref(), device)?;
         let engine = &self.engine;
         let limits = engine.batching.limits(&self.model, engine.prefill_tokens);
         let most = |length: Option<NonZeroUsize>| length.map_or(usize::MAX, NonZeroUsize::get);

@@ -67,7 +67,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
     let name = source.name.clone();
-    let (network, tokenizer) = batching::load(source, &global.device()?, for_all.as_ref())?;
+    let (network, tokenizer) = batching::load(source, for_all.as_ref(), &global.device()?)?;
     let limits = args.batching.limits(&args.model, PREFILL_CHUNK);
     let reader = Reader {
         model: &name,
