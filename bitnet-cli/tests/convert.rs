@@ -74,7 +74,10 @@ fn shards_hold_what_one_file_holds_and_join_again() {
     stdout(&["convert", text(&latent), text(&joined), "--to", "packed"], "");
     assert_eq!(tensors(&joined), tensors(&source));
     assert!(!joined.join("model.safetensors.index.json").exists());
-    assert_eq!(json(&["info", text(&shards), "--json"])["files"].as_object().unwrap().len(), names.len());
+    assert_eq!(
+        json(&["info", text(&shards), "--json"])["files"].as_object().unwrap().len(),
+        names.len()
+    );
 
     for size in ["0", "x", "5TB", "99999999999GB", "-1MB"] {
         let args = ["convert", "default", "x", "--to", "packed", "--max-shard-size", size];
@@ -137,7 +140,9 @@ fn what_does_not_go_together_is_refused() {
     fs::write(&damaged, b"\x0a\xff\xff\xff\xff\x0f").unwrap();
     let message = failure(&["info", &damaged], "");
     assert!(message.contains("damaged.onnx") && message.contains("no ONNX model"), "{message}");
-    for verb in [&["generate", "-m", &damaged, "x"][..], &["convert", &damaged, "y", "--to", "packed"]] {
+    for verb in
+        [&["generate", "-m", &damaged, "x"][..], &["convert", &damaged, "y", "--to", "packed"]]
+    {
         let message = failure(verb, "");
         assert!(message.contains("onnx") && message.contains("ONNX"), "{message}");
     }
