@@ -8,10 +8,11 @@ written with both kinds of weights, passes onnx.checker, and is run as a whole p
 batch of two of which one is padded on the left.
 
 Bounds.  Products of projections are integers, exact in both programs, so that logits of both kinds of weights must have the same bits.
-Everything else differs by the order of f32 sums: some units of 2^-24 of the values in each of a few dozen steps, far below SAME.  Where
+Everything else differs by the order of f32 sums: some units of 2^-24 of the values in each of some hundred steps, so that logits
+agree within SAME of the largest of them (or of 1).  Where
 an activation times its factor comes within that of k + 1/2, its code flips, by 1/127 of the largest activation of its row, and this row
 and those that see it differ by more, up to a relative RMS of 0.03 (what the reference software differs by from itself).  So:
-rows must agree within SAME up to the first flip, most of all rows must, the relative RMS must be below 0.03, and the most
+most rows must agree within SAME, the relative RMS must be below 0.03, and the most
 probable token must be equal wherever its lead is larger than twice the difference of its row.
 
 --speed times a prompt of 128 tokens and 64 more one by one, with two threads, and `bitnet bench` beside it.
@@ -48,7 +49,7 @@ except ImportError:
         subprocess.run([environment / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
     os.execv(environment / "bin" / "python", [str(environment / "bin" / "python"), *sys.argv])
 
-SAME = 1e-4
+SAME = 1e-5
 RELATIVE_RMS_LIMIT = 0.03
 NEW_TOKENS = 32
 THREADS = 2
@@ -110,7 +111,7 @@ def compare(what, found, expected):
     """Checks the bounds above; returns how many rows are the same, of how many, and the largest difference of those."""
     assert found.shape == expected.shape and np.isfinite(found).all(), f"{what}: {found.shape} {expected.shape}"
     rows = np.abs(found - expected).max(1)
-    same = rows <= SAME
+    same = rows <= SAME * np.maximum(np.abs(expected).max(1), 1)
     rms = np.sqrt(((found - expected).astype(np.float64) ** 2).sum() / (expected.astype(np.float64) ** 2).sum())
     assert rms < RELATIVE_RMS_LIMIT, f"{what}: relative RMS {rms:.2e}"
     ordered = np.sort(expected, 1)

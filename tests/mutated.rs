@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)] // what tests of GGUF take beyond this
 mod support {
     pub mod gguf_file;
     pub mod gguf_model;

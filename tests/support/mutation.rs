@@ -3,7 +3,7 @@
 use std::{
     any::Any,
     env, fs,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     path::Path,
     time::{Duration, Instant},
 };
@@ -29,18 +29,25 @@ pub fn hammer(target: &str, seeds: &[Vec<u8>], read: impl Fn(&[u8]) -> bool) {
     for seed in seeds {
         assert!(read(seed), "{target}: a valid input is refused");
     }
+    // Panics that a reader catches itself, those of other people's parsers, are not worth a word.
+    panic::set_hook(Box::new(|_| ()));
     let (begin, mut inputs, mut refused) = (Instant::now(), 0, 0);
     while budget.map_or(inputs < INPUTS, |budget| begin.elapsed() < budget) {
         let input = mutated(seeds, &mut rng);
         let started = Instant::now();
         let taken = catch_unwind(AssertUnwindSafe(|| read(&input)));
-        match taken {
-            Ok(taken) if started.elapsed() < SLOW => refused += usize::from(!taken),
-            Ok(_) => panic!("{}: took {:?}", keep(target, &input), started.elapsed()),
-            Err(panic) => panic!("{}: {}", keep(target, &input), message(&*panic)),
-        }
-        inputs += 1;
+        let fault = match taken {
+            Ok(taken) if started.elapsed() < SLOW => {
+                (inputs, refused) = (inputs + 1, refused + usize::from(!taken));
+                continue;
+            }
+            Ok(_) => format!("took {:?}", started.elapsed()),
+            Err(panic) => message(&*panic).to_owned(),
+        };
+        drop(panic::take_hook());
+        panic!("{}: {fault}", keep(target, &input));
     }
+    drop(panic::take_hook());
     println!("{target}: {inputs} inputs of seed {seed}, {refused} refused");
     assert!(refused > 0, "{target}: {inputs} damaged inputs, and none is refused");
 }
