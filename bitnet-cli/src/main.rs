@@ -2,6 +2,7 @@
 
 mod adapter;
 mod args;
+mod batching;
 mod card;
 mod commands;
 mod continuation;

@@ -14,6 +14,7 @@ mod header;
 mod pieces;
 mod rows;
 mod source;
+mod spans;
 #[cfg(test)]
 mod tests;
 mod write;
