@@ -152,17 +152,15 @@ fn an_adapter_becomes_a_file() {
 
     let line = failure(&["info", str(&file)]);
     assert!(line.contains("general.type"), "{line}");
-    let other =
-        ["convert", str(&adapter), str(&path("x.gguf")), "--to", "lora", "--base", "default"];
+    let (x, folder) = (path("x.gguf"), path("x"));
+    let other = ["convert", str(&adapter), str(&x), "--to", "lora", "--base", "default"];
     assert!(failure(&other).contains("another model"));
-    let line =
-        failure(&["convert", "default", str(&path("x.gguf")), "--to", "tq2_0", "--base", "x"]);
+    let line = failure(&["convert", "default", str(&x), "--to", "tq2_0", "--base", "x"]);
     assert!(line.contains("--to lora"), "{line}");
-    let types = ["--token-embedding-type", "f16"];
-    let line =
-        failure(&[&["convert", "default", str(&path("x")), "--to", "packed"], &types[..]].concat());
+    let types = ["--to", "packed", "--token-embedding-type", "f16"];
+    let line = failure(&[&["convert", "default", str(&folder)], &types[..]].concat());
     assert!(line.contains("--token-embedding-type"), "{line}");
-    assert!(!path("x.gguf").exists() && !path("x").exists());
+    assert!(!x.exists() && !folder.exists());
 }
 
 #[test]
