@@ -243,7 +243,7 @@ impl Value {
         let Some(Rational { numerator, denominator }) = self.as_constant() else {
             return Self::unknown(&format!("root{degree}"), &[self]);
         };
-        if degree < 2 || i128::from(degree) > POWER || (numerator < 0 && degree % 2 == 0) {
+        if degree < 2 || i128::from(degree) > POWER || (numerator < 0 && degree.is_multiple_of(2)) {
             return None;
         }
         let root = roots_of_factors(numerator.checked_abs()?, degree)?;
