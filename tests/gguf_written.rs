@@ -130,7 +130,7 @@ fn floats_of_three_values_are_codes_and_others_are_not() {
             .all(|w| w == scale || w == -scale || w == half::f16::ZERO)
             && bytes[*at..][..64].chunks(2).any(|pair| pair == scale.to_le_bytes())
     };
-    let at = (0..bytes.len() - 64).step_by(32).filter(is_weight).last().unwrap();
+    let at = (0..bytes.len() - 64).step_by(32).rfind(is_weight).unwrap();
     bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(3.).to_le_bytes());
     fs::write(&path, bytes).unwrap();
     let source = open(&path, Precision::AsConfigured).unwrap();

@@ -31,7 +31,7 @@ fn sample() -> Vec<u8> {
 }
 
 fn open(bytes: Vec<u8>) -> Result<Checkpoint> {
-    Checkpoint::from_bytes(NAME, bytes.leak())
+    Checkpoint::from_bytes(NAME, bytes)
 }
 
 #[test]

@@ -433,7 +433,7 @@ fn checkpoint(tensors: &[(String, Dtype, Vec<usize>)]) -> Checkpoint {
         (name.as_str(), view.unwrap())
     });
     let bytes = safetensors::serialize(views, None).unwrap();
-    Checkpoint::from_bytes("tiny.safetensors", bytes.leak()).unwrap()
+    Checkpoint::from_bytes("tiny.safetensors", bytes).unwrap()
 }
 
 #[test]

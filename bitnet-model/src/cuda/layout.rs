@@ -140,7 +140,7 @@ mod tests {
                             let expected =
                                 if inside { weight.code(band * ROWS + row, col) } else { 1 };
                             let found = code(&stack, index, row, col);
-                            assert_eq!(found, expected.into(), "{format:?} {band} {row} {col}");
+                            assert_eq!(found, u32::from(expected), "{format:?} {band} {row} {col}");
                         }
                         index += 1;
                     }
