@@ -1,6 +1,6 @@
 //! Compiles the CUDA kernels for the host, for `cuda.rs`. Without a C++ compiler its tests are left out, and that is said.
 
-use std::path::Path;
+use std::{env, path::Path};
 
 fn main() {
     let kernels = Path::new("../bitnet-model/src/cuda");
@@ -13,6 +13,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .cpp_link_stdlib(None) // nothing of it is called
+        .cargo_metadata(false) // which would link it to the library, not to the test
         .opt_level(2)
         .include(kernels)
         .flag("-ffp-contract=off")
@@ -27,7 +28,10 @@ fn main() {
             ["fibers", "kernels", "kernels_sm75"].map(|name| format!("cuda/emulator/{name}.cpp")),
         );
     match build.try_compile("cuda_emulator") {
-        Ok(()) => println!("cargo::rustc-cfg=cuda_emulator"),
+        Ok(()) => {
+            println!("cargo::rustc-cfg=cuda_emulator");
+            println!("cargo::rustc-link-search=native={}", env::var("OUT_DIR").unwrap_or_default());
+        }
         Err(error) => {
             println!(
                 "cargo::warning=the CUDA kernels are NOT tested: they cannot be compiled for the host: {error}"

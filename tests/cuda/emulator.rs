@@ -9,6 +9,7 @@ use std::{
 
 use bitnet_model::cuda::launch::{Address, Arg, Launch};
 
+#[link(name = "cuda_emulator", kind = "static")]
 unsafe extern "C" {
     fn emulator_launch(
         name: *const c_char,
