@@ -126,7 +126,9 @@ impl Global {
     }
 
     fn device_choice(&self) -> anyhow::Result<DeviceChoice> {
-        self.device.parse().with_context(|| format!("--device `{}` is not available", self.device))
+        self.device
+            .parse::<DeviceChoice>()
+            .with_context(|| format!("--device `{}` is not available", self.device))
     }
 
     /// Opens the device to compute on.
