@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Proves data-parallel training over MPI with a tiny run on this machine: two ranks equal one with twice the batch, a killed
-# rank ends the job, the job resumes to the bits of an undisturbed one, Ctrl-C saves.
+# Proves data-parallel training over MPI with a tiny run on this machine: two ranks equal one with twice the batch, four with
+# a teacher one with four times the batch, a killed rank ends the job, the job resumes to the bits of an undisturbed one,
+# Ctrl-C saves.
 #
 #   scripts/mpi.sh [--only-equality] [BUILD OPTIONS, such as --release]
 #
@@ -79,6 +80,22 @@ train() { # train RANKS OUTPUT OPTION...
 
 same_weights() { cmp "$scratch/$1/step-200/model.safetensors" "$scratch/$2/step-200/model.safetensors"; }
 
+same_losses() { # same_losses ONE MANY: of the first updates; later, the codes that a last bit flips decide (NUMERICS)
+    python3 - "$scratch"/{"$1","$2"}/metrics.jsonl <<'PYTHON' || fail "losses differ"
+import json, sys
+one, many = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
+assert len(one) == len(many), (len(one), len(many))
+pairs = [(a, b) for a, b in zip(one, many) if a["kind"] == "train"]
+off = [max(abs(a["terms"][term] - b["terms"][term]) for term in a["terms"]) for a, b in pairs]
+print(f"   losses of the first update {off[0]:.1e} apart, of 10 at most {max(off[:10]):.1e}, of {len(off)} {max(off):.1e}")
+assert max(off[:3]) < 1e-5
+for a, b in pairs[:3]:
+    assert a.get("weights", {}).keys() == b.get("weights", {}).keys(), (a, b)
+    for term, weight in a.get("weights", {}).items():
+        assert abs(weight - b["weights"][term]) <= 1e-4 * abs(weight), (term, weight, b["weights"][term])
+PYTHON
+}
+
 wait_for() { # wait_for PATH: until it is there
     for _ in $(seq 3000); do [[ -e $1 ]] && return; sleep 0.02; done
     fail "$1 was not written"
@@ -88,15 +105,14 @@ echo "== two ranks × batch 4 equal one × batch 8"
 (train 1 one --batch-size 8) >/dev/null 2>&1 || fail "one rank"
 (train 2 two) >"$scratch/two.out" 2>"$scratch/two.err" || { cat "$scratch/two.err" >&2 && fail "two ranks"; }
 (($(grep -c '^outcome' "$scratch/two.out") == 1)) || fail "more than one rank reports"
-python3 - "$scratch"/{one,two}/metrics.jsonl <<'PYTHON' || fail "losses differ"
-import json, sys
-one, two = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
-assert len(one) == len(two), (len(one), len(two))
-off = [abs(a["loss"] - b["loss"]) for a, b in zip(one, two) if a["kind"] == "train"]
-print(f"   losses of the first update {off[0]:.1e} apart, of 10 at most {max(off[:10]):.1e}, of {len(off)} {max(off):.1e}")
-# Later, the codes that a last bit flips decide (NUMERICS): the bound is for the updates before.
-assert max(off[:3]) < 1e-5
-PYTHON
+same_losses one two
+
+echo "== four ranks × batch 2 with a teacher equal one × batch 8"
+taught=(--steps 50 --set "distillation.teacher=$scratch/one/latent")
+(train 1 one-taught --batch-size 8 "${taught[@]}") >/dev/null 2>&1 || fail "one rank with a teacher"
+(train 4 four-taught --batch-size 2 "${taught[@]}") >/dev/null 2>"$scratch/four.err" ||
+    { cat "$scratch/four.err" >&2 && fail "four ranks"; }
+same_losses one-taught four-taught
 
 $only_equality && exit
 

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod args;
+mod batching;
 mod commands;
 mod continuation;
 mod damage;

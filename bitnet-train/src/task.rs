@@ -1,5 +1,7 @@
 //! What the trainer trains: something that turns a batch into gradients, and into predictions of held-out text.
 
+use std::collections::BTreeMap;
+
 use candle_core::{Tensor, Var, backprop::GradStore};
 
 use crate::{
@@ -24,6 +26,13 @@ pub trait Task {
     /// One forward and one backward pass: adds the gradients of the loss to `gradients` and returns the terms of the
     /// loss. Sums over tokens are divided by `items`, the labels that count in all batches of the update.
     fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>>;
+
+    /// Called after an update with the terms of its loss, over all passes and all ranks, before weighting.
+    fn end(&self, terms: &BTreeMap<String, f64>) {
+        if let Some(task) = self.inner() {
+            task.end(terms);
+        }
+    }
 
     /// The codes −1, 0 and 1 that parameter `name` is quantized to where it is used, if it is; `latent` holds its values.
     fn codes(&self, name: &str, latent: &[f32]) -> Option<Vec<i8>> {

@@ -376,6 +376,7 @@ impl Trainer {
         let rates = self.schedule.at(self.state.step);
         let grad_factor = clip_factor(grad_norm, self.recipe.train.max_grad_norm);
         self.optimizer.step(&gradients, Update { rates, grad_factor })?;
+        task.end(&terms);
 
         let tokens: usize = batches.iter().map(Batch::tokens).sum();
         self.state.step = step;

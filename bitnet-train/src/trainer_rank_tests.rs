@@ -3,9 +3,12 @@
 use std::thread;
 
 use super::*;
-use crate::distributed::{
-    rank_zero_first,
-    threads::{Threads, threads},
+use crate::{
+    distill::balance::{Balance, Balanced, Balancing},
+    distributed::{
+        rank_zero_first,
+        threads::{Threads, threads},
+    },
 };
 
 /// Weights, metrics and outcome of every rank of a job of threads, which share the output folder.
@@ -92,6 +95,59 @@ fn two_ranks_equal_one_with_twice_the_batch() {
             }
         }
     }
+}
+
+/// A bigram model with a second term, which weighs in the metrics alone. It differs from rank to rank, and its ratio to
+/// the first does.
+struct Weighed {
+    bigram: Bigram,
+    balance: Balance,
+}
+
+impl Task for Weighed {
+    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
+        let mut parts = self.bigram.pass(batch, items, gradients)?;
+        let (value, weight) = (parts[0].value.powi(2), self.balance.weight("square", 3.));
+        parts.push(Part { name: "square", value, weight });
+        Ok(parts)
+    }
+
+    fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {
+        self.bigram.evaluate(batch)
+    }
+}
+
+#[test]
+fn terms_are_balanced_by_what_all_ranks_saw() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = recipe(dir.path());
+    recipe.train.steps = Some(3);
+    let run_rank = |mut communicator: Threads| {
+        let balance = Balance::new(Balancing::Auto);
+        let weighed = Weighed { bigram: Bigram::new(), balance: balance.clone() };
+        let parameters = weighed.bigram.parameters.clone();
+        let task = Balanced::new(weighed, balance.clone());
+        let dataset = rank_zero_first(&mut communicator, || Dataset::open(&recipe)).unwrap();
+        let mut trainer =
+            Trainer::open(&recipe, dataset, parameters, false, Box::new(communicator)).unwrap();
+        trainer.run(&task, &mut |_| (), &AtomicBool::new(false)).unwrap();
+        trainer.leave().unwrap();
+        balance.weight("square", 3.)
+    };
+    let next: Vec<f64> = thread::scope(|scope| {
+        let ranks: Vec<_> =
+            threads(3).into_iter().map(|rank| scope.spawn(|| run_rank(rank))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let (follower, mut updates) = (Balance::new(Balancing::Auto), 0);
+    for record in untimed_metrics(&recipe) {
+        if let Record::Train(train) = &record {
+            assert_eq!(train.weights["square"], follower.weight("square", 3.));
+            updates += 1;
+        }
+        follower.replay(&[record]);
+    }
+    assert_eq!((updates, next), (3, vec![follower.weight("square", 3.); 3]));
 }
 
 #[test]

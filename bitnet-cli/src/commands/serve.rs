@@ -11,18 +11,19 @@ use std::{
 
 use anyhow::{Context, bail};
 use axum::http::HeaderValue;
-use bitnet_model::{batch::Limits, ops::KvType, pretrained::Source, session::PREFILL_CHUNK};
-use candle_core::Device;
+use bitnet_model::{grammar::GrammarFactory, pretrained::Source};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::{
     adapter::{self, Adapters, NamedAdapter},
     args::Global,
-    model::{ModelArgs, kv_type},
-    openai::Lengths,
+    batching::{self, BatchingArgs},
+    model::ModelArgs,
+    openai::{Lengths, now},
     serve::{
         self,
-        app::{App, Loaded, Parts, Policy, StatsFile},
+        adapters::SharedAdapters,
+        app::{App, Loaded, Policy},
         audit::Audit,
         cache::Cache,
         engine::Engine,
@@ -31,6 +32,8 @@ use crate::{
         listen::{self, Listener, Timeouts},
         rates::{RateArgs, Rates},
         routes,
+        sanitize::Sanitizer,
+        stats_file::StatsFile,
         watch::{Watch, alerts::Thresholds},
     },
 };
@@ -88,19 +91,11 @@ pub struct Args {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Engine")]
 struct EngineArgs {
-    /// The most texts that are continued together
-    #[arg(long, value_name = "N", default_value = "16")]
-    max_batch: NonZeroUsize,
-    /// The most texts that wait beside these; further requests get the status 429
+    #[command(flatten)]
+    batching: BatchingArgs,
+    /// The most texts that wait beside those that are continued; further requests get the status 429
     #[arg(long, value_name = "N", default_value = "256")]
     max_queue: usize,
-    /// The most memory for keys and values, in MiB: what is set aside for running texts, and what is kept for later ones that
-    /// begin alike
-    #[arg(long, value_name = "MIB", default_value = "2048")]
-    kv_memory: NonZeroUsize,
-    /// How keys and values are stored: f32, f16, bf16 or int8 [default: f16, with --low-memory int8]
-    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
-    kv_cache: Option<KvType>,
     /// Tokens of new prompts that are read between two tokens of running texts: more answer new requests sooner, fewer hold
     /// up the running ones less
     #[arg(long, value_name = "N", default_value = "64")]
@@ -236,31 +231,23 @@ impl Args {
     fn load(&self, source: Source, adapters: Adapters, app: &App) -> anyhow::Result<Loaded> {
         let (for_all, adapters) = adapters;
         let (config, generation) = (source.config.clone(), source.generation.clone());
-        let model = source.into_pretrained(&Device::Cpu)?;
-        let Some(tokenizer) = model.tokenizer else {
-            bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
-        };
+        let (network, tokenizer) = batching::load(source, for_all.as_ref())?;
         let engine = &self.engine;
-        let network = adapter::beside(model.model, for_all.as_ref())?;
-        let limits = Limits {
-            sequences: engine.max_batch.get(),
-            kv_bytes: engine.kv_memory.get() << 20,
-            prompt_tokens: PREFILL_CHUNK.get(),
-            prompt_tokens_beside: engine.prefill_tokens.get(),
-            kv_type: engine.kv_cache.unwrap_or_else(|| self.model.kv_type()),
-        };
+        let limits = engine.batching.limits(&self.model, engine.prefill_tokens);
         let most = |length: Option<NonZeroUsize>| length.map_or(usize::MAX, NonZeroUsize::get);
         // A text has as many bytes as its tokens at most.
         let ids = 0..tokenizer.vocab_size() as u32;
         let longest = ids.filter_map(|id| tokenizer.id_to_token(id)).map(|token| token.len()).max();
         let prompt = most(engine.max_prompt_tokens).min(config.max_position_embeddings);
         let running = Engine::start(network, limits, engine.max_queue, app.watch.clone());
-        Ok(Loaded::new(Parts {
+        Ok(Loaded {
             engine: running.context("the engine's thread could not be started")?,
+            grammars: GrammarFactory::new(&tokenizer, config.vocab_size),
+            sanitizer: app.policy.sanitize.then(|| Sanitizer::new(&tokenizer)),
+            adapters: SharedAdapters::new(adapters),
             tokenizer,
             config,
             generation,
-            adapters,
             kv_bytes: limits.kv_bytes,
             sequences: (limits.sequences, engine.max_queue),
             lengths: Lengths {
@@ -269,8 +256,8 @@ impl Args {
                 new: most(engine.max_new_tokens),
                 texts: limits.sequences.saturating_add(engine.max_queue),
             },
-            sanitize: app.policy.sanitize,
-        }))
+            created: now(),
+        })
     }
 }
 
@@ -284,12 +271,10 @@ pub fn run(args: Box<Args>, global: &Global) -> anyhow::Result<()> {
     let adapters = adapter::read_all(&args.adapters, &source, global)?;
     let name = args.served_name.clone().unwrap_or_else(|| source.name.clone());
     let app = Arc::new(args.app(name)?);
-    let stats = args.watching.stats_file.clone();
     let every = Duration::from_secs(args.watching.stats_every.get());
-    let stats = stats.map(|path| StatsFile { path, every });
+    let stats = args.watching.stats_file.clone().map(|path| StatsFile { path, every });
     if let Some(file) = &stats {
-        let written = serve::write_statistics(&app, &file.path);
-        written.with_context(|| format!("{}", file.path.display()))?;
+        file.write(&app).with_context(|| format!("{}", file.path.display()))?;
     }
     let (address, quiet) = (SocketAddr::new(args.host, args.port), global.quiet);
     let timeout = Duration::from_secs(security.client_timeout.get());

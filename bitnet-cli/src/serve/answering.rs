@@ -7,7 +7,8 @@ use serde_json::Value;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    app::{Adapters, App, Loaded},
+    adapters::Adapters,
+    app::{App, Loaded},
     engine::{Event, Ticket},
     error::{ApiError, Result},
     guard::Caller,
@@ -76,7 +77,7 @@ pub async fn read(context: &Context, route: Route, mut body: Value) -> Result<As
     let read = move |app: &App, loaded: &Loaded| {
         let texts = if route == Route::Chat { "messages" } else { "prompt" };
         look_through((app, loaded), &mut body, texts, &record)?;
-        let adapters = loaded.adapters();
+        let adapters = loaded.adapters.get();
         let asked = loaded.reader(&app.model, &adapters).read(route, &body)?;
         note_model(app, &adapters, &asked.model, &record);
         Ok(asked)

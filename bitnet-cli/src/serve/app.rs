@@ -1,17 +1,14 @@
 //! What all requests share.
 
 use std::{
-    collections::BTreeMap,
-    path::PathBuf,
     sync::{
-        Arc, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use bitnet_model::{
-    adapter::Adaptation,
     config::{Config, GenerationConfig},
     grammar::GrammarFactory,
     text::Tokenizer,
@@ -19,6 +16,7 @@ use bitnet_model::{
 use tokio::sync::Semaphore;
 
 use super::{
+    adapters::{Adapters, SharedAdapters},
     audit::Audit,
     cache::Cache,
     engine::{Engine, State},
@@ -29,10 +27,7 @@ use super::{
     sanitize::Sanitizer,
     watch::Watch,
 };
-use crate::openai::{Lengths, Reader, now};
-
-/// Adapters by name.
-pub type Adapters = BTreeMap<String, Arc<Adaptation>>;
+use crate::openai::{Lengths, Reader};
 
 /// What the operator decided.
 #[derive(Default)]
@@ -106,64 +101,11 @@ pub struct Loaded {
     pub sanitizer: Option<Sanitizer>,
     /// Seconds since 1970.
     pub created: u64,
-    adapters: RwLock<Arc<Adapters>>,
-    /// Changes with the adapters.
-    version: AtomicU64,
-}
-
-/// Parts of [`Loaded`] that are made before it.
-pub struct Parts {
-    pub engine: Engine,
-    pub tokenizer: Tokenizer,
-    pub config: Config,
-    pub generation: GenerationConfig,
-    pub adapters: Adapters,
-    pub kv_bytes: usize,
-    pub sequences: (usize, usize),
-    pub lengths: Lengths,
-    pub sanitize: bool,
+    /// Those that requests choose from.
+    pub adapters: SharedAdapters,
 }
 
 impl Loaded {
-    /// Ready.
-    pub fn new(parts: Parts) -> Self {
-        let Parts { engine, tokenizer, config, generation, adapters, .. } = parts;
-        Self {
-            engine,
-            grammars: GrammarFactory::new(&tokenizer, config.vocab_size),
-            sanitizer: parts.sanitize.then(|| Sanitizer::new(&tokenizer)),
-            tokenizer,
-            config,
-            generation,
-            kv_bytes: parts.kv_bytes,
-            sequences: parts.sequences,
-            lengths: parts.lengths,
-            created: now(),
-            adapters: RwLock::new(Arc::new(adapters)),
-            version: AtomicU64::new(0),
-        }
-    }
-
-    /// Those there are now.
-    pub fn adapters(&self) -> Arc<Adapters> {
-        self.adapters.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Changes the adapters, all at once. Requests that run keep theirs.
-    pub fn change_adapters<T>(&self, change: impl FnOnce(&mut Adapters) -> T) -> T {
-        let mut adapters = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
-        let mut changed = Adapters::clone(&adapters);
-        let result = change(&mut changed);
-        *adapters = Arc::new(changed);
-        self.version.fetch_add(1, Ordering::AcqRel);
-        result
-    }
-
-    /// Changes with the adapters.
-    pub fn version(&self) -> u64 {
-        self.version.load(Ordering::Acquire)
-    }
-
     /// Reads requests for the model and these adapters.
     pub fn reader<'a>(&'a self, model: &'a str, adapters: &'a Adapters) -> Reader<'a> {
         let Self { tokenizer, config, grammars, generation, lengths, .. } = self;
@@ -197,10 +139,4 @@ impl App {
             (false, None) => "loading",
         }
     }
-}
-
-/// Where statistics go besides, and how often.
-pub struct StatsFile {
-    pub path: PathBuf,
-    pub every: Duration,
 }

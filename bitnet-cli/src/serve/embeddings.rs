@@ -19,7 +19,7 @@ pub async fn embed(Received { context, mut body }: Received) -> Result<Json<Valu
     let record = context.record.clone();
     let read = move |app: &App, loaded: &Loaded| {
         look_through((app, loaded), &mut body, "input", &record)?;
-        let adapters = loaded.adapters();
+        let adapters = loaded.adapters.get();
         let asked = loaded.reader(&app.model, &adapters).read_embeddings(&body)?;
         note_model(app, &adapters, &asked.model, &record);
         Ok(asked)

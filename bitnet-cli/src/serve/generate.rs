@@ -37,7 +37,7 @@ pub async fn completion(Received { context, body }: Received) -> Result<Response
 
 async fn generate(context: Context, route: Route, body: Value) -> Result<Response> {
     let path = if route == Route::Chat { "chat" } else { "completion" };
-    let version = context.loaded.version();
+    let version = context.loaded.adapters.version();
     let fingerprint = context.app.cache.is_some().then(|| Cache::fingerprint(path, &body, version));
     let asked = answering::read(&context, route, body).await?;
     let keeps = asked.is_deterministic && asked.stream.is_none();

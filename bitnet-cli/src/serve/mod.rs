@@ -3,6 +3,7 @@
 //! A request passes [`guard`], is read to the end, understood by [`crate::openai`], handed to the [`engine`] and answered from
 //! its events.
 
+pub mod adapters;
 mod answering;
 pub mod app;
 pub mod audit;
@@ -21,16 +22,17 @@ pub mod rates;
 mod received;
 mod responses;
 pub mod routes;
-mod sanitize;
+pub mod sanitize;
+pub mod stats_file;
 mod status;
 mod tokenize;
 pub mod watch;
 
-use std::{io::Write, path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bitnet_model::pages;
 
-use self::app::{App, StatsFile};
+use self::{app::App, stats_file::StatsFile};
 
 /// How often is looked whether something is beyond its threshold.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -56,7 +58,7 @@ pub async fn look_after(app: Arc<App>, file: Option<StatsFile>) {
             }
             _ = writes.tick() => {
                 let Some(file) = &file else { continue };
-                let written = write_statistics(&app, &file.path);
+                let written = file.write(&app);
                 if let (Err(error), true) = (&written, works) {
                     tracing::error!("{}: {error}; the statistics are old", file.path.display());
                 }
@@ -64,16 +66,4 @@ pub async fn look_after(app: Arc<App>, file: Option<StatsFile>) {
             }
         }
     }
-}
-
-/// Replaces the file as a whole: whoever reads it finds one state or the next.
-pub fn write_statistics(app: &App, path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
-    writeln!(file, "{}", status::statistics(app))?;
-    #[cfg(unix)]
-    file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-    file.as_file().sync_data()?;
-    file.persist(path).map_err(|error| error.error)?;
-    Ok(())
 }

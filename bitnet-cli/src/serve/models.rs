@@ -47,7 +47,7 @@ fn models(app: &App, loaded: &Loaded) -> Vec<Value> {
             "parent": parent, "max_model_len": loaded.config.max_position_embeddings,
         })
     };
-    let adapters = loaded.adapters();
+    let adapters = loaded.adapters.get();
     let names =
         adapters.keys().map(|name| model(format!("{}:{name}", app.model), Some(&app.model)));
     std::iter::once(model(app.model.clone(), None)).chain(names).collect()
@@ -68,7 +68,7 @@ pub async fn load_adapter(Admin(Received { context, body }): Admin) -> Result<Js
         let adapter = read_named(&spec, &loaded.config, tokenizer, false);
         let adapter =
             adapter.map_err(|error| ApiError::bad(format!("{error:#}")).param("lora_path"))?;
-        loaded.change_adapters(|adapters| adapters.insert(name.clone(), Arc::new(adapter)));
+        loaded.adapters.change(|adapters| adapters.insert(name.clone(), Arc::new(adapter)));
         tracing::info!(name, "adapter loaded");
         Ok(json!({"status": "loaded", "lora_name": name}))
     };
@@ -78,7 +78,7 @@ pub async fn load_adapter(Admin(Received { context, body }): Admin) -> Result<Js
 /// `POST /v1/unload_lora_adapter`: `lora_name`. Requests that run with it go on.
 pub async fn unload_adapter(Admin(Received { context, body }): Admin) -> Result<Json<Value>> {
     let name = text(&body, "lora_name")?;
-    if context.loaded.change_adapters(|adapters| adapters.remove(&name)).is_none() {
+    if context.loaded.adapters.change(|adapters| adapters.remove(&name)).is_none() {
         let error = ApiError::new(StatusCode::NOT_FOUND, format!("there is no adapter `{name}`"));
         return Err(error.param("lora_name"));
     }

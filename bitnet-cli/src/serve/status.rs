@@ -48,7 +48,7 @@ pub fn statistics(app: &App) -> Value {
     let (state, loaded) = (app.engine_state(), app.loaded.get());
     let (usage, (max_batch, max_queue)) =
         (state.usage, loaded.map_or((0, 0), |loaded| loaded.sequences));
-    let adapters = loaded.map(|loaded| Vec::from_iter(loaded.adapters().keys().cloned()));
+    let adapters = loaded.map(|loaded| Vec::from_iter(loaded.adapters.get().keys().cloned()));
     let mut stats = json!({
         "model": app.model,
         "version": env!("CARGO_PKG_VERSION"),

@@ -14,7 +14,7 @@ use super::{
 /// `POST /tokenize`: the ids of `prompt`, or of `messages` by the chat template.
 pub async fn tokenize(Received { context, body }: Received) -> Result<Json<Value>> {
     let work = move |app: &App, loaded: &Loaded| {
-        let adapters = loaded.adapters();
+        let adapters = loaded.adapters.get();
         let reader = loaded.reader(&app.model, &adapters);
         let (tokens, spells) = (reader.read_tokens(&body)?, reader.spells_tokens(&body)?);
         let name = |id: &u32| loaded.tokenizer.id_to_token(*id);

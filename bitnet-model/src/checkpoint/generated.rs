@@ -9,7 +9,7 @@ use std::io;
 
 use safetensors::Dtype;
 
-use super::{Checkpoint, source::Source};
+use super::{Checkpoint, source::Source, spans::Spans};
 use crate::error::{Error, Result};
 
 /// What the values of a generated tensor look like.
@@ -55,19 +55,19 @@ impl Checkpoint {
     }
 }
 
-/// The file: a header, then one region a tensor.
+/// The file: a header, then the tensors.
 #[derive(Debug)]
-pub(super) struct Generated {
-    header: Vec<u8>,
-    regions: Vec<Region>,
-    len: u64,
-}
+pub(super) struct Generated(Spans<Part>);
 
 #[derive(Debug)]
-struct Region {
-    /// The first byte, from the start of the file.
-    start: u64,
-    bytes: u64,
+enum Part {
+    Header(Vec<u8>),
+    Tensor(Values),
+}
+
+/// What a tensor is made of.
+#[derive(Debug)]
+struct Values {
     seed: u64,
     content: Content,
 }
@@ -75,7 +75,7 @@ struct Region {
 impl Generated {
     fn new(name: &str, tensors: &[GeneratedTensor]) -> Result<Self> {
         let mut header = serde_json::Map::new();
-        let mut regions = Vec::with_capacity(tensors.len());
+        let mut parts = Vec::with_capacity(tensors.len());
         let mut end = 0;
         for GeneratedTensor { name: tensor, shape, content } in tensors {
             let dtype = content.dtype();
@@ -90,51 +90,36 @@ impl Generated {
                 "dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end],
             });
             header.insert(tensor.clone(), entry);
-            let (start, bytes) = (start as u64, bytes as u64);
-            regions.push(Region { start, bytes, seed: seed(tensor), content: *content });
+            parts.push((bytes, Values { seed: seed(tensor), content: *content }));
         }
         let json = serde_json::Value::Object(header).to_string();
         let header = [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat();
-        let data_start = header.len() as u64;
-        regions.iter_mut().for_each(|region| region.start += data_start);
-        Ok(Self { header, regions, len: data_start + end as u64 })
+        let mut spans = Spans::default();
+        spans.push(header.len() as u64, Part::Header(header));
+        for (bytes, values) in parts {
+            spans.push(bytes as u64, Part::Tensor(values));
+        }
+        Ok(Self(spans))
     }
 
     /// Bytes in all.
     pub fn len(&self) -> u64 {
-        self.len
+        self.0.len()
     }
 
     /// Makes the bytes at `offset`; fails when the file ends before.
-    pub fn read_exact_at(&self, mut buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buffer.len() as u64);
-        if end.is_none_or(|end| end > self.len) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let mut at = offset;
-        if let Some(header) = self.header.get(at as usize..) {
-            let (from_header, rest) = buffer.split_at_mut(header.len().min(buffer.len()));
-            from_header.copy_from_slice(&header[..from_header.len()]);
-            at += from_header.len() as u64;
-            buffer = rest;
-        }
-        let first = self.regions.partition_point(|region| region.start + region.bytes <= at);
-        for region in &self.regions[first..] {
-            if buffer.is_empty() {
-                break;
+    pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset, |part, at, out| {
+            match part {
+                Part::Header(header) => out.copy_from_slice(&header[at as usize..][..out.len()]),
+                Part::Tensor(values) => values.fill(at, out),
             }
-            let within = at - region.start;
-            let here = (region.bytes - within).min(buffer.len() as u64) as usize;
-            let (here, rest) = buffer.split_at_mut(here);
-            region.fill(within, here);
-            at += here.len() as u64;
-            buffer = rest;
-        }
-        Ok(())
+            Ok(())
+        })
     }
 }
 
-impl Region {
+impl Values {
     /// The bytes `at ..` of the tensor.
     fn fill(&self, at: u64, out: &mut [u8]) {
         let skip = (at % 8) as usize;

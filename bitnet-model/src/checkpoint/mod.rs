@@ -13,6 +13,7 @@ pub mod gguf;
 mod header;
 mod rows;
 mod source;
+mod spans;
 #[cfg(test)]
 mod tests;
 mod write;

@@ -4,9 +4,9 @@
 //! the rest. Here the running means of the terms are followed instead, `m ← 0.99·m + 0.01·value`, divided by
 //! `1 − 0.99ⁿ` as in Adam, and the weight of a term is `weight · m_cross_entropy / m_term`.
 //!
-//! The means follow from the values of all updates before, and those are in the metrics: a resumed run reads them there
-//! ([`Balance::replay`]) and goes on with the same bits. In the first update there is no mean yet: only the cross-entropy
-//! counts.
+//! The means follow from the values of all updates before, summed over the ranks of a job, and those are in the metrics: a
+//! resumed run reads them there ([`Balance::replay`]) and goes on with the same bits. In the first update there is no mean
+//! yet: only the cross-entropy counts.
 
 use std::{
     collections::BTreeMap,
@@ -40,28 +40,24 @@ const DECAY: f64 = 0.99;
 #[derive(Clone, Debug)]
 pub struct Balance {
     balancing: Balancing,
-    state: Arc<Mutex<State>>,
+    means: Arc<Mutex<Means>>,
 }
 
+/// Uncorrected means by name, and how many values each has seen.
 #[derive(Debug, Default)]
-struct State {
-    /// Uncorrected means, and how many values each has seen.
-    means: BTreeMap<String, (f64, i32)>,
-    /// Sums of the update that is going on.
-    update: BTreeMap<String, f64>,
-}
+struct Means(BTreeMap<String, (f64, i32)>);
 
-impl State {
-    fn observe(&mut self, values: BTreeMap<String, f64>) {
-        for (name, value) in values {
-            let (mean, count) = self.means.entry(name).or_default();
+impl Means {
+    fn observe(&mut self, terms: &BTreeMap<String, f64>) {
+        for (name, value) in terms {
+            let (mean, count) = self.0.entry(name.clone()).or_default();
             *mean = DECAY * *mean + (1. - DECAY) * value;
             *count += 1;
         }
     }
 
-    fn mean(&self, name: &str) -> Option<f64> {
-        let (mean, count) = self.means.get(name)?;
+    fn get(&self, name: &str) -> Option<f64> {
+        let (mean, count) = self.0.get(name)?;
         Some(mean / (1. - DECAY.powi(*count)))
     }
 }
@@ -69,18 +65,18 @@ impl State {
 impl Balance {
     /// No mean yet.
     pub fn new(balancing: Balancing) -> Self {
-        Self { balancing, state: Arc::default() }
+        Self { balancing, means: Arc::default() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn means(&self) -> MutexGuard<'_, Means> {
+        self.means.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Follows the updates that `records` tell of, in order.
     pub fn replay(&self, records: &[Record]) {
         for record in records {
             if let Record::Train(record) = record {
-                self.lock().observe(record.terms.clone());
+                self.means().observe(&record.terms);
             }
         }
     }
@@ -90,8 +86,8 @@ impl Balance {
         if self.balancing == Balancing::Manual {
             return weight;
         }
-        let state = self.lock();
-        match (state.mean(CROSS_ENTROPY), state.mean(name)) {
+        let means = self.means();
+        match (means.get(CROSS_ENTROPY), means.get(name)) {
             // A term that has vanished needs no weight, and none may become infinite.
             (Some(reference), Some(mean)) if mean > f64::MIN_POSITIVE => weight * reference / mean,
             _ => 0.,
@@ -117,23 +113,13 @@ impl<T: Task> Task for Balanced<T> {
         Some(&self.task)
     }
 
-    fn begin(&self, step: usize) -> Result<()> {
-        let mut state = self.balance.lock();
-        let values = std::mem::take(&mut state.update);
-        state.observe(values);
-        drop(state);
-        self.task.begin(step)
+    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
+        self.task.pass(batch, items, gradients)
     }
 
-    fn pass(&self, batch: &Batch, items: usize, gradients: &mut Gradients) -> Result<Vec<Part>> {
-        let parts = self.task.pass(batch, items, gradients)?;
-        let mut state = self.balance.lock();
-        for part in &parts {
-            // In the trainer's order, so that the sum has the bits of the metrics.
-            *state.update.entry(part.name.to_owned()).or_default() += part.value;
-        }
-        drop(state);
-        Ok(parts)
+    fn end(&self, terms: &BTreeMap<String, f64>) {
+        self.balance.means().observe(terms);
+        self.task.end(terms);
     }
 
     fn evaluate(&self, batch: &Batch) -> Result<Vec<Prediction>> {

@@ -13,10 +13,9 @@ use std::{
 use bitnet_model::{config::Config, hub::Hub};
 
 use crate::{
-    Error, Result,
+    Result,
     checkpoint::Best,
     dataset::{Dataset, Vocabulary},
-    distill::balance::Balancing,
     distributed::{Communicator, Single, rank_zero_first},
     init::Start,
     metrics,
@@ -59,8 +58,9 @@ pub fn run(
 /// from the newest checkpoint in its output folder.
 ///
 /// # Errors
-/// [`Error::Interrupted`] before there was anything to save; a recipe whose files cannot be read or whose output folder
-/// holds another run; a loss that is no number, with the last good checkpoint; a rank that is gone or has other weights.
+/// [`Error::Interrupted`](crate::Error::Interrupted) before there was anything to save; a recipe whose files cannot be read
+/// or whose output folder holds another run; a loss that is no number, with the last good checkpoint; a rank that is gone or
+/// has other weights.
 pub fn run_as(
     mut communicator: Box<dyn Communicator>,
     recipe: &Recipe,
@@ -69,12 +69,6 @@ pub fn run_as(
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
     let is_first = communicator.rank() == 0;
-    let is_auto = recipe.distillation.as_ref().is_some_and(|d| d.balance == Balancing::Auto);
-    if communicator.size() > 1 && is_auto {
-        let reason =
-            "the running means of `auto` are those of one process; several ranks need `manual`";
-        return Err(Error::recipe("distillation.balance", reason));
-    }
     let mut observe_data = |progress| {
         observe(Event::Data(progress));
         match interrupted.load(Ordering::Relaxed) {

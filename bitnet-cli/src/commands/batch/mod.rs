@@ -5,14 +5,11 @@ mod work;
 
 use std::{
     io::{self, Write},
-    num::NonZeroUsize,
     path::PathBuf,
     sync::atomic::Ordering,
 };
 
-use anyhow::bail;
-use bitnet_model::{batch::Limits, grammar::GrammarFactory, ops::KvType, session::PREFILL_CHUNK};
-use candle_core::Device;
+use bitnet_model::{grammar::GrammarFactory, session::PREFILL_CHUNK};
 
 use self::{
     files::{Answered, Input, Output, Shard},
@@ -21,8 +18,9 @@ use self::{
 use crate::{
     adapter::{self, NamedAdapter},
     args::Global,
+    batching::{self, BatchingArgs},
     interrupt,
-    model::{ModelArgs, kv_type},
+    model::ModelArgs,
     openai::{Lengths, Reader},
     progress,
 };
@@ -50,15 +48,8 @@ pub struct Args {
     /// Answer only every Nth request, from the Ith on: 0/4 to 3/4
     #[arg(long, value_name = "I/N", default_value = "0/1", value_parser = Shard::parse)]
     shard: Shard,
-    /// The most sequences that are continued together
-    #[arg(long, value_name = "N", default_value = "16")]
-    max_batch: NonZeroUsize,
-    /// The most memory for keys and values, in MiB
-    #[arg(long, value_name = "MIB", default_value = "2048")]
-    kv_memory: NonZeroUsize,
-    /// How keys and values are stored: f32, f16, bf16 or int8 [default: f16, with --low-memory int8]
-    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
-    kv_cache: Option<KvType>,
+    #[command(flatten)]
+    batching: BatchingArgs,
     /// The model
     #[command(flatten)]
     model: ModelArgs,
@@ -75,20 +66,11 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let answered = Answered::read(&args.output)?;
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
-    let model = source.into_pretrained(&Device::Cpu)?;
-    let Some(tokenizer) = model.tokenizer else {
-        bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
-    };
-    let network = adapter::beside(model.model, for_all.as_ref())?;
-    let limits = Limits {
-        sequences: args.max_batch.get(),
-        kv_bytes: args.kv_memory.get() << 20,
-        prompt_tokens: PREFILL_CHUNK.get(),
-        prompt_tokens_beside: PREFILL_CHUNK.get(),
-        kv_type: args.kv_cache.unwrap_or_else(|| args.model.kv_type()),
-    };
+    let name = source.name.clone();
+    let (network, tokenizer) = batching::load(source, for_all.as_ref())?;
+    let limits = args.batching.limits(&args.model, PREFILL_CHUNK);
     let reader = Reader {
-        model: &model.name,
+        model: &name,
         adapters: &adapters,
         tokenizer: &tokenizer,
         grammars: &GrammarFactory::new(&tokenizer, config.vocab_size),

@@ -6,7 +6,7 @@
 use std::{io, sync::Arc};
 
 use super::blocks::{BlockType, MAX_BLOCK};
-use crate::checkpoint::{Dtype, header::Entry, source::Source};
+use crate::checkpoint::{Dtype, header::Entry, source::Source, spans::Spans};
 
 /// Rows are read together up to this size.
 const RUN_BYTES: usize = 256 << 10;
@@ -63,26 +63,17 @@ enum Content {
     Matrix(Matrix),
 }
 
-#[derive(Debug)]
-struct Region {
-    /// The first byte, from the start of the view.
-    start: u64,
-    bytes: u64,
-    content: Content,
-}
-
-/// All tensors, one region each.
+/// All tensors, one after the other.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct View {
     source: Arc<Source>,
-    regions: Vec<Region>,
+    tensors: Spans<Content>,
     entries: Vec<(String, Entry)>,
-    len: u64,
 }
 
 impl View {
     pub(super) fn new(source: Arc<Source>) -> Self {
-        Self { source, regions: Vec::new(), entries: Vec::new(), len: 0 }
+        Self { source, tensors: Spans::default(), entries: Vec::new() }
     }
 
     /// Adds the tensor `name` that is one f32.
@@ -121,10 +112,9 @@ impl View {
         bytes: usize,
         content: Content,
     ) -> Result<(), String> {
-        let start = self.len;
-        self.len = start.checked_add(bytes as u64).ok_or("the tensors are too many bytes")?;
+        let start = self.tensors.push(bytes as u64, content);
+        let start = start.ok_or("the tensors are too many bytes")?;
         self.entries.push((name, Entry { dtype, shape, start, bytes }));
-        self.regions.push(Region { start, bytes: bytes as u64, content });
         Ok(())
     }
 
@@ -135,34 +125,18 @@ impl View {
 
     /// Bytes in all.
     pub fn len(&self) -> u64 {
-        self.len
+        self.tensors.len()
     }
 
     /// Fills `buffer` from the bytes at `offset`; fails when the view ends before.
-    pub fn read_exact_at(&self, mut buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buffer.len() as u64);
-        if end.is_none_or(|end| end > self.len) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let mut at = offset;
-        let first = self.regions.partition_point(|region| region.start + region.bytes <= at);
-        for region in &self.regions[first..] {
-            if buffer.is_empty() {
-                break;
+    pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.tensors.read_exact_at(buffer, offset, |content, at, out| match content {
+            Content::Number(value) => {
+                out.copy_from_slice(&value.to_le_bytes()[at as usize..][..out.len()]);
+                Ok(())
             }
-            let within = at - region.start;
-            let here = (region.bytes - within).min(buffer.len() as u64) as usize;
-            let (now, later) = buffer.split_at_mut(here);
-            match &region.content {
-                Content::Number(value) => {
-                    now.copy_from_slice(&value.to_le_bytes()[within as usize..][..here]);
-                }
-                Content::Matrix(matrix) => matrix.fill(&self.source, within as usize, now)?,
-            }
-            at += here as u64;
-            buffer = later;
-        }
-        Ok(())
+            Content::Matrix(matrix) => matrix.fill(&self.source, at as usize, out),
+        })
     }
 }
 
