@@ -24,7 +24,7 @@ fn evaluate(folder: &Path, flags: &[&str]) -> Output {
     let output = folder.join("kept.jsonl");
     let _ = fs::remove_file(&output);
     let args = ["eval", "-q", "--tasks", "humaneval_plus", "--data", text(folder), "--json"];
-    let fixed = ["--max-new-tokens", "1", "--code-timeout", "2", "-o", text(&output)];
+    let fixed = ["--max-new-tokens", "1", "--code-timeout", "1", "-o", text(&output)];
     let mut command = bitnet(&[&args, &fixed[..], flags].concat());
     command.env("A_SECRET", "hidden").env("TMPDIR", folder).output().unwrap()
 }

@@ -91,8 +91,8 @@ pub struct Args {
     /// system calls and by Landlock alone
     #[arg(long, requires = "allow_code_execution")]
     without_namespaces: bool,
-    /// Seconds of processor time for each of them, and four times as many by the clock
-    #[arg(long, value_name = "SECONDS", default_value_t = 3)]
+    /// Seconds of processor time for each of them, and ten times as many by the clock
+    #[arg(long, value_name = "SECONDS", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=3600))]
     code_timeout: u64,
     /// What runs them; the tests of humaneval_plus need numpy
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
