@@ -202,7 +202,7 @@ def speed(program, model, scratch):
             for token in range(64):
                 _, state = decoder([[token]], cache=state)
         print(f"{name} {kind}: {128 / prefill:.1f} tokens/s of the prompt, {64 / seconds(decode, 3):.2f} new tokens/s", flush=True)
-    print(program.run("bench", "-m", model, "--threads", THREADS, "--prompt", 128, "--generate", 64).decode())
+    print(program.run("bench", "-m", model, "--threads", THREADS, "-p", 128, "-n", 64).decode())
 
 
 def main():

@@ -2,9 +2,11 @@
 
 use std::{
     any::Any,
+    cell::Cell,
     env, fs,
     panic::{self, AssertUnwindSafe, catch_unwind},
     path::Path,
+    sync::Once,
     time::{Duration, Instant},
 };
 
@@ -15,6 +17,25 @@ use rand_chacha::ChaCha8Rng;
 const INPUTS: usize = 1000;
 /// No input of these sizes takes a thousandth of it.
 const SLOW: Duration = Duration::from_secs(10);
+
+thread_local! {
+    /// Whether a panic of this thread is not worth a word: a reader may catch those of other people's parsers, and what it does
+    /// not catch is told with its input.
+    static SILENT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps panics of [`SILENT`] threads from being printed.
+fn silence() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let print = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !SILENT.get() {
+                print(info);
+            }
+        }));
+    });
+}
 
 /// Gives `read` changed copies of `seeds`: 1000, or as many as fit into `BITNET_FUZZ_SECONDS`. `BITNET_FUZZ_SEED` chooses others.
 /// `read` tells whether it took the input; all of `seeds` must be taken.
@@ -29,13 +50,14 @@ pub fn hammer(target: &str, seeds: &[Vec<u8>], read: impl Fn(&[u8]) -> bool) {
     for seed in seeds {
         assert!(read(seed), "{target}: a valid input is refused");
     }
-    // Panics that a reader catches itself, those of other people's parsers, are not worth a word.
-    panic::set_hook(Box::new(|_| ()));
+    silence();
     let (begin, mut inputs, mut refused) = (Instant::now(), 0, 0);
     while budget.map_or(inputs < INPUTS, |budget| begin.elapsed() < budget) {
         let input = mutated(seeds, &mut rng);
         let started = Instant::now();
+        SILENT.set(true);
         let taken = catch_unwind(AssertUnwindSafe(|| read(&input)));
+        SILENT.set(false);
         let fault = match taken {
             Ok(taken) if started.elapsed() < SLOW => {
                 (inputs, refused) = (inputs + 1, refused + usize::from(!taken));
@@ -44,10 +66,8 @@ pub fn hammer(target: &str, seeds: &[Vec<u8>], read: impl Fn(&[u8]) -> bool) {
             Ok(_) => format!("took {:?}", started.elapsed()),
             Err(panic) => message(&*panic).to_owned(),
         };
-        drop(panic::take_hook());
         panic!("{}: {fault}", keep(target, &input));
     }
-    drop(panic::take_hook());
     println!("{target}: {inputs} inputs of seed {seed}, {refused} refused");
     assert!(refused > 0, "{target}: {inputs} damaged inputs, and none is refused");
 }
