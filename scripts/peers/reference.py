@@ -12,12 +12,12 @@ Type = gguf.GGMLQuantizationType
 TERNARY = (Type.TQ1_0, Type.TQ2_0)
 
 
-def rounded(x, width):
-    """x on the grid of absmax / 127 of every `width` values."""
+def rounded(x, width, step_type="f8"):
+    """x on the grid of absmax / 127 of every `width` values; `step_type` is what this is stored as."""
     groups = x.reshape(*x.shape[:-1], -1, width)
     step = np.abs(groups).max(-1, keepdims=True) / 127
     step[step == 0] = 1
-    return (np.rint(groups / step) * step).reshape(x.shape)
+    return (np.rint(groups / step) * step.astype(step_type).astype("f8")).reshape(x.shape)
 
 
 def to_bf16(x):
@@ -30,7 +30,7 @@ def as_llama_cpp(x, kind):
     if kind in (*TERNARY, Type.Q6_K):
         return rounded(x, 256)
     if kind == Type.Q8_0:
-        return rounded(x, 32)
+        return rounded(x, 32, "f2")
     if kind == Type.F16:
         return x.astype("f2").astype("f8")
     return to_bf16(x) if kind == Type.BF16 else x

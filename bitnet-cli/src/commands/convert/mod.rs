@@ -289,6 +289,7 @@ impl Args {
 /// Writes the folder or the file.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let plan = args.plan()?;
+    folder::place(&args.output)?;
     match plan {
         Plan::Folder(_) => folder::check_free(&args.output, args.force)?,
         Plan::Gguf(_) | Plan::Lora => gguf::check_free(&args.output, args.force)?,
