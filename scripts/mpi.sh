@@ -92,7 +92,7 @@ assert max(off[:3]) < 1e-5
 for a, b in pairs[:3]:
     assert a.get("weights", {}).keys() == b.get("weights", {}).keys(), (a, b)
     for term, weight in a.get("weights", {}).items():
-        assert abs(weight - b["weights"][term]) < 1e-4 * abs(weight), (term, weight, b["weights"][term])
+        assert abs(weight - b["weights"][term]) <= 1e-4 * abs(weight), (term, weight, b["weights"][term])
 PYTHON
 }
 
