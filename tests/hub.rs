@@ -440,7 +440,7 @@ fn folders_and_files_need_no_hub() {
     );
     fs::write(root.join("model-q.bin"), "").unwrap();
     assert_says(resolve(root), &["only `model-q.bin`"]);
-    assert_says(resolve(&root.join("model-q.bin")), &["no model", "`.gguf` file"]);
+    assert_says(resolve(&root.join("model-q.bin")), &["PyTorch", "convert them to safetensors"]);
     let file = root.join("model-q.gguf");
     fs::write(&file, "").unwrap();
     for source in [root, &file] {
