@@ -1,0 +1,20 @@
+//! A `libcuda.so.1` without a device: device memory is the host's, and launches are executed by an interpreter of PTX.
+//!
+//! It stands where NVIDIA's driver would, so that Candle's `Device::new_cuda` and the launches behind it run as they are. What it
+//! proves over a comparison on the host's compiler: the instructions are those that nvcc chose, the arguments those that the
+//! host passed, and every access is checked: against the allocation, its alignment, and, in shared memory, against races and
+//! values that nobody wrote. What it does not: timing, streams (all is done at once, in order), and the memory model.
+//!
+//! `cuBLAS`, `cuRAND` and the run-time library get as many functions as it takes to make a device; a call of another ends the
+//! process with its name.
+
+pub mod block;
+pub mod collective;
+pub mod driver;
+pub mod float;
+pub mod instruction;
+mod libraries;
+pub mod memory;
+pub mod operation;
+pub mod ptx;
+pub mod shared;
