@@ -15,6 +15,8 @@ pub mod float;
 pub mod instruction;
 mod libraries;
 pub mod memory;
+mod missing;
+
 pub mod operation;
 pub mod ptx;
 pub mod shared;

@@ -1,5 +1,7 @@
 //! What it takes of cuBLAS and cuRAND to make a device: handles that nothing is done with. Other functions end the process.
 
+#![allow(non_snake_case)] // theirs
+
 use std::ffi::{c_int, c_uint, c_void};
 
 /// Defines functions that give a handle, or take one and succeed.
