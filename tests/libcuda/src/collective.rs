@@ -83,9 +83,9 @@ mod tests {
             });
             let c = std::array::from_fn(|l| vec![l as u32; rows / 4]);
             let d = multiply(wide, &left, &right, &c);
-            for l in 0..WARP {
+            for (l, found) in d.iter().enumerate() {
                 let (g, t) = lane(l);
-                for (i, found) in d[l].iter().enumerate() {
+                for (i, found) in found.iter().enumerate() {
                     let (row, col) = (g + 8 * (i / 2), 2 * t + i % 2);
                     let sum: i32 = (0..depth).map(|k| a(row, k) * b(k, col)).sum();
                     assert_eq!(*found as i32, sum + l as i32, "{row}, {col}");

@@ -63,8 +63,12 @@ mod tests {
 
     #[test]
     fn bfloat16_rounds_to_even() {
-        let cases =
-            [(1.0f32, 0x3f80), (1.00390625, 0x3f80), (1.01171875, 0x3f82), (f32::MAX, 0x7f80)];
+        let cases = [
+            (1.0f32, 0x3f80),
+            (1. + 1. / 256., 0x3f80),
+            (1. + 3. / 256., 0x3f82),
+            (f32::MAX, 0x7f80),
+        ];
         for (x, bits) in cases {
             assert_eq!(to_bf16(x), bits);
         }

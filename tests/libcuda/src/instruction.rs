@@ -276,11 +276,11 @@ fn bits(kind: &str) -> Option<u32> {
 
 fn access(modifiers: &[&str], kind: &str, address: &str, names: &mut Names) -> Option<Access> {
     // `nc` and `v4` do not change what is read where: the registers are counted. Volatile and atomic accesses are not known.
-    let space = match modifiers.first()? {
-        &"param" => Space::Param,
-        &"global" => Space::Global,
-        &"shared" => Space::Shared,
-        &"local" => Space::Local,
+    let space = match *modifiers.first()? {
+        "param" => Space::Param,
+        "global" => Space::Global,
+        "shared" => Space::Shared,
+        "local" => Space::Local,
         _ => return None,
     };
     if !modifiers[1..].iter().all(|modifier| matches!(*modifier, "nc" | "v2" | "v4")) {

@@ -60,7 +60,7 @@ fn arithmetic_is_that_of_the_isa() {
         ("prmt.b32 %r2, 0x80010203, 0x04050607, 0xB740;", 0xff04_0703),
         ("bfi.b32 %r2, 0xff, 0, 8, 4;", 0xf00),
         ("mov.u32 %r3, 0xff; cvt.s16.s8 %rs1, %r3; cvt.s32.s16 %r2, %rs1;", u32::MAX),
-        ("dp4a.s32.s32 %r2, 0x01ff0280, 0x03030303, 1;", (3 * (1 - 1 + 2 - 128) + 1) as u32),
+        ("dp4a.s32.s32 %r2, 0x01ff0280, 0x03030303, 1;", -377i32 as u32),
         ("max.f32 %f1, 0f7FC00000, 0f3F800000; mov.b32 %r2, %f1;", 0x3f80_0000),
         ("mov.b32 %r3, {1, 2}; mov.b32 {%rs1, %rs2}, %r3; cvt.u32.u16 %r2, %rs2;", 2),
         ("shr.s32 %r2, -8, 1;", -4i32 as u32),
