@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests of a CUDA device (bitnet-model/tests/device.rs) without one: Candle's `Device::new_cuda`, our launches and the PTX
-# that nvcc makes of all kernels, behind the stand-in for the driver of tests/libcuda, which executes PTX.
+# that nvcc makes of all kernels, behind the stand-in for the driver of tests/ptx, which executes PTX.
 #
 #   scripts/cuda_interpret.sh [ARGUMENT...]      # arguments go to the tests: names, for example
 #   scripts/cuda_interpret.sh --prepare          # builds all, runs nothing, and prints the test program and its environment
@@ -30,7 +30,7 @@ for source in bitnet-model/src/cuda/*.cu; do
         compile "$source" "$(basename "$source" .cu).$capability" -fmad=false -Wno-deprecated-gpu-targets "-arch=compute_$capability"
     done
 done
-candle=$(cargo metadata --locked --format-version 1 --all-features | python3 -c '
+candle=$(cargo metadata --locked --format-version 1 --all-features --filter-platform x86_64-unknown-linux-gnu | python3 -c '
 import json, os, sys
 packages = json.load(sys.stdin)["packages"]
 print(*[os.path.dirname(p["manifest_path"]) for p in packages if p["name"] == "candle-kernels"])')
@@ -38,8 +38,8 @@ for name in affine binary cast fill indexing ternary unary; do
     compile "$candle/src/$name.cu" "$name" --expt-relaxed-constexpr --default-stream per-thread -arch=compute_75 -Wno-deprecated-gpu-targets
 done
 
-(cd tests/libcuda && CARGO_TARGET_DIR=$target/libcuda cargo build --locked)
-cp "$target/libcuda/debug/libcuda.so" "$lib/"
+CARGO_TARGET_DIR=$target/build cargo build --locked -p ptx-interpreter
+cp "$target/build/debug/libptx_interpreter.so" "$lib/libcuda.so"
 for library in cublas cublasLt curand nvrtc cudart; do ln -sf libcuda.so "$lib/lib$library.so"; done
 
 # Neither Candle's kernels nor ours are compiled into the program: it names them, and the stand-in takes them from the folder.

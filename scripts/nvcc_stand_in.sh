@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Takes the place of nvcc where it is not needed, or later: answers what it is asked for, writes empty objects, and PTX that only
-# names itself, which tests/libcuda then takes from a folder. Candle's own kernels take the real one a quarter of an hour.
+# names itself, which tests/ptx then takes from a folder. Candle's own kernels take the real one a quarter of an hour.
 set -euo pipefail
 
 folder=. source= output= ptx=

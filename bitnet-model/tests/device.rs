@@ -1,6 +1,6 @@
 //! The ops on CUDA device 0 against the same ops on the processor, bit for bit, and models on both.
 //!
-//! The device may be a real one, or that of `tests/libcuda` (scripts/cuda_interpret.sh), where sizes here keep it short.
+//! The device may be a real one, or that of `tests/ptx` (scripts/cuda_interpret.sh), where sizes here keep it short.
 
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // test code

@@ -1,6 +1,6 @@
 //! What it takes of cuBLAS and cuRAND to make a device: handles that nothing is done with. Other functions end the process.
 
-#![allow(non_snake_case)] // theirs
+#![allow(non_snake_case, unsafe_code)] // theirs
 
 use std::ffi::{c_int, c_uint, c_void};
 

@@ -4,7 +4,7 @@
 //! `BITNET_CUDA_CAPABILITY` (75, 80, …; default 80), `BITNET_CUDA_ORDER` (`descending`), `BITNET_CUDA_PTX` (a folder with the PTX
 //! of modules that name only their source, as `scripts/nvcc_stand_in.sh` makes them), `BITNET_CUDA_TRACE` (launches to stderr).
 
-#![allow(clippy::missing_safety_doc, non_snake_case)] // those of the CUDA driver API
+#![allow(clippy::missing_safety_doc, non_snake_case, unsafe_code)] // those of the CUDA driver API
 
 use std::{
     env,

@@ -1,6 +1,8 @@
 //! Functions that Candle, `cudarc` and Candle's own library of kernels name, and that nothing here calls: a program that links
 //! against NVIDIA's libraries needs them to be there.
 
+#![allow(unsafe_code)] // names that C calls
+
 /// Ends the process with the function's name: there is no result that would be right.
 fn missing(name: &str) -> ! {
     eprintln!("libcuda stand-in: {name} is called, and is not there");

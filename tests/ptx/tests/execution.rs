@@ -1,6 +1,6 @@
 //! Programs whose results are known, and programs that are wrong: each must be told so.
 
-use cuda::{
+use ptx_interpreter::{
     block::{Order, Size, launch},
     memory::Memory,
     ptx::parse,
@@ -76,8 +76,8 @@ fn arithmetic_is_that_of_the_isa() {
 #[test]
 fn what_is_undefined_is_an_error() {
     for (body, threads, message) in [
-        ("st.global.u32 [%rd2+4], %t;", 2, "4 bytes at offset 8 of allocation 1, which has 8"),
-        ("st.global.u32 [%rd2+-4], %t;", 1, "no device memory"),
+        ("st.global.u32 [%rd2+4], %t;", 2, "4 bytes at offset 8 of an allocation of 8"),
+        ("st.global.u32 [%rd2+-4], %t;", 1, "before all device memory"),
         ("st.global.u32 [%rd2+1], %t;", 1, "misaligned"),
         ("st.shared.u32 [%r1+252], %t;", 2, "of shared memory, which has 256"),
         ("ld.shared.u32 %r2, [%r1];", 1, "never written"),

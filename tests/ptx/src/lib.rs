@@ -1,7 +1,7 @@
-//! A `libcuda.so.1` without a device: device memory is the host's, and launches are executed by an interpreter of PTX.
+//! Executes PTX on the processor, and stands where NVIDIA's driver would: a `libcuda.so` without a device.
 //!
-//! It stands where NVIDIA's driver would, so that Candle's `Device::new_cuda` and the launches behind it run as they are. What it
-//! proves over a comparison on the host's compiler: the instructions are those that nvcc chose, the arguments those that the
+//! Device memory is the host's, and launches are interpreted, so that nvcc's instructions, Candle's `Device::new_cuda` and the launches
+//! behind it run as they are. What it proves over a comparison on the host's compiler: the instructions are those that nvcc chose, the arguments those that the
 //! host passed, and every access is checked: against the allocation, its alignment, and, in shared memory, against races and
 //! values that nobody wrote. What it does not: timing, streams (all is done at once, in order), and the memory model.
 //!
