@@ -10,8 +10,9 @@ use std::sync::{Arc, OnceLock};
 use bitnet_model::{
     config::Activation,
     hub::Hub,
-    kernels::TileFormat,
+    kernels::{TileFormat, head::HeadFormat},
     model::Model,
+    nn::HeadPrecision,
     ops::{self, KvType, TernaryProduct, gemm::Precision},
     pretrained::{self, Source},
     quant::{ActivationCodes, Rounding},
@@ -114,7 +115,7 @@ fn gradients_are_those_of_the_processor() {
             let y = ops::ternary_matmul(&x, &weights, TernaryProduct { input, backward })?;
             let dy = Vec::from_iter(values(y.elem_count(), 5).into_iter().map(round));
             let dy = Tensor::from_vec(dy, y.shape(), device)?;
-            let gradients = (y * dy)?.sum_all()?.backward()?;
+            let gradients = (y * dy)?.backward()?;
             Ok(gradients.get(&x).expect("a gradient").clone())
         };
         let exact: fn(f32) -> f32 = |x| x;
@@ -213,7 +214,10 @@ fn logits(model: &Model, kv_type: KvType) -> Result<[Tensor; 2]> {
 #[test]
 fn a_model_computes_what_it_computes_on_the_processor() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/bitnet_packed_tied");
-    let source = Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
+    let mut source =
+        Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
+    // Exact heads of models as small as this one are products of floats, which a device does not compute yet.
+    source.lm_head = HeadPrecision::Quantized(HeadFormat::Q8);
     let [on_cuda, on_cpu] = [cuda(), &Device::Cpu].map(|device| source.load(device).unwrap());
     for kv_type in [KvType::F16, KvType::F32] {
         let found = logits(&on_cuda, kv_type).unwrap();
