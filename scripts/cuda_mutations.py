@@ -22,6 +22,18 @@ CUDA = Path("bitnet-model/src/cuda")
 TOOLKIT = os.environ.get("BITNET_CUDA_TOOLKIT", Path.home() / ".cache/bitnet-cuda/13.4")
 NVCC = os.environ.get("BITNET_NVCC", f"{TOOLKIT}/nvidia/cu13/bin/nvcc")
 SECONDS = 600  # of a run
+# Words of the tests that look at what a file does; of other files, all tests.
+TESTS = {
+    "attention.cu": ["attention"],
+    "gated.cu": ["gates"],
+    "mma.cuh": ["products"],
+    "quantize.cuh": ["products"],
+    "rms_norm.cu": ["norms"],
+    "rope.cu": ["rotations"],
+    "ternary_backward.cu": ["gradients"],
+    "ternary_gemm.cu": ["products"],
+    "ternary_gemv.cu": ["products"],
+}
 
 # Name, file of src/cuda, what is there (once), and what is there instead.
 BUGS = [
@@ -108,12 +120,12 @@ def prepared(tree):
     return program, dict(variable.split("=", 1) for variable in variables)
 
 
-def reason(program, variables):
-    """What the tests say of a program, or nothing if they are satisfied."""
+def reason(program, variables, tests=()):
+    """What some tests say of a program, or nothing if they are satisfied."""
     for run in [{}, {"BITNET_CUDA_CAPABILITY": "75"}]:
         try:
             done = subprocess.run(
-                [program, "--test-threads", "2"], env={**os.environ, **variables, **run}, timeout=SECONDS,
+                [program, "--test-threads", "2", *tests], env={**os.environ, **variables, **run}, timeout=SECONDS,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT / "bitnet-model",
             )
         except subprocess.TimeoutExpired:
@@ -137,7 +149,7 @@ def kernel_bug(program, variables, file, before, after):
                 flags = ["-ptx", "-std=c++17", "-O3", "-fmad=false", "-w", f"-arch=compute_{capability}"]
                 if subprocess.run([NVCC, *flags, "-o", name, sources / source]).returncode:
                     return "does not compile"
-        return reason(program, {**variables, "BITNET_CUDA_PTX": str(ptx)})
+        return reason(program, {**variables, "BITNET_CUDA_PTX": str(ptx)}, TESTS.get(file, []))
 
 
 def rust_bug(file, before, after):
