@@ -35,7 +35,7 @@ import json, os, sys
 packages = json.load(sys.stdin)["packages"]
 print(*[os.path.dirname(p["manifest_path"]) for p in packages if p["name"] == "candle-kernels"])')
 for name in affine binary cast fill indexing ternary unary; do
-    compile "$candle/src/$name.cu" "$name" --expt-relaxed-constexpr --default-stream per-thread -arch=compute_75 -Wno-deprecated-gpu-targets
+    compile "$candle/src/$name.cu" "$name" --expt-relaxed-constexpr --default-stream per-thread -arch=compute_80
 done
 
 CARGO_TARGET_DIR=$target/build cargo build --locked -p ptx-interpreter

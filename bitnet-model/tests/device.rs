@@ -10,9 +10,8 @@ use std::sync::{Arc, OnceLock};
 use bitnet_model::{
     config::Activation,
     hub::Hub,
-    kernels::{TileFormat, head::HeadFormat},
+    kernels::TileFormat,
     model::Model,
-    nn::HeadPrecision,
     ops::{self, KvType, TernaryProduct, gemm::Precision},
     pretrained::{self, Source},
     quant::{ActivationCodes, Rounding},
@@ -214,10 +213,7 @@ fn logits(model: &Model, kv_type: KvType) -> Result<[Tensor; 2]> {
 #[test]
 fn a_model_computes_what_it_computes_on_the_processor() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/bitnet_packed_tied");
-    let mut source =
-        Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
-    // Exact heads of models as small as this one are products of floats, which a device does not compute yet.
-    source.lm_head = HeadPrecision::Quantized(HeadFormat::Q8);
+    let source = Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
     let [on_cuda, on_cpu] = [cuda(), &Device::Cpu].map(|device| source.load(device).unwrap());
     for kv_type in [KvType::F16, KvType::F32] {
         let found = logits(&on_cuda, kv_type).unwrap();
