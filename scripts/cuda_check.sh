@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA kernel to PTX and that to machine code for all supported processors: no register may be spilled, and
-# registers and shared memory must be those of the table in docs/cuda.md, give or take a few.
+# registers and shared memory must be those of the table in docs/cuda.md, give or take a few. Then the tests of the kernels execute
+# the PTX (tests/ptx).
 #
 #   scripts/cuda_check.sh            # checks
 #   scripts/cuda_check.sh --write    # writes the table
@@ -28,3 +29,4 @@ for source in bitnet-model/src/cuda/*.cu; do
     done
 done >"$scratch/log"
 python3 scripts/cuda_table.py "$scratch/log" "$@"
+(($#)) || BITNET_CUDA_PTX=$scratch cargo test -p bitnet-tests --test cuda

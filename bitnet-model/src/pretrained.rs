@@ -355,7 +355,7 @@ impl Source {
             Some(linears) => linears,
             None => &DenseLinears,
         };
-        let Some((embed_tokens, lm_head)) = self.stored_rows()? else {
+        let Some((embed_tokens, lm_head)) = self.stored_rows(device)? else {
             return self.load_with(linears, device);
         };
         let vb = self.checkpoint.var_builder(self.embedding_dtype(), device);
@@ -402,8 +402,9 @@ impl Source {
     }
 
     /// Rows of embedding and head, unless these are small and exact.
-    fn stored_rows(&self) -> Result<Option<(Rows, Rows)>> {
-        if !self.reads_rows() {
+    fn stored_rows(&self, device: &Device) -> Result<Option<(Rows, Rows)>> {
+        // A head in a device's memory would be a product of floats, which only the processor computes.
+        if !self.reads_rows() && device.is_cpu() {
             return Ok(None);
         }
         let embed_tokens: Rows = Arc::new(StoredRows::new(&self.checkpoint, EMBED_TOKENS)?);

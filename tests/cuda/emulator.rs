@@ -3,11 +3,17 @@
 #![allow(unsafe_code)] // calls of the emulator, and memory that it writes
 
 use std::{
+    cell::RefCell,
+    collections::BTreeMap,
     ffi::{CString, c_char, c_void},
+    path::Path,
     sync::Mutex,
 };
 
 use bitnet_model::cuda::launch::{Address, Arg, Launch};
+use ptx_interpreter::{block::Order, memory::Memory};
+
+use super::interpreter;
 
 #[link(name = "cuda_emulator", kind = "static")]
 unsafe extern "C" {
@@ -26,6 +32,11 @@ unsafe extern "C" {
 /// The emulator has one device.
 static DEVICE: Mutex<()> = Mutex::new(());
 
+thread_local! {
+    /// Addresses and sizes of the buffers of a test, which has a thread of its own.
+    static BUFFERS: RefCell<BTreeMap<u64, usize>> = const { RefCell::new(BTreeMap::new()) };
+}
+
 /// Memory of the device, behind which there is none.
 pub struct Buffer<T> {
     memory: *mut T,
@@ -40,6 +51,7 @@ impl<T: Copy> Buffer<T> {
         assert!(memory.is_aligned(), "elements do not fill their memory");
         // SAFETY: the memory is new, aligned, and as long as the data.
         unsafe { memory.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        BUFFERS.with_borrow_mut(|all| all.insert(memory as u64, size_of_val(data)));
         Self { memory, len: data.len() }
     }
 
@@ -55,6 +67,7 @@ impl<T: Copy> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
+        BUFFERS.with_borrow_mut(|all| all.remove(&(self.memory as u64)));
         // SAFETY: allocated with this size.
         unsafe { emulator_free(self.memory.cast(), self.len * size_of::<T>()) };
     }
@@ -98,13 +111,17 @@ impl Run {
     }
 }
 
-/// Carries out a launch.
+/// Carries out a launch: here, or, where the environment names a folder of PTX, by executing that.
 pub fn run(launch: &Launch, how: Run) {
     if launch.is_empty() {
         return;
     }
+    if let Some(folder) = std::env::var_os("BITNET_CUDA_PTX") {
+        return interpret(folder.as_ref(), launch, how);
+    }
     let name = CString::new(launch.function).unwrap();
-    let mut args: Vec<*mut c_void> = launch.args.iter().map(address_of).collect();
+    let value = |arg| value_of(arg).as_ptr().cast_mut().cast();
+    let mut args: Vec<*mut c_void> = launch.args.iter().map(value).collect();
     let device = DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     // SAFETY: the arguments are those of the kernel, which the test checks by its results, and the grid has three dimensions.
     let found = unsafe {
@@ -121,10 +138,34 @@ pub fn run(launch: &Launch, how: Run) {
     assert!(found, "no kernel {}", launch.function);
 }
 
-/// Where an argument's value is.
-fn address_of(arg: &Arg) -> *mut c_void {
-    fn of<T>(value: &T) -> *mut c_void {
-        std::ptr::from_ref(value).cast_mut().cast()
+/// Executes the PTX of a launch over copies of all buffers.
+fn interpret(folder: &Path, launch: &Launch, how: Run) {
+    let order = match how.schedule {
+        Schedule::Descending | Schedule::WarpsDescending => Order::Descending,
+        Schedule::Ascending | Schedule::Shuffled | Schedule::Warps => Order::Ascending,
+    };
+    let (mut memory, file) = (Memory::new(), (launch.file, how.sm75));
+    let args = Vec::from_iter(launch.args.iter().map(value_of));
+    BUFFERS.with_borrow(|buffers| {
+        for (address, size) in buffers {
+            // SAFETY: a buffer of this thread, initialized by `new`.
+            let bytes = unsafe { std::slice::from_raw_parts(*address as *const u8, *size) };
+            memory.place(*address, bytes.to_vec());
+        }
+        interpreter::run(folder, file, launch, &args, order, &mut memory);
+        for (address, size) in buffers {
+            let bytes = memory.bytes(*address, *size).unwrap();
+            // SAFETY: as above; nothing refers to it now.
+            unsafe { (*address as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), *size) };
+        }
+    });
+}
+
+/// The bytes of an argument.
+fn value_of(arg: &Arg) -> &[u8] {
+    fn of<T>(value: &T) -> &[u8] {
+        // SAFETY: numbers, or structs of numbers; a kernel never looks at what is between them.
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
     }
     match arg {
         Arg::U32(x) => of(x),

@@ -2,6 +2,8 @@
 //!
 //! Each launch is the one that a device gets. It runs several times, with the threads taking turns in other orders; a barrier
 //! that is missing shows as a result that depends on the order. Buffers end where memory ends.
+//!
+//! `BITNET_CUDA_PTX=FOLDER` takes the kernels from nvcc's PTX instead, and executes that (`scripts/cuda_check.sh`).
 
 #![cfg(cuda_emulator)]
 #![allow(clippy::unwrap_used)] // test code
@@ -9,6 +11,7 @@
 mod attention;
 mod elementwise;
 mod emulator;
+mod interpreter;
 mod ternary;
 
 /// A reproducible sequence of values from −1 to 1.
