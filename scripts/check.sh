@@ -83,10 +83,11 @@ real_client() {
 }
 
 # Damaged files and requests, others each time, for half a minute: two programs of tests on two threads each.
+# (With the features of the whole workspace, so that nothing is compiled again.)
 mutated_inputs() {
     export BITNET_FUZZ_SECONDS=3 BITNET_FUZZ_SEED=$RANDOM
-    cargo test -p bitnet-tests --test mutated -- --nocapture --test-threads 2 &&
-        cargo test -p bitnet-cli --bin bitnet mutated -- --nocapture
+    cargo test --workspace --test mutated -- --nocapture --test-threads 2 &&
+        cargo test --workspace --bin bitnet mutated -- --nocapture
 }
 
 # Two processes under mpirun train as one does with twice the batch.

@@ -29,4 +29,4 @@ for source in bitnet-model/src/cuda/*.cu; do
     done
 done >"$scratch/log"
 python3 scripts/cuda_table.py "$scratch/log" "$@"
-(($#)) || BITNET_CUDA_PTX=$scratch cargo test -p bitnet-tests --test cuda
+(($#)) || BITNET_CUDA_PTX=$scratch cargo test --workspace --test cuda
