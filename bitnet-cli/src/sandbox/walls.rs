@@ -2,7 +2,7 @@
 //!
 //! | what | wall |
 //! |---|---|
-//! | other processes, network, what others own | system calls ([`system_calls`](super::system_calls)) |
+//! | other processes, network, what others own | system calls ([`system_calls`]) |
 //! | files | Landlock: the interpreter's can be read, all else neither read nor written |
 //! | network, shared memory, mounts, privileges | namespaces of its own |
 //! | files of its own | a file system of 16 MiB in memory |
