@@ -200,7 +200,7 @@ fn names(config: &Config) -> Vec<String> {
     names
 }
 
-/// Reads back what [`write`] wrote and compares every projection's codes. `on_matrix` hears of each compared and how many
+/// Reads back what [`write()`] wrote and compares every projection's codes. `on_matrix` hears of each compared and how many
 /// there are. Returns how many tensors there are.
 ///
 /// # Errors
