@@ -210,7 +210,7 @@ def main():
     parser.add_argument("bitnet", help="the program")
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--speed", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     program = Program(str(Path(args.bitnet).resolve()))
     fixtures = sorted(path.parent for path in (ROOT / "tests" / "fixtures").glob("*/expected.safetensors"))
     fixtures = [path for path in fixtures if not path.name.startswith(("grad_", "lora_"))]
