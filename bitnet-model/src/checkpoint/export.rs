@@ -15,7 +15,7 @@ use crate::{
     Error, Result,
     config::{Config, Family, PROJECTIONS, Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
-    quant::Rounding,
+    quant::{Rounding, Scheme},
     storage::with_slice,
     weights::TernaryWeight,
 };
@@ -80,6 +80,20 @@ pub fn convert<'a>(
     let json = format!("{:#}\n", converted.to_json());
     write_atomic(&out.folder.join("config.json"), json.as_bytes())?;
     Ok(Converted { config: converted, files })
+}
+
+/// How a model of b1.58 is quantized, for formats that have a place for nothing else; `other` says that of other quantizers.
+///
+/// # Errors
+/// Full precision, or other quantizers.
+pub(super) fn b158(config: &Config, checkpoint: &Checkpoint, other: &str) -> Result<Quantization> {
+    let reason = match config.quantization {
+        Some(quantization) if quantization.scheme == Scheme::B158 => return Ok(quantization),
+        Some(_) => other,
+        None => "is absent: a full-precision model has no ternary weights to write",
+    };
+    let (path, field) = (checkpoint.path().into(), "quantization_config".into());
+    Err(Error::Config { path, field, reason: reason.into() })
 }
 
 /// The configuration of the converted model.

@@ -98,8 +98,13 @@ impl TernaryMatmul {
         &self.weights[self.part.clone()]
     }
 
-    fn out_features(&self) -> usize {
-        self.weights().iter().map(TernaryWeight::out_features).sum()
+    /// The shape of the result.
+    fn shape(&self, x: &Layout) -> Shape {
+        let mut shape = x.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = self.weights().iter().map(TernaryWeight::out_features).sum();
+        }
+        shape.into()
     }
 }
 
@@ -109,26 +114,18 @@ impl CustomOp1 for TernaryMatmul {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut shape = layout.dims().to_vec();
-        let in_features = shape.last().copied().unwrap_or(0);
-        if let Some(last) = shape.last_mut() {
-            *last = self.out_features();
-        }
+        let in_features = layout.dims().last().copied().unwrap_or(0);
         let x = contiguous::<f32>(x, layout)?;
         let format = self.weights().first().map_or_else(Default::default, TernaryWeight::format);
         let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, format);
         let y = matmul(kernels::active(), self.input.get_or_quantize(quantize), self.weights());
-        Ok((CpuStorage::F32(y), shape.into()))
+        Ok((CpuStorage::F32(y), self.shape(layout)))
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let mut shape = layout.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = self.out_features();
-        }
         let weights = (&*self.weights, self.part.clone());
-        cuda::ops::ternary_product(x, layout, weights, self.product.input, shape.into())
+        cuda::ops::ternary_product(x, layout, weights, self.product.input, self.shape(layout))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {

@@ -11,10 +11,9 @@ use super::{
     writer::{Writer, padding},
 };
 use crate::{
-    checkpoint::{Checkpoint, Dtype, write::AtomicFile},
+    checkpoint::{Checkpoint, Dtype, export::b158, write::AtomicFile},
     config::{Config, Quantization},
     error::{Error, Result},
-    quant::Scheme,
 };
 
 /// How ternary weights are written.
@@ -153,24 +152,17 @@ pub fn write(
 }
 
 /// How the model is quantized, if the format has a place for it.
-fn quantization(contents: Contents) -> Result<Quantization> {
-    let refuse = |field: &str, reason: &str| {
-        let (path, field) =
-            (contents.checkpoint.path().into(), format!("quantization_config{field}"));
-        Err(Error::Config { path, field, reason: reason.into() })
-    };
-    match contents.config.quantization {
-        None => refuse("", "is absent: a full-precision model has no ternary weights to write"),
-        Some(quantization) if quantization.scheme != Scheme::B158 => refuse(
-            "",
-            "says of quantizers what a GGUF file cannot: only those of b1.58 are written",
-        ),
-        Some(Quantization { input_norm_eps: Some(_), .. }) => refuse(
-            ".use_rms_norm",
-            "is true: norms before each projection have no place in a GGUF file",
-        ),
-        Some(quantization) => Ok(quantization),
+fn quantization(Contents { config, checkpoint, .. }: Contents) -> Result<Quantization> {
+    let other = "says of quantizers what a GGUF file cannot: only those of b1.58 are written";
+    let quantization = b158(config, checkpoint, other)?;
+    if quantization.input_norm_eps.is_some() {
+        return Err(Error::Config {
+            path: checkpoint.path().into(),
+            field: "quantization_config.use_rms_norm".into(),
+            reason: "is true: norms before each projection have no place in a GGUF file".into(),
+        });
     }
+    Ok(quantization)
 }
 
 /// All tensors of the model.

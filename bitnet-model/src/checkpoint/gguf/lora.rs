@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     checkpoint::{source::Source, write::AtomicFile},
-    config::{Config, Family},
+    config::Config,
     error::{Error, Result},
     storage::with_slice,
 };
@@ -134,9 +134,9 @@ fn matrices_of(pair: &LoraPair, config: &Config, alpha: f32) -> Result<[Matrix; 
     if factor as f32 != 1. {
         b.values.iter_mut().for_each(|value| *value = (f64::from(*value) * factor) as f32);
     }
-    if config.family == Family::Llama {
+    let order = RowOrder::of_projection(&name, config);
+    if order != RowOrder::Same {
         let (rows, rank) = b.shape;
-        let order = RowOrder::of_projection(&name, config.head_dim);
         let mut values = vec![0.; rows * rank];
         for (row, from) in b.values.chunks_exact(rank).enumerate() {
             values[order.stored(row) * rank..][..rank].copy_from_slice(from);

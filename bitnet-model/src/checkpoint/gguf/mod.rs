@@ -57,7 +57,6 @@ pub struct Gguf {
     path: PathBuf,
     source: Arc<Source>,
     header: Arc<Header>,
-    architecture: Architecture,
     /// The type of the first projection, and of all others if it is ternary.
     projections: BlockType,
     config: Config,
@@ -106,7 +105,7 @@ impl Gguf {
             .map_err(|error| config::name_key(&header, error))?;
         config::check_head_dim(&header, config.head_dim)?;
         let (source, header) = (Arc::new(source), Arc::new(header));
-        Ok(Self { path: path.into(), source, header, architecture, projections: block, config })
+        Ok(Self { path: path.into(), source, header, projections: block, config })
     }
 
     /// Whether `path` has the extension of such a file.
@@ -225,10 +224,7 @@ impl Gguf {
 
     /// The order of a projection's rows.
     fn order(&self, name: &str, rows: usize) -> Result<RowOrder, String> {
-        if self.architecture != Architecture::Llama {
-            return Ok(RowOrder::Same);
-        }
-        match RowOrder::of_projection(name, self.config.head_dim) {
+        match RowOrder::of_projection(name, &self.config) {
             RowOrder::Interleaved { head_dim } if !rows.is_multiple_of(head_dim) => {
                 Err(format!("has {rows} rows, no whole heads of {head_dim}"))
             }

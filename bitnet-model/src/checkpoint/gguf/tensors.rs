@@ -5,7 +5,7 @@ use half::f16;
 use super::{blocks::BlockType, view::RowOrder};
 use crate::{
     checkpoint::{Checkpoint, export::ternary},
-    config::{Config, Family, Quantization},
+    config::{Config, Quantization},
     error::Result,
 };
 
@@ -82,10 +82,7 @@ impl Planned {
         let wrong = |reason: String| checkpoint.wrong(&self.source, reason);
         let weight = ternary(checkpoint, &self.source, (rows, cols), quantization)?;
         let packed = weight.to_packed().map_err(|e| wrong(e.to_string()))?;
-        let order = match config.family {
-            Family::Llama => RowOrder::of_projection(&self.name, config.head_dim),
-            Family::BitNet | Family::OneBitLlm => RowOrder::Same,
-        };
+        let order = RowOrder::of_projection(&self.name, config);
         let (weights, bytes) = self.block.block();
         let mut data = vec![0; self.bytes() as usize];
         let mut codes = vec![0; cols];

@@ -6,7 +6,10 @@
 use std::{io, sync::Arc};
 
 use super::blocks::{BlockType, MAX_BLOCK};
-use crate::checkpoint::{Dtype, header::Entry, source::Source, spans::Spans};
+use crate::{
+    checkpoint::{Dtype, header::Entry, source::Source, spans::Spans},
+    config::{Config, Family},
+};
 
 /// Rows are read together up to this size.
 const RUN_BYTES: usize = 256 << 10;
@@ -21,10 +24,11 @@ pub(super) enum RowOrder {
 }
 
 impl RowOrder {
-    /// That of the projection `name` of a Llama.
-    pub fn of_projection(name: &str, head_dim: usize) -> Self {
-        match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-            true => Self::Interleaved { head_dim },
+    /// That of the projection `name` of a model.
+    pub fn of_projection(name: &str, config: &Config) -> Self {
+        let turns = name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
+        match config.family == Family::Llama && turns {
+            true => Self::Interleaved { head_dim: config.head_dim },
             false => Self::Same,
         }
     }

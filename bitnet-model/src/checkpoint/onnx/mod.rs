@@ -23,12 +23,15 @@ pub use self::{
     read::{ExternalTensor, OnnxGraph},
 };
 use super::{
-    Checkpoint, Dtype, export::ternary, source::Source, write::AtomicFile, write::write_atomic,
+    Checkpoint, Dtype,
+    export::{b158, ternary},
+    source::Source,
+    write::AtomicFile,
+    write::write_atomic,
 };
 use crate::{
     config::{Config, Quantization},
     error::{Error, Result},
-    quant::Scheme,
 };
 
 /// Tensors begin at pages, so that they can be mapped.
@@ -99,17 +102,8 @@ pub fn write(
 
 /// How the model is quantized, if the graph has a place for it.
 fn quantization(config: &Config, checkpoint: &Checkpoint) -> Result<Quantization> {
-    let refuse = |reason: &str| {
-        let (path, field) = (checkpoint.path().into(), "quantization_config".into());
-        Err(Error::Config { path, field, reason: reason.into() })
-    };
-    match config.quantization {
-        None => refuse("is absent: a full-precision model has no ternary weights to write"),
-        Some(quantization) if quantization.scheme != Scheme::B158 => refuse(
-            "says of other quantizers than b1.58's: only absmean weights and int8 activations are written as ONNX",
-        ),
-        Some(quantization) => Ok(quantization),
-    }
+    let other = "says of other quantizers than b1.58's: only absmean weights and int8 activations are written as ONNX";
+    b158(config, checkpoint, other)
 }
 
 /// A tensor of the other file.
