@@ -25,9 +25,9 @@ pub struct Card<'a> {
     /// The configuration of what was written.
     pub config: &'a Config,
     /// What was written: `--to`.
-    pub form: &'a str,
+    pub form: String,
     /// The options beside it that matter.
-    pub options: &'a str,
+    pub options: String,
     /// Element types by what has them.
     pub types: &'a [(&'a str, String)],
     /// Bytes of the weights.
@@ -49,12 +49,12 @@ impl Card<'_> {
 
     fn text(&self) -> Result<String, std::fmt::Error> {
         let name = self.output.file_name().unwrap_or_default().to_string_lossy();
-        let library = match self.form {
+        let library = match &*self.form {
             "packed" | "latent" => "transformers",
             "onnx" => "onnx",
             _ => "gguf",
         };
-        let mut out = front_matter(self.source, library, self.form);
+        let mut out = front_matter(self.source, library, &self.form);
         writeln!(out, "\n# {name}\n")?;
         writeln!(out, "{}", self.summary())?;
         writeln!(out, "\n## Weights\n\n| | |\n|---|---|")?;
@@ -151,7 +151,7 @@ impl Card<'_> {
     /// What a scale is, and where it stands.
     fn scale(&self) -> &'static str {
         let weights = self.config.quantization.map(|quantization| quantization.weights);
-        match (self.form, weights) {
+        match (&*self.form, weights) {
             ("i2_s", _) => "one f32 behind the codes of a matrix; multiplies",
             ("tq1_0" | "tq2_0", _) => {
                 "an f16 in each block of 256, the same in all blocks of a matrix; multiplies"
@@ -169,15 +169,15 @@ impl Card<'_> {
     }
 
     fn engines(&self) -> Vec<(&'static str, Result<&'static str, &'static str>)> {
-        match self.form {
+        match &*self.form {
             "packed" | "latent" => {
                 vec![("bitnet", Ok("yes")), ("transformers", engines::transformers(self.config))]
             }
             "onnx" => vec![("ONNX Runtime", Ok("yes")), ("bitnet", Err("it writes ONNX only"))],
             _ => vec![
                 ("bitnet", Ok("yes")),
-                ("llama.cpp", engines::llama_cpp(self.config, self.form)),
-                ("bitnet.cpp", engines::bitnet_cpp(self.config, self.form)),
+                ("llama.cpp", engines::llama_cpp(self.config, &self.form)),
+                ("bitnet.cpp", engines::bitnet_cpp(self.config, &self.form)),
             ],
         }
     }

@@ -11,7 +11,7 @@ use bitnet_model::{
 };
 
 use super::{Args, Written, checked, sizes};
-use crate::{args::Global, card::Card, folder};
+use crate::{args::Global, folder};
 
 /// Writes the folder of `args`.
 pub fn convert(
@@ -52,19 +52,11 @@ pub fn convert(
         Target::Packed => "2-bit codes, four a byte",
         Target::Latent => "float masters, which become ternary when they are loaded",
     };
-    let card = Card {
-        source,
-        config: &config,
-        form: &args.form(),
-        options: &args.options(),
-        types: &[
-            ("projections", projections.into()),
-            ("all else", "BF16, unless masters were others".into()),
-        ],
-        bytes,
-        output: &args.output,
-    };
-    card.write(&path.join("README.md"))?;
+    let types = [
+        ("projections", projections.into()),
+        ("all else", "BF16, unless masters were others".into()),
+    ];
+    args.card(source, &config, &types, bytes).write(&path.join("README.md"))?;
     folder::publish(folder, &args.output)?;
     Ok(Written { tensors, bytes })
 }

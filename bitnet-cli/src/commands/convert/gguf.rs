@@ -16,7 +16,7 @@ use super::{
     Args, Floats, Written, checked,
     place::{self, Place, card_path},
 };
-use crate::{args::Global, card::Card, engines};
+use crate::{args::Global, engines};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -63,21 +63,13 @@ pub fn convert(
         }
         _ => "the embedding".into(),
     };
-    let card = Card {
-        source,
-        config: &config,
-        form: &args.form(),
-        options: &args.options(),
-        types: &[
-            ("projections", args.form().to_uppercase()),
-            ("embedding", kept(EMBEDDING, args.token_embedding_type)),
-            ("head", kept("lm_head.weight", args.output_tensor_type)),
-            ("norms", "F32".into()),
-        ],
-        bytes,
-        output,
-    };
-    card.write(&place.of(&card_output))?;
+    let types = [
+        ("projections", args.form().to_uppercase()),
+        ("embedding", kept(EMBEDDING, args.token_embedding_type)),
+        ("head", kept("lm_head.weight", args.output_tensor_type)),
+        ("norms", "F32".into()),
+    ];
+    args.card(source, &config, &types, bytes).write(&place.of(&card_output))?;
     place.publish(&[output, &card_output])?;
     if let Err(reason) = engines::llama_cpp(&config, &args.form()) {
         tracing::warn!("{}: llama.cpp does not run it: {reason}", output.display());

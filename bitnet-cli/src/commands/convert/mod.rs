@@ -21,12 +21,13 @@ use bitnet_model::{
         gguf::{FloatType, ProjectionType, Types},
         onnx::OnnxWeights,
     },
+    config::Config,
     hub::Hub,
     pretrained::{Origin, Precision, Source, default_files},
 };
 use clap::ValueEnum;
 
-use crate::{args::Global, damage, folder, progress};
+use crate::{args::Global, card::Card, damage, folder, progress};
 
 /// Options of `bitnet convert`.
 #[derive(clap::Args)]
@@ -166,12 +167,11 @@ impl From<Floats> for FloatType {
     }
 }
 
-/// What a form is written as.
+/// What a model is written as.
 enum Plan {
     Folder(Target),
     Gguf(Types),
     Onnx(OnnxWeights),
-    Lora,
 }
 
 /// What was written.
@@ -181,16 +181,11 @@ struct Written {
 }
 
 impl Args {
-    fn plan(&self) -> anyhow::Result<Plan> {
-        let projections = match self.to {
-            Form::Packed | Form::Latent | Form::Onnx | Form::Lora => None,
-            Form::I2S => Some(ProjectionType::I2S),
-            Form::Tq1_0 => Some(ProjectionType::Tq1_0),
-            Form::Tq2_0 => Some(ProjectionType::Tq2_0),
-            Form::F16 => Some(ProjectionType::F16),
-        };
+    /// Refuses options that say nothing of the form.
+    fn check(&self) -> anyhow::Result<()> {
+        let is_gguf = matches!(self.to, Form::I2S | Form::Tq1_0 | Form::Tq2_0 | Form::F16);
         let has_types = self.token_embedding_type.is_some() || self.output_tensor_type.is_some();
-        if has_types && projections.is_none() {
+        if has_types && !is_gguf {
             bail!(
                 "--token-embedding-type and --output-tensor-type are of a model's GGUF file: choose another --to"
             );
@@ -210,20 +205,43 @@ impl Args {
         if self.max_shard_size.is_some() && !matches!(self.to, Form::Packed | Form::Latent) {
             bail!("--max-shard-size goes with the forms that are folders, packed and latent");
         }
-        Ok(match (projections, self.to) {
-            (Some(projections), _) => Plan::Gguf(Types {
+        Ok(())
+    }
+
+    /// What a model is written as; `None` for an adapter.
+    fn plan(&self) -> Option<Plan> {
+        let gguf = |projections| {
+            Plan::Gguf(Types {
                 projections,
                 embedding: self.token_embedding_type.map(FloatType::from),
                 head: self.output_tensor_type.map(FloatType::from),
-            }),
-            (None, Form::Lora) => Plan::Lora,
-            (None, Form::Onnx) => Plan::Onnx(match self.onnx_weights {
+            })
+        };
+        Some(match self.to {
+            Form::Packed => Plan::Folder(Target::Packed),
+            Form::Latent => Plan::Folder(Target::Latent),
+            Form::I2S => gguf(ProjectionType::I2S),
+            Form::Tq1_0 => gguf(ProjectionType::Tq1_0),
+            Form::Tq2_0 => gguf(ProjectionType::Tq2_0),
+            Form::F16 => gguf(ProjectionType::F16),
+            Form::Onnx => Plan::Onnx(match self.onnx_weights {
                 None | Some(OnnxType::Int2) => OnnxWeights::Int2,
                 Some(OnnxType::Int8) => OnnxWeights::Int8,
             }),
-            (None, Form::Latent) => Plan::Folder(Target::Latent),
-            (None, _) => Plan::Folder(Target::Packed),
+            Form::Lora => return None,
         })
+    }
+
+    /// The card of what was written.
+    fn card<'a>(
+        &'a self,
+        source: &'a Source,
+        config: &'a Config,
+        types: &'a [(&'a str, String)],
+        bytes: u64,
+    ) -> Card<'a> {
+        let (form, options) = (self.form(), self.options());
+        Card { source, config, form, options, types, bytes, output: &self.output }
     }
 
     /// The options that shaped what was written, as they are given.
@@ -288,22 +306,23 @@ impl Args {
 
 /// Writes the folder or the file.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
-    let plan = args.plan()?;
+    args.check()?;
+    let plan = args.plan();
     folder::place(&args.output)?;
     match plan {
-        Plan::Folder(_) => folder::check_free(&args.output, args.force)?,
-        Plan::Gguf(_) | Plan::Lora => gguf::check_free(&args.output, args.force)?,
-        Plan::Onnx(_) => onnx::check_free(&args.output, args.force)?,
+        Some(Plan::Folder(_)) => folder::check_free(&args.output, args.force)?,
+        Some(Plan::Gguf(_)) | None => gguf::check_free(&args.output, args.force)?,
+        Some(Plan::Onnx(_)) => onnx::check_free(&args.output, args.force)?,
     }
     let hub = Hub::from_env().progress(!global.quiet);
     let hub = match &args.revision {
         Some(revision) => hub.revision(revision),
         None => hub,
     };
-    if let Plan::Lora = plan {
+    let Some(plan) = plan else {
         let (read, written) = lora::convert(args, &hub)?;
         return args.report(read, &written, None);
-    }
+    };
     let precision = match args.ternarize || args.i_know {
         true => Precision::Ternarize,
         false => Precision::AsFound,
@@ -323,7 +342,6 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         Plan::Gguf(types) => gguf::convert(&source, types, args, global)?,
         Plan::Onnx(weights) => onnx::convert(&source, weights, args, global)?,
         Plan::Folder(target) => folder_form::convert(&source, target, args, global)?,
-        Plan::Lora => unreachable!("returned above"),
     };
     let damage = match before {
         Some((text, before)) => {

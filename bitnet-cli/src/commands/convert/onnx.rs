@@ -12,7 +12,7 @@ use super::{
     Args, Written, checked,
     place::{self, Place, card_path},
 };
-use crate::{args::Global, card::Card};
+use crate::args::Global;
 
 /// Refuses an `output` that is no ONNX file by its name, or that is there.
 pub fn check_free(output: &Path, force: bool) -> anyhow::Result<()> {
@@ -43,20 +43,12 @@ pub fn convert(
         OnnxWeights::Int2 => "2 bits, for ONNX Runtime's MatMulNBits",
         OnnxWeights::Int8 => "int8, for MatMulInteger",
     };
-    let card = Card {
-        source,
-        config: &source.config,
-        form: &args.form(),
-        options: &args.options(),
-        types: &[
-            ("projections", projections.into()),
-            ("embedding and head", "as in the source".into()),
-            ("norms", "F32".into()),
-        ],
-        bytes,
-        output: graph,
-    };
-    card.write(&place.of(&card_output))?;
+    let types = [
+        ("projections", projections.into()),
+        ("embedding and head", "as in the source".into()),
+        ("norms", "F32".into()),
+    ];
+    args.card(source, &source.config, &types, bytes).write(&place.of(&card_output))?;
     // At no time is there a graph without its weights.
     match fs::remove_file(graph) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -18,10 +18,8 @@ pub fn card_path(output: &Path) -> PathBuf {
 /// that.
 pub fn check_free(output: &Path, others: &[PathBuf], force: bool) -> anyhow::Result<()> {
     let card = card_path(output);
-    let is_ours = card::is_card(&card);
-    let files = [(output, true)].into_iter().chain(others.iter().map(|other| (&**other, true)));
-    for (path, is_ours) in files.chain([(&*card, is_ours)]) {
-        let shown = path.display();
+    for path in [output, &card].into_iter().chain(others.iter().map(PathBuf::as_path)) {
+        let (shown, is_ours) = (path.display(), path != card || card::is_card(path));
         match path.symlink_metadata() {
             Err(_) => {}
             Ok(metadata) if !metadata.is_file() => bail!("{shown}: is there and no file"),
