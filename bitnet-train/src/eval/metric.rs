@@ -81,6 +81,11 @@ impl Sample {
 const CHUNK: usize = 1000;
 
 impl Metric {
+    /// Its name in files of results and in JSON: `acc,none`.
+    pub fn key(&self) -> String {
+        format!("{},{}", self.name, self.filter)
+    }
+
     /// The figure; NaN of no values.
     pub fn value(&self, samples: &[Sample]) -> f64 {
         let sum: f64 = samples.iter().map(|sample| sample.value).sum();

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Args,
     chart::{Chart, Mark},
+    items::sample,
     page::{Files, Page},
     report::{NOT_A_MEAN, is_drawn},
 };
@@ -102,12 +103,9 @@ impl Kept {
 
     /// The values of a metric for all questions of a task, in order.
     fn samples(&self, task: &Task, metric: &Metric) -> anyhow::Result<Vec<Sample>> {
-        let key = format!("{},{}", metric.name, metric.filter);
-        let of = |((_, item), value): (&(String, u64), &Value)| {
-            let pair = &value["values"][&key];
-            let sample = || Some(Sample { value: pair[0].as_f64()?, weight: pair[1].as_f64()? });
-            sample().with_context(|| {
-                let (path, name) = (self.path.display(), task.name);
+        let of = |((_, item), line): (&(String, u64), &Value)| {
+            sample(line, metric).with_context(|| {
+                let (path, name, key) = (self.path.display(), task.name, metric.key());
                 format!("{path}: question {item} of {name} has no value of `{key}`")
             })
         };
@@ -281,7 +279,7 @@ fn to_json((a, b): (&Kept, &Kept), rows: &[Row], draws: usize, seed: u64) -> Val
                 "a": paired.a, "b": paired.b, "difference": paired.difference, "stderr": paired.error,
                 "interval": [paired.interval.0, paired.interval.1], "p": paired.p, "mcnemar": discordant,
             });
-            (format!("{},{}", metric.name, metric.filter), value)
+            (metric.key(), value)
         };
         (row.task.name.to_owned(), Value::Object(row.metrics.iter().map(figure).collect()))
     };

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use bitnet_train::eval::{Request, Response, Sample, tasks::Prepared};
+use bitnet_train::eval::{Metric, Request, Response, Sample, tasks::Prepared};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -88,11 +88,7 @@ impl<'a> Items<'a> {
             );
         }
         let metrics = self.prepared[task].task.metrics.iter();
-        let values = metrics.map(|metric| {
-            let value = &value["values"][format!("{},{}", metric.name, metric.filter)];
-            Some(Sample { value: value[0].as_f64()?, weight: value[1].as_f64()? })
-        });
-        let values: Option<Vec<_>> = values.collect();
+        let values: Option<Vec<_>> = metrics.map(|metric| sample(&value, metric)).collect();
         let slot = &mut self.values[task][number];
         self.found += usize::from(slot.is_none());
         self.cut[task] += usize::from(slot.is_none() && is_cut(&value["cut"]));
@@ -130,10 +126,11 @@ impl<'a> Items<'a> {
         let values = definition.values(&item.document, responses)?;
         self.cut[task] += usize::from(notes.get("cut").is_some_and(is_cut));
         if let Some((path, file)) = &mut self.file {
-            let pairs = definition.metrics.iter().zip(&values).map(|(metric, sample)| {
-                let key = format!("{},{}", metric.name, metric.filter);
-                (key, json!([sample.value, sample.weight]))
-            });
+            let pairs = definition
+                .metrics
+                .iter()
+                .zip(&values)
+                .map(|(metric, sample)| (metric.key(), json!([sample.value, sample.weight])));
             let mut line = json!({
                 "task": definition.name, "item": number, "asked": digest(&item.requests),
                 "values": Map::from_iter(pairs),
@@ -152,6 +149,12 @@ impl<'a> Items<'a> {
     pub fn values(&self, task: usize) -> Vec<&[Sample]> {
         self.values[task].iter().flatten().map(Vec::as_slice).collect()
     }
+}
+
+/// The value of a metric in a line about a question.
+pub fn sample(line: &Value, metric: &Metric) -> Option<Sample> {
+    let value = &line["values"][metric.key()];
+    Some(Sample { value: value[0].as_f64()?, weight: value[1].as_f64()? })
 }
 
 fn is_cut(note: &Value) -> bool {
