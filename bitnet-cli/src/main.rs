@@ -13,6 +13,7 @@ mod folder;
 mod interrupt;
 mod model;
 mod openai;
+mod picture;
 mod progress;
 mod sampling;
 mod sandbox;

@@ -1,15 +1,15 @@
 //! Values with their intervals, one below the other, as SVG.
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context, bail};
 use plotters::{
     prelude::*,
-    style::{
-        register_font,
-        text_anchor::{HPos, Pos, VPos},
-    },
+    style::text_anchor::{HPos, Pos, VPos},
 };
 
-use crate::table::escape;
+use crate::{
+    picture::{FONT, of_backend, register_font},
+    table::escape,
+};
 
 /// A diagram.
 pub struct Chart {
@@ -35,7 +35,6 @@ pub struct Mark {
     pub reference: Option<f64>,
 }
 
-const FONT: &str = "sans-serif";
 const TEXT: u32 = 15;
 const WIDTH: u32 = 900;
 const LABELS: u32 = 300;
@@ -54,7 +53,8 @@ impl Chart {
     pub fn svg(&self, number: usize) -> anyhow::Result<String> {
         let mut svg = String::new();
         let height = FRAME.0 + FRAME.1 + ROW * self.marks.len() as u32;
-        self.draw(SVGBackend::with_string(&mut svg, (WIDTH, height)))?;
+        let drawn = self.draw(SVGBackend::with_string(&mut svg, (WIDTH, height)));
+        drawn.context("the picture cannot be drawn")?;
         let Some((head, body)) = svg.split_once('>').map(|(head, body)| (head.to_owned(), body))
         else {
             bail!("the picture has no beginning");
@@ -94,10 +94,7 @@ impl Chart {
     }
 
     fn draw(&self, backend: SVGBackend<'_>) -> anyhow::Result<()> {
-        if register_font(FONT, FontStyle::Normal, dejavu::sans::regular()).is_err() {
-            bail!("the font cannot be read");
-        }
-        let of_backend = |error| anyhow!("the picture cannot be drawn: {error}");
+        register_font()?;
         let root = backend.into_drawing_area();
         root.fill(&WHITE).map_err(of_backend)?;
         let (low, high) = self.span();

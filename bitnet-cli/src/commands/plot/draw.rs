@@ -2,20 +2,19 @@
 
 use std::ops::Range;
 
-use anyhow::{anyhow, bail};
 use plotters::{
     coord::{
         Shift,
         ranged1d::{AsRangedCoord, Ranged, ValueFormatter},
     },
     prelude::*,
-    style::register_font,
 };
 
 use super::{
     curves::{Run, smooth, thin},
     panels::Panel,
 };
+use crate::picture::{FONT, of_backend, register_font};
 
 /// Kinds of picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +46,6 @@ const MARGIN: usize = 16;
 const LEGEND_LINE: usize = 34;
 const TITLE_SIZE: u32 = 24;
 const TEXT_SIZE: u32 = 19;
-const FONT: &str = "sans-serif";
 
 /// A curve has no more points than a panel has pixels.
 const POINTS: usize = 1400;
@@ -75,9 +73,7 @@ impl Picture<'_> {
     /// # Errors
     /// Nothing to draw, or a picture too large.
     pub fn draw(&self, format: Format) -> anyhow::Result<Vec<u8>> {
-        if register_font(FONT, FontStyle::Normal, dejavu::sans::regular()).is_err() {
-            bail!("the font cannot be read");
-        }
+        register_font()?;
         let columns =
             self.columns.unwrap_or_else(|| (self.panels.len() as f64).sqrt().ceil() as usize);
         let columns = columns.clamp(1, self.panels.len().max(1));
@@ -317,10 +313,6 @@ fn encode(pixels: &[u8], (width, height): (u32, u32)) -> anyhow::Result<Vec<u8>>
     writer.write_image_data(pixels)?;
     writer.finish()?;
     Ok(bytes)
-}
-
-fn of_backend<E: std::error::Error + Send + Sync>(error: DrawingAreaErrorKind<E>) -> anyhow::Error {
-    anyhow!("{error}")
 }
 
 #[cfg(test)]
