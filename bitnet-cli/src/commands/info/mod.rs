@@ -159,19 +159,11 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
     let folder = Path::new(&args.model.model);
     if AdapterInfo::is_adapter(folder) {
         let info = AdapterInfo::of(folder)?;
-        match args.json {
-            true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
-            false => info.print(args.tensors, out)?,
-        }
-        return Ok(out.flush()?);
+        return show(&info, args.json, out, |out| info.print(args.tensors, out));
     }
     if OnnxInfo::is_onnx(folder) {
         let info = OnnxInfo::of(folder)?;
-        match args.json {
-            true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
-            false => info.print(args.tensors, out)?,
-        }
-        return Ok(out.flush()?);
+        return show(&info, args.json, out, |out| info.print(args.tensors, out));
     }
     let precision = match (args.model.ternarize, args.model.full_precision) {
         (true, _) => Precision::Ternarize,
@@ -180,9 +172,19 @@ pub fn run(mut args: Args, global: &Global) -> anyhow::Result<()> {
     };
     let source = args.model.open_as(precision, global)?;
     let info = Info::of(&source)?;
-    match args.json {
-        true => writeln!(out, "{:#}", serde_json::to_value(&info)?)?,
-        false => info.print(args.tensors, out)?,
+    show(&info, args.json, out, |out| info.print(args.tensors, out))
+}
+
+/// Prints what is known: as JSON, or as `print` does.
+fn show<W: Write>(
+    info: &impl Serialize,
+    json: bool,
+    out: &mut W,
+    print: impl FnOnce(&mut W) -> io::Result<()>,
+) -> anyhow::Result<()> {
+    match json {
+        true => writeln!(out, "{:#}", serde_json::to_value(info)?)?,
+        false => print(out)?,
     }
     Ok(out.flush()?)
 }
