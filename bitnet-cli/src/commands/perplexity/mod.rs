@@ -8,12 +8,16 @@ use std::{
     num::NonZeroUsize,
     ops::ControlFlow,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
 use anyhow::{Context, bail};
 use bitnet_model::{
+    model::Model,
     ops::KvType,
     perplexity::{Cut, Perplexity, Run, Window, perplexity},
 };
@@ -120,8 +124,15 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let settings = Setting::all(args);
     let interrupt = interrupt::flag()?;
     let mut all: Vec<Figures> = Vec::with_capacity(settings.len());
+    let mut loaded = None;
     for setting in settings {
-        all.push(args.score(&text, setting, &interrupt, global)?);
+        // Another cache needs no other model.
+        let model = match loaded.take().zip(all.last()) {
+            Some((model, last)) if setting.has_model_of(&last.setting) => model,
+            _ => args.load(&setting, global)?,
+        };
+        all.push(args.score(&text, &model, setting, &interrupt, global)?);
+        loaded = Some(model);
     }
     let mut out = io::stdout().lock();
     match (args.json, &args.vary[..]) {
@@ -172,26 +183,30 @@ impl Args {
         })
     }
 
-    /// Runs the text.
-    fn score(
-        &self,
-        text: &Text,
-        setting: Setting,
-        interrupt: &AtomicBool,
-        global: &Global,
-    ) -> anyhow::Result<Figures> {
+    /// Loads the model of a setting.
+    fn load(&self, setting: &Setting, global: &Global) -> anyhow::Result<Arc<Model>> {
         let model = ModelArgs { lm_head: Some(setting.lm_head), ..self.model.clone() };
         let source = model.open(global)?;
         let adapters = AdapterArgs { adapters: setting.adapters.clone() };
         let adaptation = adapters.read(&source, global)?;
-        let model = source.into_pretrained(&global.device()?)?.model;
-        let model = adapter::beside(model, adaptation.as_ref())?;
+        adapter::beside(Arc::new(source.load(&global.device()?)?), adaptation.as_ref())
+    }
+
+    /// Runs the text.
+    fn score(
+        &self,
+        text: &Text,
+        model: &Model,
+        setting: Setting,
+        interrupt: &AtomicBool,
+        global: &Global,
+    ) -> anyhow::Result<Figures> {
         let all: usize = text.windows.iter().map(|window| window.scored.len()).sum();
         let bar = progress::bar(global, all, "{bar:30} {pos}/{len} tokens {msg} {eta}");
         bar.set_message(setting.to_string());
         let (start, mut windows) = (Instant::now(), Vec::new());
         let run = Run { kv_type: setting.kv_type, begin: text.begin };
-        let sum = perplexity(&model, &text.tokens, &text.windows, run, |window, nll| {
+        let sum = perplexity(model, &text.tokens, &text.windows, run, |window, nll| {
             windows.push((window.scored.len(), nll));
             bar.inc(window.scored.len() as u64);
             match interrupt.load(Ordering::Relaxed) {

@@ -63,6 +63,11 @@ impl Setting {
         different
     }
 
+    /// Whether both run the same model.
+    pub fn has_model_of(&self, other: &Self) -> bool {
+        (self.lm_head, &self.adapters) == (other.lm_head, &other.adapters)
+    }
+
     /// The adapters, for a cell.
     pub fn adapter_names(&self) -> String {
         let names = Vec::from_iter(self.adapters.iter().map(ToString::to_string));
