@@ -14,7 +14,7 @@ targets=("${@:2}")
 ((${#targets[@]})) || targets=(gguf request safetensors)
 cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is not installed: cargo install --locked cargo-fuzz" >&2 && exit 77; }
 # Small valid files of tests/mutated.rs.
-BITNET_FUZZ_CORPUS=$PWD/fuzz/corpus cargo test --quiet -p bitnet-tests --test mutated seeds_of_the_fuzzer -- --ignored
+BITNET_FUZZ_CORPUS=$PWD/fuzz/corpus cargo test --quiet --workspace --test mutated seeds_of_the_fuzzer -- --ignored
 
 seed() { # what is valid, to begin with
     mkdir -p "fuzz/corpus/$1"

@@ -16,13 +16,12 @@ Needs Python 3.11 and, the first time, PyPI: packages go into a virtual environm
 
 import argparse
 import json
-import os
-import struct
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
+
+from checks import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gguf==0.19.0", "numpy==2.4.6")
@@ -31,14 +30,9 @@ try:
     import gguf
     import numpy as np
 except ImportError:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    environment = Path(os.environ.get("GGUF_VENV", home / "bitnet-gguf"))
-    if Path(sys.prefix) == environment:
-        sys.exit(f"{environment}: has no gguf or numpy: delete it and start again")
-    if not (environment / "bin" / "python").exists():
-        venv.create(environment, with_pip=True)
-        subprocess.run([environment / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
-    os.execv(environment / "bin" / "python", [str(environment / "bin" / "python"), *sys.argv])
+    environment.enter("GGUF_VENV", "bitnet-gguf", PACKAGES)
+
+from checks.safetensors import read_safetensors, write_safetensors
 
 Type = gguf.GGMLQuantizationType
 I2_S = 36
@@ -57,36 +51,6 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def read_safetensors(path):
-    """Tensors by name; bf16 comes as f32, which loses nothing."""
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    tensors = {}
-    for name, entry in json.loads(data[8:8 + length]).items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        dtype = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U8": "u1"}[entry["dtype"]]
-        tensor = np.frombuffer(data[begin:end], dtype).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":
-            tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
-        tensors[name] = tensor
-    return tensors
-
-
-def write_safetensors(path, tensors):
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        dtype = {"uint8": "U8", "float32": "F32", "float16": "F16"}[str(tensor.dtype)]
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(tensor.tobytes())
 
 
 def unpack(packed):

@@ -23,14 +23,13 @@ Needs Python 3.11 and, the first time, PyPI: packages go into a virtual environm
 
 import argparse
 import json
-import os
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
+
+from checks import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("onnx==1.23.2", "onnxruntime==1.32.0", "numpy==2.4.6")
@@ -40,27 +39,14 @@ try:
     import onnx
     import onnxruntime
 except ImportError:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    environment = Path(os.environ.get("ONNX_VENV", home / "bitnet-onnx"))
-    if Path(sys.prefix) == environment:
-        sys.exit(f"{environment}: has no onnx, onnxruntime or numpy: delete it and start again")
-    if not (environment / "bin" / "python").exists():
-        venv.create(environment, with_pip=True)
-        subprocess.run([environment / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
-    os.execv(environment / "bin" / "python", [str(environment / "bin" / "python"), *sys.argv])
+    environment.enter("ONNX_VENV", "bitnet-onnx", PACKAGES)
+
+from checks.safetensors import read_safetensors
 
 SAME = 1e-5
 RELATIVE_RMS_LIMIT = 0.03
 NEW_TOKENS = 32
 THREADS = 2
-
-
-def read_logits(path):
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    entry = json.loads(data[8:8 + length])["logits"]
-    begin, end = (8 + length + offset for offset in entry["data_offsets"])
-    return np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"])
 
 
 class Program:
@@ -78,7 +64,7 @@ class Program:
         file = scratch / "logits.safetensors"
         tokens = ",".join(map(str, tokens))
         self.run("logits", "-m", model, "--tokens", tokens, "--output", file, "--quiet")
-        return read_logits(file)
+        return read_safetensors(file)["logits"]
 
 
 class Decoder:

@@ -1,0 +1,1 @@
+"""What the scripts share that compare what is written with other programs' readers."""
