@@ -5,10 +5,6 @@
 mod gguf_hostile;
 mod gguf_text;
 mod gguf_written;
-mod support {
-    pub mod gguf_file;
-    pub mod gguf_model;
-}
 
 use std::fs;
 
@@ -19,17 +15,17 @@ use bitnet_model::{
     packed::PackedSource,
     pretrained::Precision,
 };
-use bitnet_tests::fixture::{Fixture, flat};
-use candle_core::{Device, Tensor};
-use gguf_hostile::refusal;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use support::{
+use bitnet_tests::{
+    fixture::{Fixture, flat},
     gguf_file::{self, Codes, File, kind, u32},
     gguf_model::{
         NAMES, Tensors, default_model, gguf_of, load, logits, open, scalar, small, write_hub,
     },
 };
+use candle_core::{Device, Tensor};
+use gguf_hostile::refusal;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 #[test]
 fn ternary_types_give_the_bits_of_the_hub_s_packing() {

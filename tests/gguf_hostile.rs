@@ -7,7 +7,7 @@ use candle_core::Device;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{
+use bitnet_tests::{
     gguf_file::{self, File, f32, integers, kind, string, strings, text, u32},
     gguf_model::{open, small},
 };

@@ -9,7 +9,7 @@ use bitnet_model::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{
+use bitnet_tests::{
     gguf_file::{self, bool, floats, integers, kind, string, strings, u32},
     gguf_model::{default_model, gguf_of, open},
 };

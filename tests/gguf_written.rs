@@ -16,7 +16,7 @@ use bitnet_model::{
 use bitnet_tests::fixture::{Fixture, flat};
 use candle_core::{DType, Device, Tensor};
 
-use crate::support::gguf_model::{load, open};
+use bitnet_tests::gguf_model::{load, open};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 

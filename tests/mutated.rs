@@ -5,10 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)] // what tests of GGUF take beyond this
 mod support {
-    pub mod gguf_file;
-    pub mod gguf_model;
     pub mod mutation;
 }
 
@@ -26,8 +23,11 @@ use bitnet_model::{
     hub::ModelFiles,
     text::{ChatTemplate, Message, Tokenizer},
 };
-use bitnet_tests::fixture::{Fixture, root};
-use support::{gguf_model::small, mutation::hammer};
+use bitnet_tests::{
+    fixture::{Fixture, root},
+    gguf_model::small,
+};
+use support::mutation::hammer;
 
 /// A small file of every element type that is read.
 fn safetensors() -> Vec<u8> {

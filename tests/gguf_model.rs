@@ -9,11 +9,13 @@ use bitnet_model::{
     model::Model,
     pretrained::{Precision, Source, default_files},
 };
-use bitnet_tests::fixture::flat;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::gguf_file::{Codes, File, f32, integers, kind, string, strings, u32};
+use crate::{
+    fixture::flat,
+    gguf_file::{Codes, File, f32, integers, kind, string, strings, u32},
+};
 
 pub type Tensors = HashMap<String, Tensor>;
 

@@ -73,9 +73,15 @@ pub fn integers(items: &[i32]) -> Vec<u8> {
     list(5, &Vec::from_iter(items.iter().map(|item| item.to_le_bytes().to_vec())))
 }
 
+impl Default for File {
+    fn default() -> Self {
+        Self { version: 3, alignment: 32, values: Vec::new(), tensors: Vec::new() }
+    }
+}
+
 impl File {
     pub fn new() -> Self {
-        Self { version: 3, alignment: 32, values: Vec::new(), tensors: Vec::new() }
+        Self::default()
     }
 
     /// Sets a value, in its old place if there is one.
