@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use sha2::{Digest, Sha256};
+
 use crate::{
     kernels::{self, Kernel, tile::TileFormat},
     quant::{ActivationCodes, Rounding},
@@ -41,6 +43,9 @@ impl SharedActivations {
 
 impl QuantizedActivations {
     /// Quantizes `x`, rows of `in_features` values, for weights of `format`, with the kernel chosen for this machine.
+    ///
+    /// At the level `trace` it logs how wide rows are and the beginning of the SHA-256 of each row's codes, so that
+    /// another implementation's can be compared: where codes differ, so do logits, by much more than their arithmetic.
     pub fn new(
         x: &[f32],
         in_features: usize,
@@ -64,7 +69,21 @@ impl QuantizedActivations {
             }
         });
         let (factors, sums) = rows.into_iter().unzip();
-        Self { codes, sums, factors, padded }
+        let quantized = Self { codes, sums, factors, padded };
+        if tracing::enabled!(tracing::Level::TRACE) {
+            tracing::trace!(width = in_features, rows = quantized.fingerprints(in_features), "codes");
+        }
+        quantized
+    }
+
+    /// The first 64 bits of the SHA-256 of each row's codes without their padding, in hexadecimal, between spaces.
+    fn fingerprints(&self, in_features: usize) -> String {
+        let fingerprint = |row: &[i8]| {
+            let bytes: Vec<u8> = row[..in_features].iter().map(|&code| code as u8).collect();
+            Sha256::digest(bytes)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        };
+        let rows: Vec<String> = self.codes.chunks(self.padded.max(1)).map(fingerprint).collect();
+        rows.join(" ")
     }
 
     /// Number of rows.

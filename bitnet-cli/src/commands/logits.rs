@@ -35,7 +35,9 @@ const CHUNK: usize = 64;
 #[derive(clap::Args)]
 #[command(
     after_long_help = "The file holds one tensor, `logits`, f32, (tokens, vocabulary): row i is what the model predicts after \
-token i. It appears when it is complete."
+token i. It appears when it is complete.\n\n\
+With --log bitnet_model::activations=trace, fingerprints of the 8-bit codes of all activations are logged: the beginning of the \
+SHA-256 of the codes of each token, product by product. The first that differs from another implementation's tells where the two part."
 )]
 #[command(group(clap::ArgGroup::new("input").required(true)))]
 pub struct Args {
