@@ -71,7 +71,11 @@ impl QuantizedActivations {
         let (factors, sums) = rows.into_iter().unzip();
         let quantized = Self { codes, sums, factors, padded };
         if tracing::enabled!(tracing::Level::TRACE) {
-            tracing::trace!(width = in_features, rows = quantized.fingerprints(in_features), "codes");
+            tracing::trace!(
+                width = in_features,
+                rows = quantized.fingerprints(in_features),
+                "codes"
+            );
         }
         quantized
     }
