@@ -4,7 +4,7 @@
     scripts/convert_memory.py BITNET [--layers N] [--folder DIR]
 
 A packed checkpoint of N layers (30 are 2B-4T) is made with scripts/synthetic_checkpoint.py and goes to masters, to GGUF with its
-own embedding and with ones of few bits, and from each of these back to packed codes.  Printed is the peak of RssAnon, what
+own embedding and with ones of few bits, and from each of these back to packed codes, and to ONNX.  Printed is the peak of RssAnon, what
 the process has beside mapped files, read from /proc ten times a second, and of VmHWM; more than 1 GB of the first fails.
 
 The matrices are read, made and compared one by one, so that the peak hardly depends on N.  Needs 2 GB of disk, 8 GB for 30
@@ -58,6 +58,7 @@ def main():
             types = ["--token-embedding-type", embedding] if embedding else []
             steps += [("tq2_0", packed, f"{embedding}.gguf", types), ("packed", f"{embedding}.gguf", "back", [])]
         steps += [("f16", packed, "f16.gguf", []), ("packed", "f16.gguf", "back", [])]
+        steps += [("onnx", packed, "model.onnx", ["--onnx-weights", weights]) for weights in ("int2", "int8")]
         for form, source, output, options in steps:
             command = [args.bitnet, "convert", folder / source, folder / output, "--to", form, "--force", *options]
             anonymous, peak, seconds = measured(command)

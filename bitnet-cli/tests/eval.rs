@@ -8,13 +8,53 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
-use support::{edited_default, failure, run, stdout, text};
+use support::{bitnet, edited_default, failure, run, stdout, text};
 use tempfile::TempDir;
 
 const TASKS: &str = "arc_easy,arc_challenge,boolq,winogrande,piqa,hellaswag,lambada_openai,wikitext,gsm8k,minerva_math500";
 
 fn data() -> String {
     format!("{}/../tests/fixtures/eval", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A cache of the Hub with the Parquet files of its branch for them: paths in the repository, and what they hold.
+fn hub_cache(repository: &str, files: &[(&str, &Path)]) -> TempDir {
+    let (cache, commit) = (tempfile::tempdir().unwrap(), "0".repeat(40));
+    let folder = cache.path().join(format!("datasets--{}", repository.replace('/', "--")));
+    let branch = folder.join("refs/refs/convert/parquet");
+    fs::create_dir_all(branch.parent().unwrap()).unwrap();
+    fs::write(branch, &commit).unwrap();
+    for (path, from) in files {
+        let to = folder.join("snapshots").join(&commit).join(path);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(from, to).unwrap();
+    }
+    cache
+}
+
+/// `arc_easy_test.parquet` was written by pyarrow of the records of `arc_easy.jsonl`, with the columns that the Hub has.
+#[test]
+fn data_of_the_hub_asks_the_same() {
+    let file = Path::new(&data()).join("hub/arc_easy_test.parquet");
+    let found =
+        [("ARC-Easy/test/0000.parquet", &*file), ("ARC-Challenge/test/0000.parquet", &*file)];
+    let cache = hub_cache("allenai/ai2_arc", &found);
+    let asked = |sources: &[&str]| {
+        let output = cache.path().join("asked.jsonl");
+        let args = ["eval", "--tasks", "arc_easy", "--requests-only", text(&output)];
+        let ran =
+            bitnet(&[&args, sources].concat()).env("HF_HUB_CACHE", cache.path()).output().unwrap();
+        (ran.status.success(), String::from_utf8(ran.stderr).unwrap(), fs::read_to_string(output))
+    };
+    let (ok, said, of_the_hub) = asked(&["--data", "hub"]);
+    assert!(ok, "{said}");
+    assert_eq!(of_the_hub.unwrap(), asked(&["--data", &data()]).2.unwrap());
+    // A folder that has no file of the task comes first; so does one with a Parquet file of its own.
+    let empty = tempfile::tempdir().unwrap();
+    assert!(asked(&["--data", text(empty.path()), "--data", "hub"]).0);
+    assert!(asked(&["--data", &format!("{}/hub", data())]).0);
+    let (ok, said, _) = asked(&["--data", "hub", "--num-fewshot", "1"]);
+    assert!(!ok && said.contains("allenai/ai2_arc") && said.contains("HF_HUB_OFFLINE"), "{said}");
 }
 
 fn lines(path: &Path) -> Vec<Value> {

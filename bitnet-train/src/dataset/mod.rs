@@ -6,7 +6,7 @@ mod cache;
 mod content;
 mod corpus;
 mod documents;
-mod reader;
+pub(crate) mod reader;
 mod sample;
 mod shards;
 mod source;

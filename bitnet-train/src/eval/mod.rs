@@ -9,6 +9,7 @@
 //! [`paired`] compares those of two models.
 //! Nothing here runs a model.
 
+pub mod data;
 pub mod document;
 pub mod few_shot;
 pub mod formula;

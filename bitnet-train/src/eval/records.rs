@@ -1,71 +1,32 @@
-//! Data files: where they lie, and the fields of their records.
+//! What data files hold: records, and their fields.
 
 use std::{
+    cell::Cell,
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    ops::ControlFlow,
+    path::Path,
 };
 
 use flate2::read::MultiGzDecoder;
 use serde_json::Value;
 
-use crate::{Error, Result};
-
-/// What may stand between a task's name and `.jsonl`, `.json`, `.txt` or `.jsonl.gz`, in the order in which it is looked for.
-const TEST: [&str; 7] = ["", "_test", "_validation", "_val", "_valid", "_test_norm", "_val_norm"];
-/// The same for a file of examples.
-const TRAIN: [&str; 3] = ["_train", "_train_norm", "_train_first64"];
+use crate::{
+    Error, Result,
+    dataset::reader::{RecordSink, Refusal, read_rows},
+};
 
 /// A record, and where it stands.
 pub struct Record<'a> {
     /// The file.
     pub path: &'a Path,
-    /// Its line, or its number in an array, from 1 on.
+    /// Its line, or its number in an array or a table, from 1 on.
     pub place: String,
     /// Its fields.
     pub value: &'a Value,
 }
 
-/// The file of what is asked, of the first of `names` that one of `folders` has.
-///
-/// # Errors
-/// None of them has one.
-pub fn test_file(folders: &[PathBuf], names: &[&str]) -> Result<PathBuf> {
-    find(folders, names, &TEST)
-}
-
-/// The file of examples.
-///
-/// # Errors
-/// There is none.
-pub fn train_file(folders: &[PathBuf], names: &[&str]) -> Result<PathBuf> {
-    find(folders, names, &TRAIN)
-}
-
-fn find(folders: &[PathBuf], names: &[&str], parts: &[&str]) -> Result<PathBuf> {
-    for folder in folders {
-        for name in names {
-            for part in parts {
-                for ending in ["jsonl", "json", "txt", "jsonl.gz"] {
-                    let path = folder.join(format!("{name}{part}.{ending}"));
-                    if path.is_file() {
-                        return Ok(path);
-                    }
-                }
-            }
-        }
-    }
-    let folders = Vec::from_iter(folders.iter().map(|folder| folder.display().to_string()));
-    let first = names.first().copied().unwrap_or_default();
-    let parts = Vec::from_iter(parts.iter().map(|part| format!("{first}{part}.jsonl")));
-    Err(Error::Input(format!(
-        "{}: has no file of `{first}`: it may be called {}",
-        folders.join(", "),
-        parts.join(", ")
-    )))
-}
-
-/// The records of a file: objects, one a line or in an array; of plain text, what `pages` makes of it.
+/// The records of a file: objects, one a line or in an array, or rows of Parquet; of plain text, what `pages` makes of it.
 ///
 /// # Errors
 /// A file that cannot be read or holds something else.
@@ -74,6 +35,9 @@ pub fn read<T>(
     pages: Option<fn(&str) -> Vec<Value>>,
     mut take: impl FnMut(&Record<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
+    if path.extension().is_some_and(|found| found == "parquet") {
+        return read_parquet(path, take);
+    }
     let is_packed = path.extension().is_some_and(|found| found == "gz");
     let text = match is_packed {
         true => File::open(path).and_then(|file| io::read_to_string(MultiGzDecoder::new(file))),
@@ -112,6 +76,30 @@ pub fn read<T>(
     match all.is_empty() {
         true => Err(refuse("holds no records".into())),
         false => Ok(all),
+    }
+}
+
+fn read_parquet<T>(path: &Path, take: impl FnMut(&Record<'_>) -> Result<T>) -> Result<Vec<T>> {
+    let mut rows = Rows { path, take, all: Vec::new() };
+    let _ = read_rows(path, &Cell::new(0), &mut rows)?;
+    match rows.all.is_empty() {
+        true => Err(Error::Corpus { path: path.into(), reason: "holds no records".into() }),
+        false => Ok(rows.all),
+    }
+}
+
+/// Keeps what `take` makes of rows.
+struct Rows<'a, T, F> {
+    path: &'a Path,
+    take: F,
+    all: Vec<T>,
+}
+
+impl<T, F: FnMut(&Record<'_>) -> Result<T>> RecordSink for Rows<'_, T, F> {
+    fn take(&mut self, value: Value) -> Result<ControlFlow<()>, Refusal> {
+        let place = format!("row {}", self.all.len() + 1);
+        self.all.push((self.take)(&Record { path: self.path, place, value: &value })?);
+        Ok(ControlFlow::Continue(()))
     }
 }
 

@@ -20,9 +20,10 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use bitnet_model::{ops::KvType, text::Tokenizer};
+use bitnet_model::{hub::Hub, ops::KvType, text::Tokenizer};
 use bitnet_train::eval::{
     Ask, Task,
+    data::DataSource,
     tasks::{Asking, Item, Prepared},
 };
 
@@ -44,15 +45,16 @@ use work::Work;
 #[derive(clap::Args)]
 #[command(
     after_long_help = "Tasks: arc_easy, arc_challenge, boolq, winogrande, piqa, hellaswag, lambada_openai, wikitext, gsm8k, minerva_math500, \
-humaneval_plus. The data is read from --data, nothing is fetched: arc_easy from arc_easy.jsonl, arc_easy_test.jsonl and the like, examples for it from \
-arc_easy_train.jsonl. See docs/evaluation.md."
+humaneval_plus. Their data is read from the folders of --data: arc_easy from arc_easy.jsonl, arc_easy_test.jsonl and the like, examples for it from \
+arc_easy_train.jsonl. --data hub fetches it from the Hub, once. See docs/evaluation.md."
 )]
 pub struct Args {
     /// What to evaluate on, separated by commas
     #[arg(long, value_name = "TASKS", value_delimiter = ',', required_unless_present_any = ["protocol", "compare"])]
     tasks: Vec<String>,
-    /// Folder of data files; given several times, the first that has a file counts
-    #[arg(long, value_name = "DIR", required_unless_present = "compare")]
+    /// Folder of data files, or `hub` for the data sets of the Hub, which are fetched unless its cache has them; given several times,
+    /// the first that has a file counts
+    #[arg(long, value_name = "DIR|hub", required_unless_present = "compare")]
     data: Vec<PathBuf>,
     /// Ask as a publication did and print its figures beside: report, the technical report of BitNet b1.58 2B4T
     #[arg(long, value_name = "NAME", conflicts_with_all = ["tasks", "num_fewshot", "apply_chat_template"])]
@@ -138,7 +140,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let Some(tokenizer) = source.tokenizer()? else {
         bail!("{}: has no tokenizer, so it cannot be asked anything", source.name);
     };
-    let prepared = args.prepare(&tasks, &tokenizer)?;
+    let prepared = args.prepare(&tasks, &tokenizer, !global.quiet)?;
     if let Some(path) = &args.requests_only {
         return requests::write(path, &prepared, &tokenizer);
     }
@@ -220,13 +222,18 @@ impl Args {
         &self,
         tasks: &[&'static Task],
         tokenizer: &Tokenizer,
+        progress: bool,
     ) -> anyhow::Result<Vec<Prepared>> {
         let chat = || -> anyhow::Result<_> {
             let template = tokenizer.chat_template()?;
             template.context("the model has no chat template to ask with")
         };
+        let sources = Vec::from_iter(self.data.iter().map(|name| match name.to_str() {
+            Some("hub") => DataSource::Hub(Hub::from_env().progress(progress)),
+            _ => DataSource::Folder(name.clone()),
+        }));
         let asking = Asking {
-            folders: &self.data,
+            sources: &sources,
             shots: self.num_fewshot,
             seed: self.seed,
             limit: self.limit,

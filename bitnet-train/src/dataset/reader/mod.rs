@@ -15,7 +15,11 @@ use std::{
 
 use flate2::read::MultiGzDecoder;
 
-use self::record::{RecordSink, Refusal, Texts};
+use self::record::Texts;
+pub(crate) use self::{
+    record::{RecordSink, Refusal},
+    rows::read as read_rows,
+};
 use super::source::{Format, InputFile, Source};
 use crate::{Error, Result};
 

@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 use super::record::{RecordSink, Refusal};
 use crate::{Error, Result};
 
-pub(super) fn read(
+/// Hands the rows of a Parquet file to `sink`, in order.
+pub(crate) fn read(
     path: &Path,
     done: &Cell<u64>,
     sink: &mut dyn RecordSink,

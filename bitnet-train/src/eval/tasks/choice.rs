@@ -3,14 +3,14 @@
 use super::{ACC, ACC_NORM, ANSWER_TOKENS, Examples, Metric, Sample, Task, nothing_written};
 use crate::{
     Result,
-    eval::{Ask, Document, records::Record},
+    eval::{Ask, Document, data::TaskData, records::Record},
 };
 
 /// The easier set of ARC (arXiv:1803.05457).
 pub const ARC_EASY: Task = Task {
     name: "arc_easy",
     version: "1",
-    files: &["arc_easy"],
+    data: TaskData::new(&["arc_easy"], "allenai/ai2_arc", Some("ARC-Easy"), "test"),
     shots: 0,
     examples: Examples::Drawn { leaves_out: false },
     metrics: &[ACC, ACC_NORM],
@@ -23,14 +23,17 @@ pub const ARC_EASY: Task = Task {
 };
 
 /// The challenge set of ARC.
-pub const ARC_CHALLENGE: Task =
-    Task { name: "arc_challenge", files: &["arc_challenge"], ..ARC_EASY };
+pub const ARC_CHALLENGE: Task = Task {
+    name: "arc_challenge",
+    data: TaskData::new(&["arc_challenge"], "allenai/ai2_arc", Some("ARC-Challenge"), "test"),
+    ..ARC_EASY
+};
 
 /// Yes or no (arXiv:1905.10044).
 pub const BOOLQ: Task = Task {
     name: "boolq",
     version: "2",
-    files: &["boolq"],
+    data: TaskData::new(&["boolq"], "aps/super_glue", Some("boolq"), "validation"),
     examples: Examples::Drawn { leaves_out: true },
     metrics: &[ACC],
     read: boolq,
@@ -38,13 +41,18 @@ pub const BOOLQ: Task = Task {
 };
 
 /// Whom a pronoun means (arXiv:1907.10641).
-pub const WINOGRANDE: Task =
-    Task { name: "winogrande", version: "1", files: &["winogrande"], read: winogrande, ..BOOLQ };
+pub const WINOGRANDE: Task = Task {
+    name: "winogrande",
+    version: "1",
+    data: TaskData::new(&["winogrande"], "allenai/winogrande", Some("winogrande_xl"), "validation"),
+    read: winogrande,
+    ..BOOLQ
+};
 
 /// How things are done (arXiv:1911.11641).
 pub const PIQA: Task = Task {
     name: "piqa",
-    files: &["piqa"],
+    data: TaskData::new(&["piqa"], "baber/piqa", None, "validation"),
     examples: Examples::Drawn { leaves_out: true },
     read: piqa,
     ..ARC_EASY

@@ -8,14 +8,15 @@ use super::{ANSWER_TOKENS, Examples, Task};
 use crate::{
     Result,
     eval::{
-        Ask, Document, metric::EXACT_MATCH, metric::Metric, records::Record, request::is_space,
+        Ask, Document, data::TaskData, metric::EXACT_MATCH, metric::Metric, records::Record,
+        request::is_space,
     },
 };
 
 pub const GSM8K: Task = Task {
     name: "gsm8k",
     version: "3",
-    files: &["gsm8k"],
+    data: TaskData::new(&["gsm8k"], "openai/gsm8k", Some("main"), "test"),
     shots: 5,
     examples: Examples::Drawn { leaves_out: false },
     metrics: &[

@@ -7,12 +7,12 @@ use regex::Regex;
 use super::{Examples, Task, choice};
 use crate::{
     Result,
-    eval::{Document, records::Record, request::is_space},
+    eval::{Document, data::TaskData, records::Record, request::is_space},
 };
 
 pub const HELLASWAG: Task = Task {
     name: "hellaswag",
-    files: &["hellaswag"],
+    data: TaskData::new(&["hellaswag"], "Rowan/hellaswag", None, "validation"),
     examples: Examples::Drawn { leaves_out: true },
     read,
     ..choice::ARC_EASY

@@ -4,14 +4,19 @@
 use super::{Examples, Task, nothing_written};
 use crate::{
     Result,
-    eval::{Ask, Document, metric::PASS_AT_1, records::Record},
+    eval::{Ask, Document, data::TaskData, metric::PASS_AT_1, records::Record},
 };
 
 /// The task.
 pub const HUMANEVAL_PLUS: Task = Task {
     name: "humaneval_plus",
     version: "1",
-    files: &["humaneval_plus", "humanevalplus", "HumanEvalPlus-OriginFmt"],
+    data: TaskData::new(
+        &["humaneval_plus", "humanevalplus", "HumanEvalPlus-OriginFmt"],
+        "evalplus/humanevalplus",
+        None,
+        "test",
+    ),
     shots: 0,
     examples: Examples::None,
     metrics: &[PASS_AT_1],

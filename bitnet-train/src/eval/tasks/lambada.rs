@@ -5,6 +5,7 @@ use crate::{
     Result,
     eval::{
         Ask, Document,
+        data::TaskData,
         metric::{ACC, PERPLEXITY},
         records::Record,
     },
@@ -13,7 +14,7 @@ use crate::{
 pub const LAMBADA: Task = Task {
     name: "lambada_openai",
     version: "1",
-    files: &["lambada_openai"],
+    data: TaskData::new(&["lambada_openai"], "EleutherAI/lambada_openai", Some("default"), "test"),
     shots: 0,
     examples: Examples::Own,
     metrics: &[ACC, PERPLEXITY],

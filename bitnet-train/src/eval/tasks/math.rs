@@ -10,6 +10,7 @@ use crate::{
     Result,
     eval::{
         Ask, Document,
+        data::TaskData,
         formula::{same_answer, same_value},
         metric::{EXACT_MATCH, Metric},
         records::Record,
@@ -19,7 +20,7 @@ use crate::{
 pub const MATH500: Task = Task {
     name: "minerva_math500",
     version: "3.1",
-    files: &["minerva_math500", "math500"],
+    data: TaskData::new(&["minerva_math500", "math500"], "HuggingFaceH4/MATH-500", None, "test"),
     shots: 4,
     examples: Examples::First,
     metrics: &[Metric { filter: "boxed", ..EXACT_MATCH }, EXACT_MATCH],

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::{
     Ask, Document, Metric, Request, Response, Sample,
+    data::{DataSource, TaskData},
     few_shot::Drawer,
     metric::{ACC, ACC_NORM},
     records::{self, Record},
@@ -29,8 +30,8 @@ pub struct Task {
     pub name: &'static str,
     /// Of its definition there.
     pub version: &'static str,
-    /// How its files may be called, up to `_test.jsonl` and the like.
-    pub files: &'static [&'static str],
+    /// Where its questions and examples are.
+    pub data: TaskData,
     /// Examples before a question, if nothing else is said.
     pub shots: usize,
     /// Where these come from.
@@ -108,8 +109,8 @@ pub struct Item {
 /// How to ask.
 #[derive(Clone, Copy, Debug)]
 pub struct Asking<'a> {
-    /// Folders of data files.
-    pub folders: &'a [PathBuf],
+    /// Where data files are looked for, in this order.
+    pub sources: &'a [DataSource],
     /// Examples before a question; what the task says if it is `None`.
     pub shots: Option<usize>,
     /// Of the drawing of examples.
@@ -139,13 +140,13 @@ impl Task {
     /// Files that are missing or hold something else, and too few examples.
     pub fn prepare(&'static self, asking: &Asking<'_>) -> Result<Prepared> {
         let shots = asking.shots.unwrap_or(self.shots);
-        let file = records::test_file(asking.folders, self.files)?;
+        let file = self.data.test_file(asking.sources)?;
         let mut documents = self.documents(&file)?;
         let (mut pool, mut drawer) = (Vec::new(), None);
         match self.examples {
             _ if shots == 0 => {}
             Examples::Drawn { leaves_out } => {
-                pool = self.documents(&records::train_file(asking.folders, self.files)?)?;
+                pool = self.documents(&self.data.train_file(asking.sources)?)?;
                 drawer = Some(Drawer::new(&pool, asking.seed, leaves_out));
             }
             Examples::Own => {
@@ -153,7 +154,7 @@ impl Task {
                 drawer = Some(Drawer::new(&pool, asking.seed, false));
             }
             Examples::First => {
-                pool = self.documents(&records::train_file(asking.folders, self.files)?)?;
+                pool = self.documents(&self.data.train_file(asking.sources)?)?;
             }
             Examples::None => {
                 return Err(Error::Input(format!("{} has no examples: ask it alone", self.name)));

@@ -11,6 +11,7 @@ use crate::{
     Result,
     eval::{
         Ask, Document,
+        data::TaskData,
         metric::{BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY},
         records::Record,
         request::is_space,
@@ -20,7 +21,12 @@ use crate::{
 pub const WIKITEXT: Task = Task {
     name: "wikitext",
     version: "2",
-    files: &["wikitext", "wikitext2"],
+    data: TaskData::new(
+        &["wikitext", "wikitext2"],
+        "EleutherAI/wikitext_document_level",
+        Some("wikitext-2-raw-v1"),
+        "test",
+    ),
     shots: 0,
     examples: Examples::None,
     metrics: &[BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY],
