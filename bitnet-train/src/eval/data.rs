@@ -25,12 +25,12 @@ pub struct HubDataset {
     pub configuration: Option<&'static str>,
     /// What is asked.
     pub split: &'static str,
+    /// The split of examples, if there is one.
+    pub train_split: Option<&'static str>,
 }
 
 /// The branch.
 const REVISION: &str = "refs/convert/parquet";
-/// The split of examples.
-const TRAIN_SPLIT: &str = "train";
 /// What may stand between a task's name and the ending, in the order in which it is looked for.
 const TEST: [&str; 7] = ["", "_test", "_validation", "_val", "_valid", "_test_norm", "_val_norm"];
 /// The same for a file of examples.
@@ -51,9 +51,9 @@ impl TaskData {
         files: &'static [&'static str],
         repository: &'static str,
         configuration: Option<&'static str>,
-        split: &'static str,
+        (split, train_split): (&'static str, Option<&'static str>),
     ) -> Self {
-        Self { files, hub: HubDataset { repository, configuration, split } }
+        Self { files, hub: HubDataset { repository, configuration, split, train_split } }
     }
 
     /// The file of what is asked, of the first of `sources` that has one.
@@ -61,7 +61,7 @@ impl TaskData {
     /// # Errors
     /// None of them has one, or it cannot be fetched.
     pub fn test_file(&self, sources: &[DataSource]) -> Result<PathBuf> {
-        self.find(sources, &TEST, self.hub.split)
+        self.find(sources, &TEST, Some(self.hub.split))
     }
 
     /// The file of examples.
@@ -69,25 +69,27 @@ impl TaskData {
     /// # Errors
     /// There is none, or it cannot be fetched.
     pub fn train_file(&self, sources: &[DataSource]) -> Result<PathBuf> {
-        self.find(sources, &TRAIN, TRAIN_SPLIT)
+        self.find(sources, &TRAIN, self.hub.train_split)
     }
 
-    fn find(&self, sources: &[DataSource], parts: &[&str], split: &str) -> Result<PathBuf> {
-        let mut folders = Vec::new();
+    fn find(&self, sources: &[DataSource], parts: &[&str], split: Option<&str>) -> Result<PathBuf> {
+        let mut searched = Vec::new();
         for source in sources {
-            match source {
-                DataSource::Hub(hub) => return self.hub.fetch(hub, split),
-                DataSource::Folder(folder) => match self.in_folder(folder, parts) {
+            match (source, split) {
+                (DataSource::Hub(hub), Some(split)) => return self.hub.fetch(hub, split),
+                (DataSource::Hub(_), None) => searched.push(self.hub.repository.to_owned()),
+                (DataSource::Folder(folder), _) => match self.in_folder(folder, parts) {
                     Some(path) => return Ok(path),
-                    None => folders.push(folder.display().to_string()),
+                    None => searched.push(folder.display().to_string()),
                 },
             }
         }
         let first = self.files.first().copied().unwrap_or_default();
         let parts = Vec::from_iter(parts.iter().map(|part| format!("{first}{part}.jsonl")));
+        let fetched = if split.is_some() { "; `hub` fetches it" } else { "" };
         Err(Error::Input(format!(
-            "{}: has no file of `{first}`: it may be called {}; `hub` fetches it",
-            folders.join(", "),
+            "{}: has no file of `{first}`: it may be called {}{fetched}",
+            searched.join(", "),
             parts.join(", ")
         )))
     }

@@ -16,7 +16,7 @@ use super::{
     chart::{Chart, Mark},
     items::sample,
     page::{Files, Page},
-    report::{NOT_A_MEAN, is_drawn},
+    report::{NOT_A_MEAN, is_drawn, label},
 };
 use crate::table::Table;
 
@@ -239,7 +239,7 @@ fn page((a, b): (&Kept, &Kept), rows: &[Row], draws: usize, seed: u64) -> Page {
     let all = rows.iter().flat_map(|row| row.metrics.iter().map(move |figure| (row.task, figure)));
     let drawn = all.filter(|(_, (metric, _))| is_drawn(metric));
     let marks = drawn.map(|(task, (metric, paired))| Mark {
-        label: format!("{} {} {}", task.name, metric.name, metric.filter),
+        label: label(task.name, metric),
         value: paired.difference,
         interval: Some(paired.interval),
         reference: None,

@@ -121,7 +121,7 @@ impl Page {
 const STYLE: &str = "\
 :root{color-scheme:light}\
 body{margin:0;background:#fff;color:#1a1a1a;font:16px/1.5 system-ui,sans-serif}\
-main{max-width:62rem;margin:0 auto;padding:1.5rem}\
+main{max-width:80rem;margin:0 auto;padding:1.5rem}\
 h1{font-size:1.6rem;line-height:1.25}\
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem}\
 dt{color:#444}dd{margin:0;overflow-wrap:anywhere}\

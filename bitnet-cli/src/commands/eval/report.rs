@@ -99,6 +99,14 @@ pub fn is_drawn(metric: &Metric) -> bool {
     metric.aggregation == Aggregation::Mean
 }
 
+/// What a figure is called beside its mark: with its filter only where there is one.
+pub fn label(task: &str, metric: &Metric) -> String {
+    match metric.filter {
+        "none" => format!("{task} {}", metric.name),
+        filter => format!("{task} {} {filter}", metric.name),
+    }
+}
+
 /// What the pictures of reports leave out.
 pub const NOT_A_MEAN: &str = "Perplexities and bits per byte have other scales and are in the table only. ↑: more is better, ↓: less is.";
 
@@ -109,7 +117,7 @@ pub fn page(results: &[Result], config: &Value, protocol: Option<Protocol>, seco
         // 1.96 standard errors to both sides are 95 % of a normal distribution.
         let interval = error.map(|error| (value - 1.96 * error, value + 1.96 * error));
         let published = protocol.and_then(|protocol| protocol.published(result.name, metric));
-        let label = format!("{} {} {}", result.name, metric.name, metric.filter);
+        let label = label(result.name, metric);
         Mark { label, value: *value, interval, reference: published }
     };
     let all = results.iter().flat_map(|result| result.figures.iter().map(move |f| (result, f)));

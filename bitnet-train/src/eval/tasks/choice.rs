@@ -10,7 +10,12 @@ use crate::{
 pub const ARC_EASY: Task = Task {
     name: "arc_easy",
     version: "1",
-    data: TaskData::new(&["arc_easy"], "allenai/ai2_arc", Some("ARC-Easy"), "test"),
+    data: TaskData::new(
+        &["arc_easy"],
+        "allenai/ai2_arc",
+        Some("ARC-Easy"),
+        ("test", Some("train")),
+    ),
     shots: 0,
     examples: Examples::Drawn { leaves_out: false },
     metrics: &[ACC, ACC_NORM],
@@ -25,7 +30,12 @@ pub const ARC_EASY: Task = Task {
 /// The challenge set of ARC.
 pub const ARC_CHALLENGE: Task = Task {
     name: "arc_challenge",
-    data: TaskData::new(&["arc_challenge"], "allenai/ai2_arc", Some("ARC-Challenge"), "test"),
+    data: TaskData::new(
+        &["arc_challenge"],
+        "allenai/ai2_arc",
+        Some("ARC-Challenge"),
+        ("test", Some("train")),
+    ),
     ..ARC_EASY
 };
 
@@ -33,7 +43,7 @@ pub const ARC_CHALLENGE: Task = Task {
 pub const BOOLQ: Task = Task {
     name: "boolq",
     version: "2",
-    data: TaskData::new(&["boolq"], "aps/super_glue", Some("boolq"), "validation"),
+    data: TaskData::new(&["boolq"], "aps/super_glue", Some("boolq"), ("validation", Some("train"))),
     examples: Examples::Drawn { leaves_out: true },
     metrics: &[ACC],
     read: boolq,
@@ -44,7 +54,12 @@ pub const BOOLQ: Task = Task {
 pub const WINOGRANDE: Task = Task {
     name: "winogrande",
     version: "1",
-    data: TaskData::new(&["winogrande"], "allenai/winogrande", Some("winogrande_xl"), "validation"),
+    data: TaskData::new(
+        &["winogrande"],
+        "allenai/winogrande",
+        Some("winogrande_xl"),
+        ("validation", Some("train")),
+    ),
     read: winogrande,
     ..BOOLQ
 };
@@ -52,7 +67,7 @@ pub const WINOGRANDE: Task = Task {
 /// How things are done (arXiv:1911.11641).
 pub const PIQA: Task = Task {
     name: "piqa",
-    data: TaskData::new(&["piqa"], "baber/piqa", None, "validation"),
+    data: TaskData::new(&["piqa"], "baber/piqa", None, ("validation", Some("train"))),
     examples: Examples::Drawn { leaves_out: true },
     read: piqa,
     ..ARC_EASY

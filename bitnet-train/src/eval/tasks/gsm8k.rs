@@ -16,7 +16,7 @@ use crate::{
 pub const GSM8K: Task = Task {
     name: "gsm8k",
     version: "3",
-    data: TaskData::new(&["gsm8k"], "openai/gsm8k", Some("main"), "test"),
+    data: TaskData::new(&["gsm8k"], "openai/gsm8k", Some("main"), ("test", Some("train"))),
     shots: 5,
     examples: Examples::Drawn { leaves_out: false },
     metrics: &[

@@ -12,7 +12,7 @@ use crate::{
 
 pub const HELLASWAG: Task = Task {
     name: "hellaswag",
-    data: TaskData::new(&["hellaswag"], "Rowan/hellaswag", None, "validation"),
+    data: TaskData::new(&["hellaswag"], "Rowan/hellaswag", None, ("validation", Some("train"))),
     examples: Examples::Drawn { leaves_out: true },
     read,
     ..choice::ARC_EASY

@@ -15,7 +15,7 @@ pub const HUMANEVAL_PLUS: Task = Task {
         &["humaneval_plus", "humanevalplus", "HumanEvalPlus-OriginFmt"],
         "evalplus/humanevalplus",
         None,
-        "test",
+        ("test", None),
     ),
     shots: 0,
     examples: Examples::None,

@@ -14,7 +14,12 @@ use crate::{
 pub const LAMBADA: Task = Task {
     name: "lambada_openai",
     version: "1",
-    data: TaskData::new(&["lambada_openai"], "EleutherAI/lambada_openai", Some("default"), "test"),
+    data: TaskData::new(
+        &["lambada_openai"],
+        "EleutherAI/lambada_openai",
+        Some("default"),
+        ("test", None),
+    ),
     shots: 0,
     examples: Examples::Own,
     metrics: &[ACC, PERPLEXITY],

@@ -20,7 +20,12 @@ use crate::{
 pub const MATH500: Task = Task {
     name: "minerva_math500",
     version: "3.1",
-    data: TaskData::new(&["minerva_math500", "math500"], "HuggingFaceH4/MATH-500", None, "test"),
+    data: TaskData::new(
+        &["minerva_math500", "math500"],
+        "HuggingFaceH4/MATH-500",
+        None,
+        ("test", None),
+    ),
     shots: 4,
     examples: Examples::First,
     metrics: &[Metric { filter: "boxed", ..EXACT_MATCH }, EXACT_MATCH],

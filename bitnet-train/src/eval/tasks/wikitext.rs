@@ -25,7 +25,7 @@ pub const WIKITEXT: Task = Task {
         &["wikitext", "wikitext2"],
         "EleutherAI/wikitext_document_level",
         Some("wikitext-2-raw-v1"),
-        "test",
+        ("test", None),
     ),
     shots: 0,
     examples: Examples::None,
