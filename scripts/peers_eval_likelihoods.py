@@ -14,8 +14,6 @@ the codes of all activations are compared, by fingerprints that `bitnet logits` 
 * positions before the first flip of a request must have logits within 1e-3;
 * of all questions, flips or not, 99 % must have the same choice.
 
-Requests of more than 64 tokens, which `bitnet logits` runs in several parts, are not looked at for flips.
-
 Needs what scripts/peers_eval_speed.py needs.
 """
 
@@ -39,7 +37,6 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers.integrations import bitnet
 
-PART = 64  # tokens that `bitnet logits` runs at once
 # Of a layer's seven projections those whose input is another than that of the one before: q, k and v have the same, as have gate and up.
 PRODUCTS, INPUTS = 7, (0, 3, 4, 6)
 CHOICES = 0.99
@@ -80,8 +77,8 @@ def theirs_alone(lm, tokens):
     return logits, [rows for i, rows in enumerate(products) if i % PRODUCTS in INPUTS]
 
 
-def ours_alone(args, tokens, folder):
-    """The same of ours."""
+def ours_alone(args, tokens, products, folder):
+    """The same of ours, which runs long texts in parts: of each, all products."""
     output = folder / "logits.safetensors"
     output.unlink(missing_ok=True)
     command = [args.bitnet, "logits", "-q", "-m", args.model, "--tokens", ",".join(map(str, tokens)), "-o", str(output),
@@ -89,8 +86,8 @@ def ours_alone(args, tokens, folder):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}: {result.stderr}")
-    events = (json.loads(line) for line in result.stderr.splitlines())
-    return load_file(output)["logits"], [event["rows"].split() for event in events]
+    rows = [json.loads(line)["rows"].split() for line in result.stderr.splitlines()]
+    return load_file(output)["logits"], [sum(rows[i::products], []) for i in range(products)]
 
 
 class Found:
@@ -104,11 +101,9 @@ class Found:
         self.all.append(apart)
         before, after = lm._encode_pair(*request)
         tokens = (before + after)[:-1]
-        if len(tokens) > PART:
-            return
         expected, their_codes = theirs_alone(lm, tokens)
-        logits, our_codes = ours_alone(args, tokens, folder)
-        assert len(their_codes) == len(our_codes) and all(len(rows) == len(tokens) for rows in their_codes + our_codes)
+        logits, our_codes = ours_alone(args, tokens, len(their_codes), folder)
+        assert all(len(rows) == len(tokens) for rows in their_codes + our_codes)
         equal = [all(theirs[i] == ours[i] for theirs, ours in zip(their_codes, our_codes)) for i in range(len(tokens))]
         first = equal.index(False) if False in equal else len(tokens)
         gaps = (logits - expected).abs().amax(-1).tolist()
