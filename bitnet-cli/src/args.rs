@@ -112,6 +112,7 @@ impl Command {
                 | Self::Chat(_)
                 | Self::Serve(_)
                 | Self::Batch(_)
+                | Self::Bench(_)
                 | Self::Logits(_)
                 | Self::Perplexity(_)
                 | Self::Eval(_)
