@@ -13,7 +13,7 @@ pub fn not_on_metal(op: &str) -> Error {
 }
 
 /// `metal_fwd` of a custom op of 1, 2 or 3 arguments, or of one that works in place on the first of 2: the error of
-/// [`not_on_metal`](crate::metal::not_on_metal).
+/// `metal::not_on_metal`.
 #[macro_export]
 macro_rules! no_metal_fwd {
     (1) => {
