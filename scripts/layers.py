@@ -18,6 +18,7 @@ MAY_USE = {
     "isolated": set(),
     "storage": set(),
     "pages": set(),
+    "metal": set(),
     "calibration": {"kernels", "pages", "threads"},
     "threads": set(),
     "quant": {"error", "storage", "threads"},

@@ -73,6 +73,11 @@ pub enum Command {
     Batch(Box<commands::batch::Args>),
     /// Measure speed and memory, and how close they come to what the machine allows
     Bench(Box<commands::bench::Args>),
+    /// Examine this machine: what it has, whether all back ends compute the same, and what to set
+    Doctor(commands::doctor::Args),
+    /// Try a back end
+    #[command(hide = true)]
+    Trial,
     /// Say what a model is and what it needs
     Info(commands::info::Args),
     /// Fetch a model from the Hub into the cache
@@ -112,9 +117,11 @@ impl Command {
                 | Self::Chat(_)
                 | Self::Serve(_)
                 | Self::Batch(_)
+                | Self::Bench(_)
                 | Self::Logits(_)
                 | Self::Perplexity(_)
                 | Self::Eval(_)
+                | Self::Trial
         )
     }
 }

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use candle_core::{Device, utils::cuda_is_available};
+use candle_core::{Device, DeviceLocation, utils::cuda_is_available};
 
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +28,9 @@ impl FromStr for DeviceChoice {
             Some(("cuda", index)) => Self::Cuda(
                 index.parse().with_context(|| format!("`{index}` is no number of a device"))?,
             ),
+            None if name == "metal" => bail!(
+                "Metal is not implemented: compute on `cpu` (docs/metal.md says what is missing)"
+            ),
             _ => bail!("give cpu, cuda, cuda:N or auto"),
         })
     }
@@ -51,6 +54,15 @@ impl DeviceChoice {
     }
 }
 
+/// What `--device` calls it.
+pub fn name(device: &Device) -> String {
+    match device.location() {
+        DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+        DeviceLocation::Cpu => "cpu".into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,6 +74,8 @@ mod tests {
         assert_eq!(parse("cuda"), Some(DeviceChoice::Cuda(0)));
         assert_eq!(parse("cuda:3"), Some(DeviceChoice::Cuda(3)));
         assert_eq!(parse("auto"), Some(DeviceChoice::Auto));
+        let metal = "metal".parse::<DeviceChoice>().unwrap_err().to_string();
+        assert!(metal.contains("not implemented"), "{metal}");
         for wrong in ["", "tpu", "cuda:", "cuda:-1", "cpu:0"] {
             assert_eq!(parse(wrong), None, "{wrong}");
         }

@@ -11,6 +11,8 @@ mod device;
 mod engines;
 mod folder;
 mod interrupt;
+mod limits;
+mod machine;
 mod model;
 mod openai;
 mod picture;

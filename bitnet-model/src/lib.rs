@@ -40,6 +40,7 @@ pub mod hub;
 mod isolated;
 pub mod kernels;
 pub mod kv_cache;
+pub mod metal;
 pub mod model;
 pub mod nn;
 pub mod ops;

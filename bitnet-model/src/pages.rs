@@ -133,6 +133,32 @@ pub fn small_pages(len: usize) -> io::Result<MmapMut> {
     Ok(mapping)
 }
 
+/// Which part of the mapping that holds `bytes`, as far as it is memory, lies in large pages; `None` where the system does
+/// not count them.
+pub fn large_part(bytes: &[u8]) -> Option<f64> {
+    let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+    large_part_in(&maps, bytes.as_ptr() as usize)
+}
+
+/// [`large_part`] of the mapping with this address, from the text of `smaps`: a line `first-last …` of addresses, then a
+/// line for each property.
+fn large_part_in(maps: &str, address: usize) -> Option<f64> {
+    let holds = |line: &&str| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let [first, last] = range.map(|(first, last)| {
+            [first, last].map(|address| usize::from_str_radix(address, 16).unwrap_or(0))
+        })?;
+        Some((first..last).contains(&address))
+    };
+    let mut properties = maps.lines().skip_while(|line| holds(line) != Some(true)).skip(1);
+    let mut kib = |name: &str| -> Option<f64> {
+        let value = properties.find_map(|line| line.strip_prefix(name))?;
+        value.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    let (resident, large) = (kib("Rss:")?, kib("AnonHugePages:")?);
+    (resident > 0.).then(|| large / resident)
+}
+
 impl Deref for Pages {
     type Target = [u8];
 
@@ -169,5 +195,24 @@ mod tests {
         for (i, part) in parts.iter().enumerate() {
             assert!(part.iter().all(|&byte| byte == i as u8 + 1));
         }
+    }
+
+    #[test]
+    fn large_pages_are_those_of_the_mapping() {
+        let maps = "1000-2000 rw-p 00000000 00:00 0\nSize: 4 kB\nRss: 4 kB\nAnonHugePages: 0 kB\n\
+                    200000-800000 rw-p 0 00:00 0\nRss:            4096 kB\nAnonHugePages:  2048 kB\n\
+                    900000-a00000 rw-p 0 00:00 0\nRss: 0 kB\nAnonHugePages: 0 kB\n";
+        assert_eq!(large_part_in(maps, 0x1fff), Some(0.));
+        assert_eq!(large_part_in(maps, 0x7fffff), Some(0.5));
+        assert_eq!(large_part_in(maps, 0x900000), None); // nothing of it is memory
+        assert_eq!(large_part_in(maps, 0x800000), None);
+        let mut part = Arena::default().zeroed(8 << 20).unwrap();
+        part.fill(1);
+        if cfg!(target_os = "linux") {
+            assert!((0. ..=1.).contains(&large_part(&part).unwrap()));
+        }
+        let mut small = small_pages(2 * PAGE).unwrap();
+        small.fill(1);
+        assert_eq!(large_part(&small).unwrap_or(0.), 0.);
     }
 }

@@ -202,6 +202,8 @@ impl CustomOp2 for HeadLoss {
         Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
     }
 
+    bitnet_model::no_metal_fwd!(2);
+
     fn bwd(
         &self,
         hidden: &Tensor,

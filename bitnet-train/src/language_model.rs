@@ -237,6 +237,8 @@ impl CustomOp1 for Seed {
         Ok((CpuStorage::F32(vec![0.]), Shape::from(())))
     }
 
+    bitnet_model::no_metal_fwd!(1);
+
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(Some(self.dy.clone()))
     }

@@ -111,6 +111,8 @@ impl CustomOp1 for CrossEntropy {
         Ok((CpuStorage::F32(vec![(nats / self.items) as f32]), Shape::from(())))
     }
 
+    bitnet_model::no_metal_fwd!(1);
+
     fn bwd(
         &self,
         logits: &Tensor,
@@ -163,6 +165,8 @@ impl CustomOp1 for SoftmaxMinusOnehot {
         );
         Ok((CpuStorage::F32(grad), layout.shape().clone()))
     }
+
+    bitnet_model::no_metal_fwd!(1);
 }
 
 /// The contiguous f32 values of a matrix and the length of its rows.

@@ -74,6 +74,8 @@ impl CustomOp2 for QatMatmul {
         Ok((CpuStorage::F32(y), y_shape.into()))
     }
 
+    bitnet_model::no_metal_fwd!(2);
+
     fn bwd(
         &self,
         x: &Tensor,

@@ -6,6 +6,7 @@ pub mod chat;
 pub mod completions;
 pub mod convert;
 pub mod diff;
+pub mod doctor;
 pub mod download;
 pub mod eval;
 pub mod generate;
@@ -29,6 +30,8 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Batch(args) => batch::run(&args, global),
         Command::Serve(args) => serve::run(args, global),
         Command::Bench(args) => bench::run(&args, global),
+        Command::Doctor(args) => doctor::run(&args, global),
+        Command::Trial => doctor::trial::run(global),
         Command::Info(args) => info::run(args, global),
         Command::Download(args) => download::run(args, global),
         Command::Train(command) => train::run(command, global),

@@ -20,6 +20,7 @@ impl StatsFile {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
         writeln!(file, "{}", status::statistics(app))?;
+        // Whoever watches may be another user, whatever the umask that keeps this one's other files secret.
         #[cfg(unix)]
         file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
         file.as_file().sync_data()?;

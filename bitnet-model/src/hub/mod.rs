@@ -22,6 +22,7 @@ mod cache;
 mod client;
 mod env;
 mod files;
+mod summary;
 mod transfer;
 mod wanted;
 
@@ -29,12 +30,12 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use hf_hub::RepoType;
 
-pub use self::files::ModelFiles;
 use self::{
     cache::RepoCache,
     client::{Client, Failure},
     files::OPTIONAL_FILES,
 };
+pub use self::{files::ModelFiles, summary::HubSummary};
 use crate::{Error, Result};
 
 /// How often a failing request is repeated, and how long after.

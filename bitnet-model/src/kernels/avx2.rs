@@ -3,17 +3,15 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Kernel, ROWS, Tile, TileFormat, head, peak,
+    Kernel, ROWS, Tile, TileFormat, head,
+    instructions::requirements,
+    peak,
     simd::{LANES, Simd, routines},
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avx2",
-    is_available: || {
-        is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-    },
+    requires: requirements!["avx2", "fma", "f16c"],
     accumulate,
     accumulate_trits,
     routines: routines!(Avx2(()), 2 x 3, 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]),

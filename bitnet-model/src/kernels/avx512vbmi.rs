@@ -9,12 +9,21 @@ use std::arch::x86_64::*;
 use super::{
     Kernel, ROWS, Tile, TileFormat,
     avx512vnni::{self, add, broadcast, lanes, load, multiply},
+    instructions::requirements,
     tile::TRIT_CODES,
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avx512vbmi",
-    is_available: || (avx512vnni::KERNEL.is_available)() && is_x86_feature_detected!("avx512vbmi"),
+    requires: requirements![
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512vnni",
+        "avx512vbmi",
+        "fma"
+    ],
     accumulate_trits,
     ..avx512vnni::KERNEL
 };

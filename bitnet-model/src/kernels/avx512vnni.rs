@@ -3,20 +3,15 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Kernel, ROWS, Tile, TileFormat, avx2, head, peak,
+    Kernel, ROWS, Tile, TileFormat, avx2, head,
+    instructions::requirements,
+    peak,
     simd::{LANES, Simd, routines},
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avx512vnni",
-    is_available: || {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("fma")
-    },
+    requires: requirements!["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma"],
     accumulate,
     accumulate_trits: avx2::accumulate_trits, // what AVX-512 would gain needs VBMI
     routines: routines!(

@@ -5,7 +5,9 @@ use std::arch::x86_64::*;
 use super::{
     Kernel, ROWS, Tile, TileFormat,
     avx2::{self, Avx2, add, broadcast, halves},
-    head, peak,
+    head,
+    instructions::requirements,
+    peak,
     simd::routines,
 };
 
@@ -14,12 +16,7 @@ const COLS: usize = TileFormat::TwoBit.cols();
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "avxvnni",
-    is_available: || {
-        is_x86_feature_detected!("avxvnni")
-            && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-    },
+    requires: requirements!["avxvnni", "avx2", "fma", "f16c"],
     accumulate: {
         #[target_feature(enable = "avx2,fma,avxvnni")]
         fn vex(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
@@ -37,13 +34,7 @@ pub(super) static KERNEL: Kernel = Kernel {
 #[cfg(test)]
 pub(super) static EVEX: Kernel = Kernel {
     name: "avx512vnni, 256 bits",
-    is_available: || {
-        is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-    },
+    requires: requirements!["avx512vnni", "avx512vl", "avx2", "fma", "f16c"],
     accumulate: {
         #[target_feature(enable = "avx2,fma,avx512vnni,avx512vl")]
         fn evex(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {

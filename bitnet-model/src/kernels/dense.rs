@@ -1,7 +1,7 @@
 //! Full-precision products and reductions in a fixed order.
 //!
 //! Every sum over `i` is sixteen partial sums, lane `l` taking `i = l, l + 16, l + 32, …` in that order, and then the
-//! tree of [`Simd::sum4`]; a ragged end is padded with zeros. Only [`weighted_sum`] and [`axpy`], whose lanes are
+//! tree of [`Simd::sum4`]; a ragged end is padded with zeros. Only [`weighted_sums`] and [`axpy`], whose lanes are
 //! separate outputs, take their terms one by one.
 
 use std::array;

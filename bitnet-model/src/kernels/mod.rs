@@ -22,6 +22,7 @@ mod dense;
 mod exp;
 mod gemm;
 pub mod head;
+mod instructions;
 #[cfg(target_arch = "aarch64")]
 mod neondot;
 mod peak;
@@ -37,20 +38,21 @@ mod vectorized;
 
 use std::fmt;
 
-use self::simd::Routines;
 pub use self::{
     choice::{ChoiceError, KERNEL_VARIABLE, active, choose},
     dense::{DenseWeights, Matrix},
     gemm::{PanelProduct, PanelWidths},
+    instructions::{InstructionSet, instruction_sets},
     tile::{ROWS, Tile, TileFormat},
     vectorized::{Loop, vectorized},
 };
+use self::{instructions::Requirement, simd::Routines};
 
 /// One instruction set's routines. Only this module makes kernels and only [`available`] hands them out, so a
 /// reference is the proof that the processor has the instructions.
 pub struct Kernel {
     name: &'static str,
-    is_available: fn() -> bool,
+    requires: &'static [Requirement],
     accumulate: Accumulate,
     accumulate_trits: Accumulate,
     routines: Routines,
@@ -78,7 +80,7 @@ static KERNELS: &[&Kernel] = &[
 
 /// The kernels this processor can run, fastest first.
 pub fn available() -> impl Iterator<Item = &'static Kernel> {
-    KERNELS.iter().copied().filter(|kernel| (kernel.is_available)())
+    KERNELS.iter().copied().filter(|kernel| kernel.is_available())
 }
 
 /// The kernel with this [name](Kernel::name), if the processor can run it.

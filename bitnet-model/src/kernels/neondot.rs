@@ -1,17 +1,19 @@
 //! NEON with dot products: `sdot` adds four products of signed bytes, codes as they are and activations of one lane of a
 //! register, to 32-bit sums.
 
-use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
+use std::arch::{aarch64::*, asm};
 
 use super::{
-    Kernel, ROWS, Tile, TileFormat, head, peak,
+    Kernel, ROWS, Tile, TileFormat, head,
+    instructions::requirements,
+    peak,
     simd::{LANES, Simd, routines},
     tile::TRIT_CODES,
 };
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "neondot",
-    is_available: || is_aarch64_feature_detected!("dotprod"),
+    requires: requirements!["dotprod"],
     accumulate: accumulate::<{ TileFormat::TwoBit.lanes() }>,
     accumulate_trits: accumulate::<{ TileFormat::Trits.lanes() }>,
     routines: routines!(Neon, 2 x 2, 6 x 1),

@@ -9,7 +9,7 @@ use super::{
 
 pub(super) static KERNEL: Kernel = Kernel {
     name: "scalar",
-    is_available: || true,
+    requires: &[],
     accumulate: accumulate::<4, 4>,
     accumulate_trits: accumulate::<3, 5>,
     routines: routines!(Scalar, 2 x 2, 4 x 1),

@@ -16,7 +16,7 @@ static TEST_KERNELS: &[&Kernel] = &[
 
 /// Every kernel that this processor can run.
 pub(super) fn tested() -> impl Iterator<Item = &'static Kernel> {
-    let more = TEST_KERNELS.iter().copied().filter(|kernel| (kernel.is_available)());
+    let more = TEST_KERNELS.iter().copied().filter(|kernel| kernel.is_available());
     available().chain(more)
 }
 

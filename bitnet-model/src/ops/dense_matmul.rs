@@ -67,6 +67,8 @@ impl CustomOp2 for DenseMatmul {
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
+    crate::no_metal_fwd!(2);
+
     /// `dx = dy·W`, and `dW = dyᵀ·x` unless the weight is frozen.
     fn bwd(
         &self,

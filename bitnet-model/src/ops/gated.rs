@@ -107,6 +107,8 @@ impl CustomOp2 for Gated {
         cuda::ops::gated(self.act, (gate, gate_layout), (up, up_layout))
     }
 
+    crate::no_metal_fwd!(2);
+
     fn bwd(
         &self,
         gate: &Tensor,

@@ -75,6 +75,8 @@ impl CustomOp2 for RmsNorm {
         cuda::ops::rms_norm((x, x_layout), (weight, weight_layout), self.eps)
     }
 
+    crate::no_metal_fwd!(2);
+
     /// With `r = rsqrt(mean(x²) + ε)` and `u = dy·weight`:
     /// `dx = r·u − x·r³·mean(u·x)`, `dweight = Σ_rows dy·x·r`.
     fn bwd(

@@ -110,6 +110,8 @@ impl CustomOp3 for Rope {
         cuda::ops::rope((x, x_layout), (cos, cos_layout), (sin, sin_layout), shape)
     }
 
+    crate::no_metal_fwd!(3);
+
     /// The gradient turns back by the same angle.
     fn bwd(
         &self,

@@ -128,6 +128,8 @@ impl CustomOp1 for TernaryMatmul {
         cuda::ops::ternary_product(x, layout, weights, self.product.input, self.shape(layout))
     }
 
+    crate::no_metal_fwd!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let (weights, part) = (self.weights.clone(), self.part.clone());
         let (precision, shape) = (self.product.backward, x.shape().clone());
@@ -162,6 +164,8 @@ impl CustomOp1 for Gradient {
         let bf16 = self.precision == Precision::Bf16;
         cuda::ops::ternary_gradient(dy, layout, weights, bf16, self.shape.clone())
     }
+
+    crate::no_metal_fwd!(1);
 }
 
 /// `dx = Σ scale · dy·codes` for `dy` (tokens, Σ out_features) of stacked matrices; `dx` (tokens, in_features) is

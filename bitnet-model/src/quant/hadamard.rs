@@ -43,6 +43,8 @@ impl CustomOp1 for Hadamard {
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
+    crate::no_metal_fwd!(1);
+
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         hadamard(dy).map(Some)
     }

@@ -12,7 +12,7 @@
 //! - binary weights, `sign(w − mean(w)) · mean|w|`, of the first BitNet (arXiv:2310.11453);
 //! - 4-bit activations, `clip(round(x · 7 / max|x|), -8, 7)`, as BitNet a4.8 and v2 have them but with the absolute
 //!   maximum in place of the mean;
-//! - activations rotated by a [`hadamard`] transform before they are rounded (arXiv:2504.18415).
+//! - activations rotated by a [`hadamard()`] transform before they are rounded (arXiv:2504.18415).
 //!
 //! [`Quantizer`] is what they have in common; a [`Scheme`] says which of them each projection has.
 //!

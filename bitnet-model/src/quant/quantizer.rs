@@ -141,7 +141,7 @@ impl Quantizer for ActivationCodes {
 pub struct ActivationQuantizer {
     /// The integers.
     pub codes: ActivationCodes,
-    /// Whether the input is [rotated](hadamard) first: outliers spread over the row, and the weight is learnt in
+    /// Whether the input is [rotated](hadamard()) first: outliers spread over the row, and the weight is learnt in
     /// rotated coordinates.
     pub hadamard: bool,
 }

@@ -91,6 +91,8 @@ impl CustomOp1 for Op {
         Ok((CpuStorage::F32(vec![loss as f32]), Shape::from(())))
     }
 
+    bitnet_model::no_metal_fwd!(1);
+
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let (_, columns) = x.dims2()?;
         let Divergence { temperature, rows, divisor } = &self.divergence;

@@ -175,6 +175,8 @@ impl CustomOp3 for LowRankProduct {
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
+    bitnet_model::no_metal_fwd!(3);
+
     fn bwd(
         &self,
         x: &Tensor,

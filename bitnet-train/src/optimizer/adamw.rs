@@ -230,6 +230,8 @@ impl InplaceOp2 for AdamWOp<'_> {
             });
         Ok(())
     }
+
+    bitnet_model::no_metal_fwd!(in place 2);
 }
 
 impl Coefficients {

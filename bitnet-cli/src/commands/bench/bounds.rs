@@ -3,10 +3,8 @@
 use bitnet_model::{kv_cache::KvCache, model::Model, ops::KvType, session::PREFILL_CHUNK};
 use serde::Serialize;
 
-use super::{
-    limits::Limits,
-    plan::{Kind, Test},
-};
+use super::plan::{Kind, Test};
+use crate::limits::Limits;
 
 /// What a token costs, as the model has it.
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -7,8 +7,6 @@
 mod bounds;
 mod compare;
 mod energy;
-mod limits;
-mod machine;
 mod memory;
 mod plan;
 mod presets;
@@ -37,7 +35,6 @@ use self::{
     bounds::Work,
     compare::Comparison,
     energy::Energy,
-    machine::Machine,
     plan::Plan,
     presets::{Level, Preset},
     report::{Findings, Report},
@@ -45,7 +42,8 @@ use self::{
 };
 use crate::{
     args::Global,
-    interrupt,
+    device, interrupt,
+    machine::Machine,
     model::{ModelArgs, kv_type},
 };
 
@@ -121,6 +119,7 @@ Limits, measured before and after the tests, the better of the two:
               second-level cache, divided by the ternary weights. For one sequence.
   multiply    the kernel's multiply instruction on registers, divided by the ternary weights and
               the weights of the head for each row of logits. Attention is not counted.
+  A device is not measured: with --device there are speeds and no limits.
   For comparison: bytes read from pages of 4 KiB, and the ternary kernel on weights in memory.
   `reached` is the speed divided by what the tightest of these allows.
 
@@ -160,6 +159,7 @@ Examples:
 /// Runs it.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let machine = Machine::here();
+    let device = global.device()?;
     let old = args.compare.as_deref().map(compare::read).transpose()?;
     let load_start = Instant::now();
     let mut source = args.model.open(global)?;
@@ -175,7 +175,7 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let interrupt = interrupt::flag()?;
     let mut runner = Runner::new(&plan, &interrupt, global.quiet);
     // Where the peak of memory cannot be reset, it would count the buffers of this measurement.
-    if memory::reset_peak() {
+    if device.is_cpu() && memory::reset_peak() {
         runner.measure_limits(&source)?;
         memory::reset_peak();
     }
@@ -183,17 +183,26 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     runner.say("loading");
     let start = Instant::now();
     let model = match plan.screened {
-        true => source.load(&Device::Cpu)?,
-        false => load_unscreened(&source)?,
+        true => source.load(&device)?,
+        false => load_unscreened(&source, &device)?,
     };
     let load_time = open_time + start.elapsed();
     let work = Work::of(&model, plan.kv_type);
     let energy = Energy::open();
     let run = runner.run(&model, load_time, &energy)?;
     drop(model);
-    runner.measure_limits(&source)?;
+    if device.is_cpu() {
+        runner.measure_limits(&source)?;
+    }
 
-    let findings = Findings { machine, work, run, limits: runner.limits(), energy: &energy };
+    let findings = Findings {
+        device: device::name(&device),
+        machine,
+        work,
+        run,
+        limits: runner.limits(),
+        energy: &energy,
+    };
     let mut report = Report::new(&source, &plan, args, findings);
     report.interrupted = interrupt.load(Ordering::Relaxed);
     if let Some(old) = old {
@@ -220,12 +229,12 @@ pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 }
 
 /// The model with embedding and head as tensors: every row of the head is multiplied as it is stored.
-fn load_unscreened(source: &Source) -> anyhow::Result<Model> {
+fn load_unscreened(source: &Source, device: &Device) -> anyhow::Result<Model> {
     Ok(match source.config.quantization {
         Some(quantization) => {
             let linears = BitLinears::new(quantization).with_format(source.tile_format());
-            source.load_with(&linears, &Device::Cpu)?
+            source.load_with(&linears, device)?
         }
-        None => source.load_with(&DenseLinears, &Device::Cpu)?,
+        None => source.load_with(&DenseLinears, device)?,
     })
 }

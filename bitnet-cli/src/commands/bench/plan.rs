@@ -1,17 +1,17 @@
 //! What to measure: flags, preset and level, resolved and checked against the model and the machine before anything is
 //! loaded.
 
-use std::num::NonZeroUsize;
+use std::{num::NonZeroUsize, path::Path};
 
 use anyhow::{bail, ensure};
 use bitnet_model::{kv_cache::KvCache, ops::KvType, pretrained::Source, threads};
 
 use super::{
     Args,
-    memory::{available, model_bytes, working_bytes},
+    memory::{model_bytes, working_bytes},
     presets::{Allowance, Level},
 };
-use crate::statistics::Bytes;
+use crate::{machine::available_memory, statistics::Bytes};
 
 /// One line of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +107,7 @@ impl Plan {
         let screened =
             args.level != Level::Baseline || args.model.lm_head.is_some() || args.model.low_memory;
         let memory = Memory {
-            available: available(),
+            available: available_memory(Path::new("/")),
             model: model_bytes(source, screened),
             kv_token: KvCache::token_bytes(&source.config, kv_type) as u64,
         };

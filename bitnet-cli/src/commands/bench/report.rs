@@ -8,12 +8,11 @@ use super::{
     bounds::Work,
     compare::Comparison,
     energy::Energy,
-    limits::Limits,
-    machine::Machine,
     plan::Plan,
     presets::{Level, Preset},
     runner::{Measurement, Run},
 };
+use crate::{limits::Limits, machine::Machine};
 
 /// Tells a report from other JSON.
 pub const FORMAT: &str = "bitnet-bench";
@@ -32,6 +31,8 @@ pub struct Report {
     pub bitnet: &'static str,
     /// The model.
     pub model: ModelInfo,
+    /// Where the model computes: `cpu` or `cuda:N`.
+    pub device: String,
     /// Instruction set.
     pub kernel: &'static str,
     /// Output head: `exact`, `q8`, `q6` or `q4`.
@@ -48,7 +49,7 @@ pub struct Report {
     pub machine: Machine,
     /// What a token costs.
     pub work: Work,
-    /// What the machine can do, for each number of threads.
+    /// What the processor can do, for each number of threads; empty if a device computes.
     pub limits: Vec<Limits>,
     /// Finding, reading and checking the model.
     pub load_seconds: f64,
@@ -116,6 +117,8 @@ pub struct Row {
 /// What a run found out.
 #[derive(Debug)]
 pub struct Findings<'a> {
+    /// What computed.
+    pub device: String,
     /// Where it ran.
     pub machine: Machine,
     /// What a token costs.
@@ -131,7 +134,7 @@ pub struct Findings<'a> {
 impl Report {
     /// Puts the parts together.
     pub fn new(source: &Source, plan: &Plan, args: &Args, findings: Findings<'_>) -> Self {
-        let Findings { machine, work, run, limits, energy } = findings;
+        let Findings { device, machine, work, run, limits, energy } = findings;
         let cache = machine.cache_bytes;
         let mut rows: Vec<Row> = run
             .measurements
@@ -148,6 +151,7 @@ impl Report {
                 parameters: source.config.parameters(),
                 config: source.config.to_json(),
             },
+            device,
             kernel: kernels::active().name(),
             lm_head: source.lm_head.name(),
             kv_cache: plan.kv_type.name(),

@@ -18,11 +18,13 @@ use candle_core::{IndexOp, Tensor};
 
 use super::{
     energy::Energy,
-    limits::{Limits, set_threads},
     memory,
     plan::{Kind, Plan, Test},
 };
-use crate::statistics::peak_memory;
+use crate::{
+    limits::{Limits, set_threads},
+    statistics::peak_memory,
+};
 
 /// Tokens of the prompt after which the first token is timed.
 const FIRST_PROMPT: usize = 16;

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::report::{Report, Row};
 use crate::{
+    limits::Limits,
     progress::{bytes, count},
     statistics::Bytes,
 };
@@ -54,11 +55,7 @@ impl Table {
 /// For a terminal.
 pub fn plain(report: &Report) -> String {
     let mut text = summary(report).join("\n") + "\n";
-    for table in [limits(report), results(report)] {
-        text += "\n";
-        text += &table.plain();
-    }
-    if let Some(table) = ratios(report) {
+    for table in tables(report) {
         text += "\n";
         text += &table.plain();
     }
@@ -71,13 +68,18 @@ pub fn plain(report: &Report) -> String {
 pub fn markdown(report: &Report) -> String {
     let mut text = String::new();
     summary(report).iter().for_each(|line| _ = writeln!(text, "- {line}"));
-    for table in [limits(report), results(report)].into_iter().chain(ratios(report)) {
+    for table in tables(report) {
         text += "\n";
         text += &table.markdown();
     }
     text += "\n";
     closing(report).iter().for_each(|line| _ = writeln!(text, "- {line}"));
     text
+}
+
+fn tables(report: &Report) -> impl Iterator<Item = Table> {
+    let limits = (!report.limits.is_empty()).then(|| limits(report));
+    limits.into_iter().chain([results(report)]).chain(ratios(report))
 }
 
 /// A line for each test; what is not known is empty.
@@ -129,10 +131,11 @@ fn quoted(field: &str) -> String {
 fn summary(report: &Report) -> Vec<String> {
     let machine = &report.machine;
     let mut lines = vec![format!(
-        "bitnet {}, {}: {} parameters; kernel {}, head {}, keys and values {}",
+        "bitnet {}, {}: {} parameters; device {}, kernel {}, head {}, keys and values {}",
         report.bitnet,
         report.model.name,
         count(report.model.parameters),
+        report.device,
         report.kernel,
         report.lm_head,
         report.kv_cache,
@@ -154,7 +157,7 @@ fn summary(report: &Report) -> Vec<String> {
 
 fn limits(report: &Report) -> Table {
     let giga = |value: f64| format!("{:.1}", value * 1e-9);
-    let row = |limits: &super::limits::Limits| {
+    let row = |limits: &Limits| {
         vec![
             limits.threads.to_string(),
             giga(limits.read_large_pages),

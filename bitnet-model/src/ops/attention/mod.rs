@@ -160,6 +160,8 @@ impl CustomOp3 for Attention {
         cuda::ops::attention(dims.on_device(), [q, k, v], &self.starts, q_shape.clone())
     }
 
+    crate::no_metal_fwd!(3);
+
     fn bwd(
         &self,
         q: &Tensor,

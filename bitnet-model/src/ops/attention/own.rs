@@ -96,6 +96,8 @@ impl CustomOp3 for SelfAttention {
         cuda::ops::attention(dims.on_device(), [q, k, v], &self.0.starts, shape)
     }
 
+    crate::no_metal_fwd!(3);
+
     fn bwd(
         &self,
         q: &Tensor,

@@ -5,6 +5,7 @@ use std::{
     hint::black_box,
     io,
     num::NonZeroUsize,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -18,7 +19,7 @@ use bitnet_model::{
 };
 use serde::Serialize;
 
-use super::machine::last_level_cache;
+use crate::machine::last_level_cache;
 
 /// The least bytes read to measure bandwidth.
 const LEAST_BUFFER: usize = 64 << 20;
@@ -60,7 +61,7 @@ pub struct Limits {
 
 /// Bytes read to measure bandwidth.
 pub fn buffer_bytes() -> usize {
-    let caches = CACHES * last_level_cache().unwrap_or(0);
+    let caches = CACHES * last_level_cache(Path::new("/")).unwrap_or(0);
     caches.next_multiple_of(PART).max(LEAST_BUFFER)
 }
 
