@@ -4,20 +4,23 @@
 #
 #   scripts/fuzz.sh [SECONDS] [TARGET...]      60 seconds each of gguf, request and safetensors; 1200: an hour in all
 #
-# What runs in continuous integration is tests/mutated.rs, which needs no sanitizers and follows no coverage.
-#
-# Needs cargo-fuzz (cargo install cargo-fuzz) and a C++ compiler. Inputs that reach new code are kept in fuzz/corpus.
+# Needs a C++ compiler for libFuzzer, which a crate brings. Inputs that reach new code are kept in fuzz/corpus, those that fail in
+# fuzz/artifacts. The first input of a program is a valid one of tests/mutated.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}
 targets=("${@:2}")
 ((${#targets[@]})) || targets=(gguf request safetensors)
-cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is not installed: cargo install --locked cargo-fuzz" >&2 && exit 77; }
-# Small valid files of tests/mutated.rs.
+"${CXX:-c++}" --version >/dev/null 2>&1 || { echo "${0##*/}: no C++ compiler (${CXX:-c++})" >&2 && exit 77; }
+
+target_dir=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+# With the features of the whole workspace, so that nothing but its own crates is compiled again.
 BITNET_FUZZ_CORPUS=$PWD/fuzz/corpus cargo test --quiet --workspace --test mutated seeds_of_the_fuzzer -- --ignored
+RUSTC_WORKSPACE_WRAPPER=$PWD/scripts/rustc_counters.sh \
+    cargo build --workspace --features bitnet-fuzz/libfuzzer "${targets[@]/#/--bin=fuzz_}"
 
 seed() { # what is valid, to begin with
-    mkdir -p "fuzz/corpus/$1"
+    mkdir -p "fuzz/corpus/$1" "fuzz/artifacts/$1"
     case $1 in
     request)
         printf '\0%s' '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "n": 2, "logprobs": true, "top_logprobs": 3, "stop": ["a"], "tools": [{"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}], "tool_choice": "auto"}' >fuzz/corpus/request/chat
@@ -27,10 +30,9 @@ seed() { # what is valid, to begin with
     esac
 }
 
-# Sanitizers are unstable flags, which the pinned compiler takes this way.
-export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=${FUZZ_TARGET_DIR:-$PWD/fuzz/target}
 for target in "${targets[@]}"; do
     printf '\n== %s\n' "$target"
     seed "$target"
-    cargo fuzz run "$target" -- -max_total_time="$seconds" -rss_limit_mb=4096 -timeout=20 -max_len=65536 -print_final_stats=1
+    "$target_dir/debug/fuzz_$target" "fuzz/corpus/$target" -artifact_prefix="fuzz/artifacts/$target/" -max_total_time="$seconds" \
+        -rss_limit_mb=4096 -timeout=20 -max_len=65536 -print_final_stats=1
 done
