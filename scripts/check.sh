@@ -82,12 +82,23 @@ real_client() {
     scripts/serve_clients.sh --light "${CARGO_TARGET_DIR:-target}/release/bitnet"
 }
 
-# Damaged files and requests, others each time, for half a minute: two programs of tests on two threads each.
+# Damaged files and requests, others each time, for a few seconds each: two programs of tests on two threads each.
 # (With the features of the whole workspace, so that nothing is compiled again.)
 mutated_inputs() {
-    export BITNET_FUZZ_SECONDS=3 BITNET_FUZZ_SEED=$RANDOM
+    export BITNET_FUZZ_SECONDS=1 BITNET_FUZZ_SEED=$RANDOM
     cargo test --workspace --test mutated -- --nocapture --test-threads 2 &&
         cargo test --workspace --bin bitnet mutated -- --nocapture
+}
+
+# What libFuzzer makes of valid files and requests, for half a minute.
+fuzzed_inputs() {
+    local status=0
+    scripts/fuzz.sh 10 >"$scratch/fuzzed" 2>&1 || status=$?
+    case $status in
+    0) grep -E '^(==|Done)' "$scratch/fuzzed" ;;
+    77) tail -n 1 "$scratch/fuzzed" && echo "   *** SKIPPED: nothing was fuzzed ***" ;;
+    *) tail -n 40 "$scratch/fuzzed" && return "$status" ;;
+    esac
 }
 
 # Two processes under mpirun train as one does with twice the batch.
@@ -125,6 +136,7 @@ step "clippy" cargo clippy --workspace --all-targets -- -D warnings
 step "a C++ compiler" host_compiler_is_there
 step "tests" cargo test --workspace
 step "damaged files and requests" mutated_inputs
+step "files and requests that libFuzzer makes" fuzzed_inputs
 step "two ranks over MPI" two_ranks
 step "documentation" documentation
 step "CUDA kernels" cuda_compiles

@@ -155,7 +155,11 @@ impl Global {
             LogFormat::Json => log.json().flatten_event(true).init(),
         }
         if self.device_choice()? != DeviceChoice::Cpu && !command.computes_on_devices() {
-            bail!("--device {}: this command computes on `cpu` only so far", self.device);
+            let device = &self.device;
+            match command {
+                Command::Doctor(_) => bail!("--device {device}: `bitnet doctor` tries them all"),
+                _ => bail!("--device {device}: this command computes on `cpu` only so far"),
+            }
         }
         if let Some(kernel) = self.kernel() {
             kernels::choose(kernel).with_context(|| format!("--kernel {kernel}"))?;

@@ -35,16 +35,29 @@ static MODEL: LazyLock<Model> = LazyLock::new(|| {
     let source = Source::open("default", Default::default(), &Hub::from_env()).unwrap();
     let tokenizer = source.tokenizer().unwrap().unwrap();
     let grammars = GrammarFactory::new(&tokenizer, source.config.vocab_size);
-    Model { tokenizer, grammars, config: source.config.clone(), generation: source.generation.clone() }
+    Model {
+        tokenizer,
+        grammars,
+        config: source.config.clone(),
+        generation: source.generation.clone(),
+    }
 });
 
 fuzz_target!(|data: &[u8]| {
     let Some((route, body)) = data.split_first() else { return };
     let Ok(body) = serde_json::from_slice(body) else { return };
     let Model { tokenizer, config, generation, grammars } = &*MODEL;
-    let (adapters, limits) = (BTreeMap::new(), Lengths { prompt: 400, new: 64, texts: 300, bytes: 100_000 });
-    let reader =
-        Reader { model: "default", adapters: &adapters, tokenizer, config, generation, grammars, limits };
+    let (adapters, limits) =
+        (BTreeMap::new(), Lengths { prompt: 400, new: 64, texts: 300, bytes: 100_000 });
+    let reader = Reader {
+        model: "default",
+        adapters: &adapters,
+        tokenizer,
+        config,
+        generation,
+        grammars,
+        limits,
+    };
     match route % 5 {
         0 => drop(reader.read(Route::Chat, &body)),
         1 => drop(reader.read(Route::Completion, &body)),
