@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests of a CUDA device (bitnet-model/tests/device.rs) without one: Candle's `Device::new_cuda`, our launches and the PTX
+# Runs the tests of a CUDA device (tests/device.rs of bitnet-model and bitnet-train) without one: Candle's `Device::new_cuda`, our launches and the PTX
 # that nvcc makes of all kernels, behind the stand-in for the driver of tests/ptx, which executes PTX.
 #
 #   scripts/cuda_interpret.sh [ARGUMENT...]      # arguments go to the tests: names, for example
-#   scripts/cuda_interpret.sh --prepare          # builds all, runs nothing, and prints the test program and its environment
+#   scripts/cuda_interpret.sh --prepare          # builds all, runs nothing, and prints the test programs and their environment
 #
 # Three runs: as sm_80, the same with the threads of a block in descending order, and as sm_75. Needs the compiler of
 # scripts/cuda_toolkit.sh. Has a target folder of its own, since what Candle builds here is not for a device; the first build takes
@@ -42,10 +42,10 @@ CARGO_TARGET_DIR=$target/build cargo build --locked -p ptx-interpreter
 cp "$target/build/debug/libptx_interpreter.so" "$lib/libcuda.so"
 for library in cublas cublasLt curand nvrtc cudart; do ln -sf libcuda.so "$lib/lib$library.so"; done
 
-# Neither Candle's kernels nor ours are compiled into the program: it names them, and the stand-in takes them from the folder.
+# Neither Candle's kernels nor ours are compiled into the programs: they name them, and the stand-in takes them from the folder.
 variables=(NVCC="$PWD/scripts/nvcc_stand_in.sh" CUDARC_CUDA_VERSION=13040 CUDA_COMPUTE_CAP=80 LIBRARY_PATH="$lib"
     LD_LIBRARY_PATH="$lib" CARGO_TARGET_DIR="$target/build")
-test=(env -u BITNET_NVCC "${variables[@]}" cargo test -p bitnet-model --features cuda --test device --locked)
+test=(env -u BITNET_NVCC "${variables[@]}" cargo test -p bitnet-model -p bitnet-train --features bitnet-model/cuda,bitnet-train/cuda --test device --locked)
 if [[ ${1-} == --prepare ]]; then
     "${test[@]}" --no-run --message-format json |
         python3 -c '

@@ -3,8 +3,8 @@
 
     scripts/cuda_mutations.py [WORD...]     # only the bugs whose names contain a word
 
-A bug is a change of text. Those of a kernel are compiled by nvcc and executed with the program of
-`scripts/cuda_interpret.sh --prepare`; those of the Rust code are compiled into a program of their own first, in a copy
+A bug is a change of text. Those of a kernel are compiled by nvcc and executed with the programs of
+`scripts/cuda_interpret.sh --prepare`; those of the Rust code are compiled into programs of their own first, in a copy
 of the tree. Prints a table of what found each bug, and fails if one was not found. Standard library only; needs the
 compiler of scripts/cuda_toolkit.sh. Takes some seconds a bug of a kernel, a minute of the Rust code.
 """
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,11 +26,17 @@ SECONDS = 600  # of a run
 # Words of the tests that look at what a file does; of other files, all tests.
 TESTS = {
     "attention.cu": ["attention"],
-    "gated.cu": ["gates"],
+    "attention_backward.cu": ["gradients"],
+    "dense.cu": ["floats", "ends", "screened"],
+    "gated.cu": ["gates", "gradients"],
+    "gemm.cu": ["gradients"],
+    "head.cu": ["ends", "screened"],
+    "loss.cu": ["gradients"],
     "mma.cuh": ["products"],
     "quantize.cuh": ["products"],
-    "rms_norm.cu": ["norms"],
+    "rms_norm.cu": ["norm", "gradients"],
     "rope.cu": ["rotations"],
+    "ternarize.cu": ["gradients", "halfway"],
     "ternary_backward.cu": ["gradients"],
     "ternary_gemm.cu": ["products"],
     "ternary_gemv.cu": ["products"],
@@ -67,23 +74,53 @@ BUGS = [
     ("angles of another token", "rope.cu", "token % angle_rows * half", "token / angle_rows * half"),
     ("a rotation the other way", "rope.cu", "x1 * c - x2 * s", "x1 * c + x2 * s"),
     ("an element too many of a gate", "gated.cu", "min(width, (blockIdx.y + 1) * GATED)", "(blockIdx.y + 1) * GATED"),
-    ("a chain of 256", "ternary_backward.cu", "CHAIN = 512", "CHAIN = 256"),
-    ("bfloat16 cut off", "ternary_backward.cu", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits"),
+    ("a chain of 256", "reduce.cuh", "CHAIN = 512", "CHAIN = 256"),
+    ("bfloat16 cut off", "floats.cuh", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits"),
     ("a column too many of a gradient", "ternary_backward.cu", "if (token < tokens && col < w.cols) dx[", "if (token < tokens && col <= w.cols) dx["),
     ("a query sees the next position", "attention.cu", "query % shape.seq + 1;", "query % shape.seq + 2;"),
     ("another head's keys", "attention.cu", "kv_head = blockIdx.y / parts", "kv_head = blockIdx.y % parts"),
     ("no scale of int8 keys", "attention.cu", "if constexpr (T::SCALED) score *=", "if constexpr (false) score *="),
     ("blocks merged without their maxima", "attention.cu", "sum = sum * before + partial.sum * now", "sum = sum + partial.sum * now"),
-    ("half the grid of a product", "launch.rs", "tokens.div_ceil(GEMV_TOKENS), 1]", "tokens / GEMV_TOKENS, 1]"),
-    ("no last block of tokens", "launch.rs", "tokens.div_ceil(block_tokens), 1];\n                Self", "tokens / block_tokens, 1];\n                Self"),
-    ("a stride of a dense row", "launch.rs", "vec![Arg::U64(x.address), Arg::U64(x.stride as u64), Arg::U32(dim(x.width))]", "vec![Arg::U64(x.address), Arg::U64(x.width as u64), Arg::U32(dim(x.width))]"),
-    ("arguments exchanged", "launch.rs", "Arg::U64(cos),\n            Arg::U64(sin)", "Arg::U64(sin),\n            Arg::U64(cos)"),
-    ("half a block of threads", "launch.rs", "const ROW_THREADS: u32 = 256", "const ROW_THREADS: u32 = 128"),
-    ("room for codes that are not padded", "ops.rs", "rows * padded(width)", "rows * width"),
-    ("room for one partial result", "ops.rs", "uninitialized::<f32>(device, 2 * count)", "uninitialized::<f32>(device, count)"),
+    ("another order of a dense sum", "dense.cu", "sums[t][r] = fmaf(value, values[r], sums[t][r])", "sums[t][r] += value * values[r]"),
+    ("a row behind the last one is written", "dense.cu", "row0 + r < w.rows) y[", "row0 + r <= w.rows) y["),
+    ("rows of the head that are not those listed", "dense.cu", "w.ids ? w.ids[row] : row", "row"),
+    ("a token too many of a dense product", "dense.cu", "min(DENSE_TOKENS, tokens - first)", "DENSE_TOKENS"),
+    ("activations of the head cut off", "head.cu", "__float2int_rn(x[i] * factor) : 0, hi", "int(x[i] * factor) : 0, hi"),
+    ("low halves of activations of others", "head.cu", "(signed char)(value - 64 * hi)", "(signed char)(value - 63 * hi)"),
+    ("groups of the head in another order", "head.cu", "out[t] = at.half ? fmaf(other_scale, other, out[t]) : fmaf(scale, sum, out[t]);", "out[t] = at.half ? fmaf(scale, sum, out[t]) : fmaf(other_scale, other, out[t]);"),
+    ("no offset of the head's codes", "head.cu", "lo - Codes::OFFSET * x.sums[place]", "lo"),
+    ("high bits of six exchanged", "head.cu", "i < 4 ? high.x : high.y", "i < 4 ? high.y : high.x"),
+    ("a scale of another group", "head.cu", "__ldg(scales + group * HEAD_BAND", "__ldg(scales + 2 * pair * HEAD_BAND"),
+    ("half of a row of eight bits", "head.cu", "hi[t] + __shfl_xor_sync(ALL_LANES, hi[t], 1)", "hi[t]"),
+    ("a sum of the norm's gradient without its order", "rms_norm.cu", "sum = fmaf(dy[i] * weight[i], x[i], sum)", "sum += dy[i] * weight[i] * x[i]"),
+    ("shares of 32 rows", "rms_norm.cu", "SHARE_ROWS = 64", "SHARE_ROWS = 32"),
+    ("a derivative of relu", "gated.cu", "2.f * positive}", "positive}"),
+    ("no barrier before more of the depth", "gemm.cu", "__syncthreads(); // all have read", "// all have read"),
+    ("factors that are not divided", "gemm.cu", "x * (1.f / divisors[d])", "x"),
+    ("a sum that replaces what is there", "gemm.cu", "!shape.add && depth0 < CHAIN", "depth0 < CHAIN"),
+    ("means of single precision", "ternarize.cu", "double sum = 0.;", "float sum = 0.f;"),
+    ("weights rounded up at a half", "ternarize.cu", "half_up ? y >= 1.f : x > 0.5f", "y >= 1.f"),
+    ("no barrier before the sum of a chunk", "ternarize.cu", "parts[threadIdx.x] = sum;\n    __syncthreads();", "parts[threadIdx.x] = sum;"),
+    ("probabilities of hidden keys", "attention_backward.cu", "if (!inside) scores[row + key] = 0.f;", ""),
+    ("no barrier before the mean", "attention_backward.cu", "sum = fmaf(p[i], ds[i], sum);\n        sum = sum_lanes(sum);\n        if (threadIdx.x == 0) sums[1] = sum;\n    }\n    __syncthreads();", "sum = fmaf(p[i], ds[i], sum);\n        sum = sum_lanes(sum);\n        if (threadIdx.x == 0) sums[1] = sum;\n    }"),
+    ("no target in the loss's gradient", "loss.cu", "i == target ? value - scale : value", "value"),
+    ("a target's logit of another row", "loss.cu", "logits[targets[row]]", "logits[targets[0]]"),
+    ("blocks of rows too few", "launch/vocabulary.rs", "(w.rows as usize).div_ceil(block_rows), 1]", "w.rows as usize / block_rows, 1]"),
+    ("signs of eight bits left out", "head_layout.rs", "0x8080_8080 } else { 0 }", "0 } else { 0 }"),
+    ("a norm that is not applied", "ops/mod.rs", "let quantize = match &norm {", "let quantize = match &norm.filter(|_| false) {"),
+    ("keys from the first one on", "ops/gradients.rs", "row * strides.row + begin * strides.position", "row * strides.row"),
+    ("gradients of the other factor", "ops/latent.rs", "Factor::index_inner(rows, dy.address), codes.factors)", "Factor::index_inner(rows, dy.address), 0)"),
+    ("rows of the loss that do not count", "ops/loss.rs", "(row_ids.address, count)", "(target_ids.address, count)"),
+    ("half the grid of a product", "launch/mod.rs", "tokens.div_ceil(GEMV_TOKENS), 1]", "tokens / GEMV_TOKENS, 1]"),
+    ("no last block of tokens", "launch/mod.rs", "tokens.div_ceil(block_tokens), 1];\n                Self", "tokens / block_tokens, 1];\n                Self"),
+    ("a stride of a dense row", "launch/mod.rs", "vec![Arg::U64(x.address), Arg::U64(x.stride as u64), Arg::U32(dim(x.width))]", "vec![Arg::U64(x.address), Arg::U64(x.width as u64), Arg::U32(dim(x.width))]"),
+    ("arguments exchanged", "launch/mod.rs", "Arg::U64(cos),\n            Arg::U64(sin)", "Arg::U64(sin),\n            Arg::U64(cos)"),
+    ("half a block of threads", "launch/mod.rs", "const ROW_THREADS: u32 = 256", "const ROW_THREADS: u32 = 128"),
+    ("room for codes that are not padded", "ops/mod.rs", "rows * padded(width)", "rows * width"),
+    ("room for one partial result", "ops/mod.rs", "uninitialized::<f32>(device, 2 * count)", "uninitialized::<f32>(device, count)"),
     ("a view from the beginning of its buffer", "device.rs", "as_cuda_slice()?, layout.start_offset())", "as_cuda_slice()?, 0)"),
-    ("the first matrix of a stack for any", "ops.rs", "words.address + word as u64", "words.address"),
-    ("a gradient that is not added", "ops.rs", "rows, index > 0, bf16", "rows, false, bf16"),
+    ("the first matrix of a stack for any", "ops/mod.rs", "words.address + word as u64", "words.address"),
+    ("a gradient that is not added", "ops/mod.rs", "rows, index > 0, bf16", "rows, false, bf16"),
 ]
 
 
@@ -110,19 +147,20 @@ def includers(folder, file):
 
 
 def prepared(tree):
-    """The test program of a tree, and the variables that it needs."""
+    """The test programs of a tree, and the variables that they need."""
     command = [tree / "scripts/cuda_interpret.sh", "--prepare"]
     environment = {"CARGO_TARGET_DIR": str(ROOT / "target"), **os.environ}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         return None
-    program, *variables = done.stdout.split()
-    return program, dict(variable.split("=", 1) for variable in variables)
+    lines = done.stdout.split()
+    variables = [line for line in lines if "=" in line]
+    return [line for line in lines if line not in variables], dict(variable.split("=", 1) for variable in variables)
 
 
-def reason(program, variables, tests=()):
-    """What some tests say of a program, or nothing if they are satisfied."""
-    for run in [{}, {"BITNET_CUDA_CAPABILITY": "75"}]:
+def reason(programs, variables, tests=()):
+    """What some tests of the programs say, or nothing if they are satisfied."""
+    for program, run in product(programs, [{}, {"BITNET_CUDA_CAPABILITY": "75"}]):
         try:
             done = subprocess.run(
                 [program, "--test-threads", "2", *tests], env={**os.environ, **variables, **run}, timeout=SECONDS,
@@ -137,7 +175,7 @@ def reason(program, variables, tests=()):
     return None
 
 
-def kernel_bug(program, variables, file, before, after):
+def kernel_bug(programs, variables, file, before, after):
     with tempfile.TemporaryDirectory() as scratch:
         sources, ptx = Path(scratch, "cuda"), Path(scratch, "ptx")
         shutil.copytree(ROOT / CUDA, sources)
@@ -149,7 +187,7 @@ def kernel_bug(program, variables, file, before, after):
                 flags = ["-ptx", "-std=c++17", "-O3", "-fmad=false", "-w", f"-arch=compute_{capability}"]
                 if subprocess.run([NVCC, *flags, "-o", name, sources / source]).returncode:
                     return "does not compile"
-        return reason(program, {**variables, "BITNET_CUDA_PTX": str(ptx)}, TESTS.get(file, []))
+        return reason(programs, {**variables, "BITNET_CUDA_PTX": str(ptx)}, TESTS.get(file, []))
 
 
 def rust_bug(file, before, after):
@@ -160,20 +198,20 @@ def rust_bug(file, before, after):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
     changed(tree / CUDA, file, before, after)
-    program = prepared(tree)
-    return reason(*program) if program else "does not compile"
+    programs = prepared(tree)
+    return reason(*programs) if programs else "does not compile"
 
 
 def main():
     words = sys.argv[1:]
     bugs = [bug for bug in BUGS if not words or any(word in bug[0] or word in bug[1] for word in words)]
-    program = prepared(ROOT)
-    if not program or reason(*program):
+    programs = prepared(ROOT)
+    if not programs or reason(*programs):
         sys.exit("the tests fail without a bug")
     missed = 0
     print("| bug | file | found by |\n| --- | --- | --- |")
     for name, file, before, after in bugs:
-        found = rust_bug(file, before, after) if file.endswith(".rs") else kernel_bug(*program, file, before, after)
+        found = rust_bug(file, before, after) if file.endswith(".rs") else kernel_bug(*programs, file, before, after)
         missed += found is None
         print(f"| {name} | `{file}` | {found or '**nothing**'} |", flush=True)
     print(f"{len(bugs) - missed} of {len(bugs)} found", file=sys.stderr)

@@ -9,4 +9,5 @@ cd "$(dirname "$0")/.."
 nvcc=${BITNET_NVCC:-${BITNET_CUDA_TOOLKIT:-$HOME/.cache/bitnet-cuda/13.4}/nvidia/cu13/bin/nvcc}
 [[ -x $nvcc ]] || { echo "${0##*/}: no $nvcc: run scripts/cuda_toolkit.sh, or set BITNET_NVCC" >&2 && exit 1; }
 BITNET_NVCC=$nvcc NVCC=$PWD/scripts/nvcc_stand_in.sh CUDARC_CUDA_VERSION=13040 CUDA_COMPUTE_CAP=80 \
-    cargo clippy -p bitnet-model -p bitnet-cli --features bitnet-model/cuda,bitnet-cli/cuda --locked "$@" -- -D warnings
+    cargo clippy -p bitnet-model -p bitnet-train -p bitnet-cli --features bitnet-model/cuda,bitnet-train/cuda,bitnet-cli/cuda \
+    --locked "$@" -- -D warnings

@@ -12,7 +12,7 @@ use bitnet_model::{
     model::Model,
     nn::{BitLinears, Changed, HeadPrecision, LmHead, NEGLIGIBLE, Need, ScreenedHead, Vocabulary},
     pretrained::{DEFAULT, Precision, Source},
-    rows::{RowSource, TensorRows},
+    rows::{Table, TensorRows},
     sampler::{Sampler, SamplingParams},
     score::{ScoreRequest, loglikelihood},
     session::{GenerateOptions, Session},
@@ -81,6 +81,10 @@ fn adversary(seed: u64, traits: u32) -> (Vec<f32>, Vec<f32>) {
     (rows, hidden)
 }
 
+fn table(rows: &Tensor) -> Table {
+    Table::new(Arc::new(TensorRows::new(rows).unwrap()))
+}
+
 struct Heads {
     full: Arc<dyn LmHead>,
     screened: ScreenedHead,
@@ -94,7 +98,7 @@ impl Heads {
             Tensor::from_vec(rows, (VOCAB, HIDDEN), device).unwrap().to_dtype(dtype).unwrap();
         Self {
             full: Vocabulary::from_tensors(rows.clone(), rows.clone()).lm_head,
-            screened: ScreenedHead::new(Arc::new(TensorRows::new(&rows).unwrap())).unwrap(),
+            screened: ScreenedHead::new(table(&rows)).unwrap(),
             hidden: Tensor::from_vec(hidden, (1, HIDDEN), device).unwrap(),
         }
     }
@@ -226,7 +230,7 @@ fn rows_of_a_batch_have_their_own_needs() {
     let (rows, _) = adversary(5, 0);
     let device = &Device::Cpu;
     let rows = Tensor::from_vec(rows, (VOCAB, HIDDEN), device).unwrap();
-    let head = ScreenedHead::new(Arc::new(TensorRows::new(&rows).unwrap())).unwrap();
+    let head = ScreenedHead::new(table(&rows)).unwrap();
     let hidden = Tensor::randn(0f32, 1., (11, HIDDEN), device).unwrap();
     let top = |k| Need::Top { k, changed: Changed::default() };
     let needs: Vec<Need> = (0..11).map(|i| if i == 4 { Need::All } else { top(i + 1) }).collect();
@@ -245,9 +249,7 @@ fn rows_of_a_batch_have_their_own_needs() {
 
 /// The fixture's model with rows read from its files.
 fn with_stored_rows(fixture: &Fixture, precision: HeadPrecision) -> Model {
-    let rows = |name| -> Arc<dyn RowSource> {
-        Arc::new(StoredRows::new(&fixture.checkpoint, name).unwrap())
-    };
+    let rows = |name| Table::new(Arc::new(StoredRows::new(&fixture.checkpoint, name).unwrap()));
     let embed_tokens = rows("model.embed_tokens.weight");
     let lm_head = match fixture.config.tie_word_embeddings {
         true => embed_tokens.clone(),

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda::resident::{HeadCopy, Resident};
 use crate::{
     kernels::{
         self, Kernel, ROWS,
@@ -24,6 +26,8 @@ pub struct HeadWeights {
     format: HeadFormat,
     rows: usize,
     cols: usize,
+    #[cfg(feature = "cuda")]
+    resident: Resident<HeadCopy>,
 }
 
 #[derive(Debug)]
@@ -102,7 +106,15 @@ impl HeadWeights {
             }
         };
         errors.first()?;
-        Ok(Self { lines, scales, format, rows, cols })
+        Ok(Self {
+            lines,
+            scales,
+            format,
+            rows,
+            cols,
+            #[cfg(feature = "cuda")]
+            resident: Default::default(),
+        })
     }
 
     /// The bytes that a head of `rows` × `cols` takes.
@@ -120,6 +132,11 @@ impl HeadWeights {
         (self.rows, self.cols)
     }
 
+    /// Bits of a weight.
+    pub fn format(&self) -> HeadFormat {
+        self.format
+    }
+
     /// Bytes at rest.
     pub fn bytes(&self) -> usize {
         let scales = match &self.scales {
@@ -127,6 +144,12 @@ impl HeadWeights {
             Scales::Groups(groups) => size_of_val(&groups[..]),
         };
         self.lines.len() + scales
+    }
+
+    /// The copy on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn resident(&self) -> &Resident<HeadCopy> {
+        &self.resident
     }
 
     /// The bounds of each band of 8 bits; none in other formats.
@@ -137,7 +160,13 @@ impl HeadWeights {
         }
     }
 
-    fn band(&self, band: usize) -> HeadBand<'_> {
+    /// Bands of sixteen rows.
+    pub(crate) fn bands(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+
+    /// Sixteen rows.
+    pub(crate) fn band(&self, band: usize) -> HeadBand<'_> {
         let groups = self.cols.div_ceil(GROUP);
         let width = groups * self.format.lines_per_group();
         let lines = &self.lines.as_chunks().0[band * width..][..width];

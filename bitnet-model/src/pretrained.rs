@@ -22,7 +22,7 @@ use crate::{
     model::Model,
     nn::{BitLinears, DenseLinears, HeadPrecision, LinearFactory, Vocabulary},
     pages,
-    rows::RowSource,
+    rows::Table,
     synthetic,
     text::Tokenizer,
     weights::TernaryWeight,
@@ -54,9 +54,6 @@ pub enum Precision {
     /// looking at a model rather than running it.
     AsFound,
 }
-
-/// Rows of an embedding or a head.
-type Rows = Arc<dyn RowSource>;
 
 /// Where a model lies.
 #[derive(Clone, Debug)]
@@ -355,7 +352,7 @@ impl Source {
             Some(linears) => linears,
             None => &DenseLinears,
         };
-        let Some((embed_tokens, lm_head)) = self.stored_rows(device)? else {
+        let Some((embed_tokens, lm_head)) = self.stored_rows()? else {
             return self.load_with(linears, device);
         };
         let vb = self.checkpoint.var_builder(self.embedding_dtype(), device);
@@ -402,15 +399,17 @@ impl Source {
     }
 
     /// Rows of embedding and head, unless these are small and exact.
-    fn stored_rows(&self, device: &Device) -> Result<Option<(Rows, Rows)>> {
-        // A head in a device's memory would be a product of floats, which only the processor computes.
-        if !self.reads_rows() && device.is_cpu() {
+    fn stored_rows(&self) -> Result<Option<(Table, Table)>> {
+        if !self.reads_rows() {
             return Ok(None);
         }
-        let embed_tokens: Rows = Arc::new(StoredRows::new(&self.checkpoint, EMBED_TOKENS)?);
+        let table = |name| -> Result<_> {
+            Ok(Table::new(Arc::new(StoredRows::new(&self.checkpoint, name)?)))
+        };
+        let embed_tokens = table(EMBED_TOKENS)?;
         let lm_head = match self.config.tie_word_embeddings {
             true => embed_tokens.clone(),
-            false => Arc::new(StoredRows::new(&self.checkpoint, LM_HEAD)?),
+            false => table(LM_HEAD)?,
         };
         Ok(Some((embed_tokens, lm_head)))
     }

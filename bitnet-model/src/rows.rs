@@ -1,10 +1,12 @@
 //! The rows of a matrix that need not be in memory: of the embedding, and of the output head, which are read row by row.
 
-use std::{fmt::Debug, ops::Range};
+use std::{fmt::Debug, ops::Range, sync::Arc};
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::{bf16, slice::HalfFloatSliceExt};
 
+#[cfg(feature = "cuda")]
+use crate::cuda::resident::{Resident, RowsCopy};
 use crate::{
     kernels::{DenseWeights, Matrix},
     storage::with_slice,
@@ -25,6 +27,37 @@ pub trait RowSource: Debug + Send + Sync {
     /// If there are no such rows.
     fn with_rows(&self, range: Range<usize>, visit: &mut dyn FnMut(DenseWeights<'_>))
     -> Result<()>;
+}
+
+/// Rows that several read: an embedding and a head that is tied to it. A device has one copy of them, made when it first
+/// needs it.
+#[derive(Clone, Debug)]
+pub struct Table {
+    source: Arc<dyn RowSource>,
+    #[cfg(feature = "cuda")]
+    resident: Resident<RowsCopy>,
+}
+
+impl Table {
+    /// The rows of `source`.
+    pub fn new(source: Arc<dyn RowSource>) -> Self {
+        Self {
+            source,
+            #[cfg(feature = "cuda")]
+            resident: Resident::default(),
+        }
+    }
+
+    /// Where the rows are read.
+    pub fn source(&self) -> &dyn RowSource {
+        &*self.source
+    }
+
+    /// The copy on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn resident(&self) -> &Resident<RowsCopy> {
+        &self.resident
+    }
 }
 
 /// Rows in memory.

@@ -8,6 +8,8 @@ use std::{io, ops::Deref};
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda::resident::{Resident, StackCopy};
 use crate::{
     activations::QuantizedActivations,
     kernels::{
@@ -32,7 +34,7 @@ pub struct TernaryWeight {
     scale: f32,
     /// Of the stack that this matrix begins.
     #[cfg(feature = "cuda")]
-    resident: crate::cuda::resident::Resident,
+    resident: Resident<StackCopy>,
 }
 
 /// Tiles by themselves, or beside others in large pages.
@@ -286,7 +288,7 @@ impl TernaryWeight {
 
     /// The copy of the stack that this matrix begins on a device.
     #[cfg(feature = "cuda")]
-    pub(crate) fn resident(&self) -> &crate::cuda::resident::Resident {
+    pub(crate) fn resident(&self) -> &Resident<StackCopy> {
         &self.resident
     }
 

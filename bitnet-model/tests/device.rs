@@ -9,12 +9,15 @@ use std::sync::{Arc, OnceLock};
 
 use bitnet_model::{
     config::Activation,
+    head_weights::HeadWeights,
     hub::Hub,
-    kernels::TileFormat,
+    kernels::{TileFormat, head::HeadFormat},
     model::Model,
+    nn::{Changed, HeadPrecision, LmHead, Need, ScreenedHead},
     ops::{self, KvType, TernaryProduct, gemm::Precision},
     pretrained::{self, Source},
     quant::{ActivationCodes, Rounding},
+    rows::{Table, TensorRows},
     weights::TernaryWeight,
 };
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -201,6 +204,136 @@ fn attention_is_that_of_the_processor() {
     });
 }
 
+#[test]
+fn products_with_floats_are_those_of_the_processor() {
+    for dtype in [DType::F32, DType::BF16] {
+        for (tokens, rows, cols) in [(1, 3, 40), (2, 70, 17), (9, 20, 300)] {
+            check(&format!("{tokens} × {rows} × {cols}, {dtype:?}"), |device| {
+                let weight = tensor(&[rows + 1, cols], 19, device).to_dtype(dtype)?;
+                ops::dense_matmul(&view(&[tokens, cols], 20, device), &weight.narrow(0, 1, rows)?)
+            });
+        }
+    }
+}
+
+const HEADS: [HeadFormat; 3] = [HeadFormat::Q8, HeadFormat::Q6, HeadFormat::Q4];
+
+#[test]
+fn both_ends_of_the_network_are_those_of_the_processor() {
+    for (dtype, rows, cols) in [(DType::F32, 37, 70), (DType::BF16, 130, 64)] {
+        let weight = tensor(&[rows, cols], 21, &Device::Cpu).to_dtype(dtype).unwrap();
+        let table = Table::new(Arc::new(TensorRows::new(&weight).unwrap()));
+        for tokens in [1, 5] {
+            let what = format!("{tokens} × {rows} × {cols}");
+            let hidden = |device: &Device| view(&[tokens, cols], 22, device);
+            for ids in [None, Some(&[3, 36, 0][..])] {
+                check(&what, |device| ops::table_product(&hidden(device), &table, ids));
+            }
+            for format in HEADS {
+                let head = Arc::new(HeadWeights::quantize(table.source(), format).unwrap());
+                check(&format!("{what}, {format:?}"), |device| {
+                    ops::head_product(&hidden(device), &head)
+                });
+            }
+        }
+        check("embedding", |device| {
+            let ids = Tensor::new(&[9u32, 36, 0, 9, 1], device)?.narrow(0, 1, 3)?;
+            ops::embed(&ids, &table)
+        });
+    }
+}
+
+/// Logits, −∞ where the screen excluded a token, and the numbers of rescored rows are all the same.
+#[test]
+fn screened_logits_are_those_of_the_processor() {
+    let weight = tensor(&[700, 64], 23, &Device::Cpu);
+    let needs = || {
+        let changed = || Changed { freely: vec![5, 699], downwards: vec![7] };
+        vec![
+            Need::Top { k: 1, changed: Changed::default() },
+            Need::Top { k: 5, changed: changed() },
+            Need::All,
+            Need::Mass { temperature: 0.3, changed: changed() },
+        ]
+    };
+    let logits = |device: &Device| {
+        let table = Table::new(Arc::new(TensorRows::new(&weight).unwrap()));
+        let head = ScreenedHead::new(table).unwrap();
+        head.logits(&tensor(&[4, 64], 24, device), &needs()).unwrap()
+    };
+    let expected = logits(&Device::Cpu);
+    assert_eq!(logits(cuda()), expected);
+    assert!(expected[0].rescored.is_some_and(|rows| rows < 88), "the screen excludes most");
+}
+
+/// The gradients of an op's inputs on both devices, one after another, for a reproducible gradient of its result.
+fn check_gradients(what: &str, inputs: &[&[usize]], op: impl Fn(&[Var]) -> Result<Tensor>) {
+    let gradients = |device: &Device| -> Result<Vec<Tensor>> {
+        let seeds = 30..30 + inputs.len() as u32;
+        let vars = inputs
+            .iter()
+            .zip(seeds)
+            .map(|(shape, seed)| Var::from_tensor(&tensor(shape, seed, device)));
+        let vars = vars.collect::<Result<Vec<Var>>>()?;
+        let y = op(&vars)?;
+        let grads = (&y * tensor(y.dims(), 29, device))?.backward()?;
+        Ok(vars.iter().map(|var| grads.get(var).expect("a gradient").clone()).collect())
+    };
+    let found = gradients(cuda()).unwrap();
+    for (i, (found, expected)) in found.iter().zip(gradients(&Device::Cpu).unwrap()).enumerate() {
+        assert!(found.device().is_cuda(), "{what}");
+        assert_same(found, &expected, &format!("{what}, input {i}"));
+    }
+}
+
+#[test]
+fn gradients_of_all_ops_are_those_of_the_processor() {
+    for (rows, width) in [(3, 17), (70, 40)] {
+        check_gradients("norm", &[&[rows, width], &[width]], |vars| {
+            ops::rms_norm(&vars[0], &vars[1], 1e-5)
+        });
+    }
+    check_gradients("gate", &[&[2, 3, 50], &[2, 3, 50]], |vars| {
+        ops::gated(&vars[0], &vars[1], Activation::Relu2)
+    });
+    check_gradients("dense product", &[&[2, 5, 40], &[70, 40]], |vars| {
+        ops::dense_matmul(&vars[0], &vars[1])
+    });
+    check_gradients("rotation", &[&[2, 3, 24]], |vars| {
+        let angles = |seed| tensor(&[1, 3, 4], seed, vars[0].device());
+        ops::rope(&vars[0], 3, &angles(9), &angles(10))
+    });
+    let starts = [0, 0, 2, 2, 0, 0, 0, 5];
+    for starts in [&starts[..], &[]] {
+        check_gradients("own tokens", &[&[2, 4, 4, 8], &[2, 4, 2, 8], &[2, 4, 16]], |vars| {
+            ops::self_attention(&vars[0], &vars[1], &vars[2], starts)
+        });
+    }
+    // More queries than a block of the backward pass has.
+    check_gradients("a context", &[&[1, 130, 2, 4], &[1, 1, 133, 4], &[1, 1, 133, 4]], |vars| {
+        ops::attention(&vars[0], &vars[1], &vars[2], &[])
+    });
+}
+
+/// One launch normalizes and quantizes; the result is that of the two.
+#[test]
+fn products_of_normalized_rows_are_those_of_the_processor() {
+    for (cols, tokens) in [(20, 1), (300, 3)] {
+        let weights = weights(&[18, 5], cols);
+        for rounding in [Rounding::HalfEven, Rounding::HalfUp] {
+            let normed = |device: &Device| {
+                let (x, norm) = (view(&[tokens, cols], 1, device), tensor(&[cols], 2, device));
+                ops::normed_ternary_matmul(&x, (&norm, 1e-5), &weights, rounding)
+            };
+            check(&format!("{tokens} × {cols}, {rounding:?}"), normed);
+            let (x, norm) = (view(&[tokens, cols], 1, cuda()), tensor(&[cols], 2, cuda()));
+            let normalized = ops::rms_norm(&x, &norm, 1e-5).unwrap();
+            let two = ops::ternary_matmul(&normalized, &weights, rounding).unwrap();
+            assert_same(&normed(cuda()).unwrap(), &two, "one op for two");
+        }
+    }
+}
+
 /// Logits of a prompt in one pass, and of the token after it.
 fn logits(model: &Model, kv_type: KvType) -> Result<[Tensor; 2]> {
     let tokens = Tensor::new(&[[5u32, 17, 99, 3, 42, 7, 7, 250]], model.device())?;
@@ -210,15 +343,39 @@ fn logits(model: &Model, kv_type: KvType) -> Result<[Tensor; 2]> {
     Ok([prefill, decode])
 }
 
+/// scripts/cuda_launches.py counts what the stand-in traces between the two lines.
+#[test]
+fn a_token_is_launched() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/bitnet_packed_tied");
+    let mut source =
+        Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
+    source.lm_head = HeadPrecision::Quantized(HeadFormat::Q8);
+    let model = source.load(cuda()).unwrap();
+    let mut cache = model.cache(KvType::F32, 1);
+    let mut next = |id: u32| model.forward(&Tensor::new(&[[id]], cuda())?, &mut cache);
+    next(5).unwrap();
+    eprintln!("begin: a token of {} layers", model.blocks().len());
+    let logits = next(7).unwrap();
+    eprintln!("end");
+    assert!(floats(&logits).iter().all(|logit| logit.is_finite()));
+}
+
 #[test]
 fn a_model_computes_what_it_computes_on_the_processor() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/bitnet_packed_tied");
-    let source = Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
-    let [on_cuda, on_cpu] = [cuda(), &Device::Cpu].map(|device| source.load(device).unwrap());
-    for kv_type in [KvType::F16, KvType::F32] {
-        let found = logits(&on_cuda, kv_type).unwrap();
-        for (found, expected) in found.iter().zip(logits(&on_cpu, kv_type).unwrap()) {
-            assert_same(found, &expected, &format!("{kv_type:?}"));
+    let mut source =
+        Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
+    let same = |source: &Source, kv_type: KvType| {
+        let [found, expected] = [cuda(), &Device::Cpu]
+            .map(|device| logits(&source.load(device).unwrap(), kv_type).unwrap());
+        for (found, expected) in found.iter().zip(expected) {
+            assert_same(found, &expected, &format!("{kv_type:?}, head {:?}", source.lm_head));
         }
+    };
+    same(&source, KvType::F16);
+    same(&source, KvType::F32);
+    for format in HEADS {
+        source.lm_head = HeadPrecision::Quantized(format);
+        same(&source, KvType::F16);
     }
 }

@@ -6,13 +6,17 @@
 
 use std::sync::Mutex;
 
+#[cfg(feature = "cuda")]
+use bitnet_model::cuda;
 use bitnet_model::{
     kernels::{self, Loop, vectorized},
     ops::gemm::{Bf16Factor, Factor, Operand, Precision, gemm, gemm_add, plain},
     storage::contiguous,
     threads,
 };
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, backend::BackendStorage};
 
 use crate::{
     Error, Result,
@@ -62,6 +66,13 @@ struct HeadLoss {
 }
 
 struct Gradients {
+    hidden: Tensor,
+    /// None if the weight is frozen.
+    weight: Option<Tensor>,
+}
+
+/// [`Gradients`] on the CPU, of whatever shapes.
+struct Values {
     hidden: Vec<f32>,
     /// Empty if the weight is frozen.
     weight: Vec<f32>,
@@ -87,8 +98,8 @@ impl HeadLoss {
         hidden: &[f32],
         (by_hidden, by_vocab): (impl Operand + Copy, impl Operand + Copy),
         (vocab, k): (usize, usize),
-    ) -> (f32, Gradients) {
-        let mut gradients = Gradients {
+    ) -> (f32, Values) {
+        let mut gradients = Values {
             hidden: vec![0.; hidden.len()],
             weight: vec![0.; if self.trains_weight { vocab * k } else { 0 }],
         };
@@ -125,6 +136,11 @@ impl HeadLoss {
             }
         }
         ((nats / self.items as f64) as f32, gradients)
+    }
+
+    /// For the backward pass.
+    fn keep(&self, gradients: Gradients) {
+        *self.gradients.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradients);
     }
 
     /// The loss of a row of logits, which become its gradient.
@@ -186,7 +202,7 @@ impl CustomOp2 for HeadLoss {
             bail!("{}: hidden states {:?} for a head of {k}", self.name(), hidden_layout.shape());
         }
         let hidden = contiguous::<f32>(hidden, hidden_layout)?;
-        let (loss, gradients) = match weight {
+        let (loss, values) = match weight {
             CpuStorage::BF16(_) => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
                 let by_hidden = Bf16Factor::depth_inner(k, &weight);
@@ -198,16 +214,48 @@ impl CustomOp2 for HeadLoss {
                 self.run(&hidden, (by_hidden, Factor::index_inner(k, &weight, plain)), shape)
             }
         };
-        *self.gradients.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradients);
+        let of_weight = || Tensor::from_vec(values.weight, shape, &Device::Cpu);
+        let weight = self.trains_weight.then(of_weight).transpose()?;
+        let hidden = Tensor::from_vec(values.hidden, hidden_layout.shape(), &Device::Cpu)?;
+        self.keep(Gradients { hidden, weight });
         Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
     }
 
     bitnet_model::no_metal_fwd!(2);
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        hidden: &CudaStorage,
+        hidden_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (vocab, k) = weight_layout.shape().dims2()?;
+        if hidden_layout.dims().last() != Some(&k) {
+            bail!("{}: hidden states {:?} for a head of {k}", self.name(), hidden_layout.shape());
+        }
+        let ids = |all: &[usize]| Vec::from_iter(all.iter().map(|id| *id as u32));
+        let of = cuda::ops::HeadLossOf {
+            rows: &ids(&self.rows),
+            targets: &ids(&self.targets),
+            items: self.items,
+            slice: slice_rows(self.rows.len(), vocab),
+            bf16: self.precision == Precision::Bf16,
+            trains_weight: self.trains_weight,
+        };
+        let (hidden, weight) = ((hidden, hidden_layout), (weight, weight_layout));
+        let (loss, hidden_gradient, weight) = cuda::ops::head_loss(hidden, weight, of)?;
+        self.keep(Gradients { hidden: hidden_gradient, weight });
+        let device = hidden.0.device();
+        let loss = CudaStorage::wrap_cuda_slice(device.clone_htod(&[loss])?, device.clone());
+        Ok((loss, Shape::from(())))
+    }
+
     fn bwd(
         &self,
-        hidden: &Tensor,
-        weight: &Tensor,
+        _hidden: &Tensor,
+        _weight: &Tensor,
         _loss: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
@@ -217,12 +265,8 @@ impl CustomOp2 for HeadLoss {
             bail!("{} goes backward once, after its forward pass", self.name())
         };
         let scale = f64::from(grad.to_scalar::<f32>()?);
-        let scaled = |values, like: &Tensor| {
-            let gradient = Tensor::from_vec(values, like.shape(), like.device())?;
-            if scale == 1. { Ok(gradient) } else { gradient * scale }
-        };
-        let dweight = self.trains_weight.then(|| scaled(dweight, weight));
-        Ok((Some(scaled(dhidden, hidden)?), dweight.transpose()?))
+        let scaled = |gradient: Tensor| if scale == 1. { Ok(gradient) } else { gradient * scale };
+        Ok((Some(scaled(dhidden)?), dweight.map(scaled).transpose()?))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use bitnet_model::cuda;
 use bitnet_model::{
     activations::{QuantizedActivations, SharedActivations},
     kernels::TileFormat,
@@ -10,6 +12,8 @@ use bitnet_model::{
     storage::{contiguous, with_slice},
     weights::TernaryWeight,
 };
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 /// How a [`qat_matmul`] quantizes, and multiplies backward.
@@ -46,6 +50,19 @@ struct QatMatmul {
     codes: OnceLock<WeightCodes>,
 }
 
+impl QatMatmul {
+    /// The shape of the result; refuses a latent that does not fit.
+    fn shape(&self, x: &Layout, latent: &Layout) -> Result<Shape> {
+        let shape @ (out_features, in_features) = latent.shape().dims2()?;
+        let mut y = x.dims().to_vec();
+        match y.last_mut() {
+            Some(last) if *last == in_features => *last = out_features,
+            _ => bail!("qat-matmul: x {:?} does not fit {shape:?}", x.shape()),
+        }
+        Ok(y.into())
+    }
+}
+
 impl CustomOp2 for QatMatmul {
     fn name(&self) -> &'static str {
         "qat-matmul"
@@ -59,19 +76,28 @@ impl CustomOp2 for QatMatmul {
         latent_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         const FORMAT: TileFormat = TileFormat::TwoBit;
-        let shape @ (out_features, in_features) = latent_layout.shape().dims2()?;
+        let y_shape = self.shape(x_layout, latent_layout)?;
+        let shape @ (_, in_features) = latent_layout.shape().dims2()?;
         let latent = contiguous::<f32>(latent, latent_layout)?;
         let codes = self.codes.get_or_init(|| self.product.weight.codes(&latent));
         let weight = TernaryWeight::from_codes(&latent, shape, *codes, FORMAT);
-        let mut y_shape = x_layout.dims().to_vec();
-        match y_shape.last_mut() {
-            Some(last) if *last == in_features => *last = out_features,
-            _ => bail!("qat-matmul: x {:?} does not fit {shape:?}", x_layout.shape()),
-        }
         let x = contiguous::<f32>(x, x_layout)?;
         let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, FORMAT);
         let y = weight.product(self.input.get_or_quantize(quantize));
-        Ok((CpuStorage::F32(y), y_shape.into()))
+        Ok((CpuStorage::F32(y), y_shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        latent: &CudaStorage,
+        latent_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let shape = self.shape(x_layout, latent_layout)?;
+        let quantizers = (self.product.weight, self.product.input);
+        cuda::ops::latent_product((x, x_layout), (latent, latent_layout), quantizers, shape)
     }
 
     bitnet_model::no_metal_fwd!(2);
@@ -83,6 +109,16 @@ impl CustomOp2 for QatMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            // Both operands are quantized again: that takes less than the memory to keep them.
+            let QatProduct { weight, input, backward } = self.product;
+            let bf16 = backward == Precision::Bf16;
+            let dx = cuda::ops::latent_input_gradient(dy, latent, (weight, bf16), x.shape())?;
+            let of_latent =
+                || cuda::ops::latent_weight_gradient(dy, x, (input, bf16), latent.shape());
+            return Ok((Some(dx), latent.track_op().then(of_latent).transpose()?));
+        }
         let (Some(input), Some(codes)) = (self.input.get(), self.codes.get()) else {
             bail!("{} went backward before forward", self.name())
         };

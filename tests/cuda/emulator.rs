@@ -176,5 +176,10 @@ fn value_of(arg: &Arg) -> &[u8] {
         Arg::Backward(x) => of(x),
         Arg::Attention(x) => of(x),
         Arg::Strides(x) => of(x),
+        Arg::DenseRows(x) => of(x),
+        Arg::HeadActivations(x) => of(x),
+        Arg::HeadMatrix(x) => of(x),
+        Arg::Factor(x) => of(x),
+        Arg::Gemm(x) => of(x),
     }
 }

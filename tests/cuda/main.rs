@@ -13,6 +13,8 @@ mod elementwise;
 mod emulator;
 mod interpreter;
 mod ternary;
+mod training;
+mod vocabulary;
 
 /// A reproducible sequence of values from −1 to 1.
 fn values(len: usize, seed: u32) -> Vec<f32> {

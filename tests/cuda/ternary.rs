@@ -178,13 +178,13 @@ fn gradients_are_those_of_the_cpu() {
                 let dx = Buffer::new(&vec![f32::NAN; tokens * cols]);
                 let (mut first_band, mut first) = (0, 0);
                 for weight in &weights {
+                    let (word, band) = band_offsets(first_band, loaded.chunks);
                     let matrix = BackwardMatrix {
-                        codes: loaded.words.address()
-                            + band_offsets(first_band, loaded.chunks).0 as u64,
+                        codes: loaded.words.address() + word as u64,
+                        bands: loaded.bands.address() + band as u64,
                         rows: weight.out_features() as u32,
                         cols: cols as u32,
                         chunks: loaded.chunks as u32,
-                        scale: weight.scale(),
                     };
                     let address = gradients.address() + 4 * first as u64;
                     let dy = Rows { address, stride, rows: tokens, width: weight.out_features() };

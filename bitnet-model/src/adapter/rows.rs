@@ -23,6 +23,11 @@ impl<'a> RowAdapters<'a> {
         Self { rows, layer }
     }
 
+    /// Whether no row has any.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows.iter().all(Option::is_none)
+    }
+
     /// `y` (batch, seq, out_features), the product of `x` (batch, seq, in_features) and the projection `name`, and in rows
     /// with an adapter what that adds to it.
     pub fn add(&self, name: &str, x: &Tensor, mut y: Tensor) -> Result<Tensor> {

@@ -9,6 +9,7 @@
 // and values are read once for the four. For decoding; prefill is right but reads keys and values once a position.
 
 #include "exp.cuh"
+#include "floats.cuh"
 #include "reduce.cuh"
 
 constexpr unsigned ATTENTION_THREADS = 128;
@@ -38,31 +39,6 @@ struct Strides {
     size_t batch;
     size_t head;
     size_t position;
-};
-
-struct F32 {
-    using Stored = float;
-    static constexpr bool SCALED = false;
-    __device__ __forceinline__ static float widen(float x) { return x; }
-};
-
-struct Bf16 {
-    using Stored = unsigned short;
-    static constexpr bool SCALED = false;
-    __device__ __forceinline__ static float widen(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
-};
-
-struct F16 {
-    using Stored = unsigned short;
-    static constexpr bool SCALED = false;
-    /// Shifted into place the exponent is 112 too small, which a product mends, for subnormals as well; infinity and NaN keep
-    /// all exponent bits.
-    __device__ __forceinline__ static float widen(unsigned short bits) {
-        unsigned magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
-        float finite = __uint_as_float(magnitude) * __uint_as_float((127u + 112u) << 23);
-        unsigned value = (bits & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : __float_as_uint(finite);
-        return __uint_as_float(value | sign);
-    }
 };
 
 /// int8, the f32 scale of a row behind its codes, at any address.

@@ -14,7 +14,10 @@ use candle_core::{
 };
 
 use super::{
-    launch::{Activations, Arg, AttentionShape, BackwardMatrix, Launch, Rows, Strides, Weights},
+    launch::{
+        Activations, Arg, AttentionShape, BackwardMatrix, DenseRows, Factor, GemmShape,
+        HeadActivations, HeadMatrix, Launch, Rows, Strides, Weights,
+    },
     modules,
 };
 use crate::storage::row_stride;
@@ -29,6 +32,16 @@ unsafe impl DeviceRepr for BackwardMatrix {}
 unsafe impl DeviceRepr for AttentionShape {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Strides {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for DenseRows {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for HeadActivations {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for HeadMatrix {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for Factor {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for GemmShape {}
 
 /// Largest grid in each dimension.
 const GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
@@ -67,6 +80,11 @@ pub(super) unsafe fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> 
             Arg::Backward(x) => builder.arg(x),
             Arg::Attention(x) => builder.arg(x),
             Arg::Strides(x) => builder.arg(x),
+            Arg::DenseRows(x) => builder.arg(x),
+            Arg::HeadActivations(x) => builder.arg(x),
+            Arg::HeadMatrix(x) => builder.arg(x),
+            Arg::Factor(x) => builder.arg(x),
+            Arg::Gemm(x) => builder.arg(x),
         };
     }
     let [x, y, z] = *grid;

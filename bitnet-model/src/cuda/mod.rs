@@ -3,6 +3,7 @@
 //! What a launch is, its grid, arguments and order, is decided here without a device ([`launch`], [`layout`]). What carries
 //! it out is either a device, with the feature `cuda`, or the tests' emulator, which compiles the same sources for the host.
 
+pub mod head_layout;
 pub mod launch;
 pub mod layout;
 
@@ -13,6 +14,6 @@ mod device;
 mod modules;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)] // launches
-pub(crate) mod ops;
+pub mod ops;
 #[cfg(feature = "cuda")]
 pub(crate) mod resident;

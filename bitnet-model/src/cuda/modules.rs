@@ -20,12 +20,18 @@ macro_rules! modules {
     };
 }
 
-static MODULES: [Module; 8] = modules![
+static MODULES: [Module; 14] = modules![
     "attention",
+    "attention_backward",
+    "dense",
     "gated",
+    "gemm",
+    "head",
+    "loss",
     "quantize",
     "rms_norm",
     "rope",
+    "ternarize",
     "ternary_backward",
     "ternary_gemm",
     "ternary_gemv"

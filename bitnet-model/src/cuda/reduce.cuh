@@ -9,6 +9,8 @@ constexpr unsigned WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffff;
 /// Partial sums of a sum of floats.
 constexpr unsigned SUM_LANES = 16;
+/// Terms of a chain of fused products, of which the products of training add up several (`DEPTH` in `ops/gemm`).
+constexpr unsigned CHAIN = 512;
 /// Threads of a block of the kernels that take a row each.
 constexpr unsigned ROW_THREADS = 256;
 

@@ -59,3 +59,56 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rms_norm_quantize(
     auto value = [=](unsigned i) { return weight[i] * (x[i] * r); };
     quantize_row(value, width, padded, half_up, {codes + row * (padded / 4), sums + row, factors + row}, shared);
 }
+
+/// The gradient of the norm's input: with u = dy·weight and r the inverse root, dx = r·u − x·r³·mean(u·x). `inverses` (rows) are
+/// the r. All rows are dense. Grid: (rows).
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rms_norm_backward(
+    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ dy, unsigned width, float eps,
+    float* __restrict__ dx, float* __restrict__ inverses) {
+    __shared__ NormShared shared;
+    __shared__ float shrink;
+    size_t row = blockIdx.x;
+    x += row * width;
+    dy += row * width;
+    dx += row * width;
+    float r = inverse_rms(x, width, eps, shared);
+    if (threadIdx.x < WARP) {
+        // Both halves of the warp have the same sum.
+        float sum = 0.f;
+        for (unsigned i = threadIdx.x % SUM_LANES; i < width; i += SUM_LANES) sum = fmaf(dy[i] * weight[i], x[i], sum);
+        float mean = sum_lanes(sum) / float(width);
+        if (threadIdx.x == 0) {
+            shrink = mean * r * r * r;
+            inverses[row] = r;
+        }
+    }
+    __syncthreads();
+    float s = shrink;
+    for (unsigned i = threadIdx.x; i < width; i += ROW_THREADS) dx[i] = r * (dy[i] * weight[i]) - x[i] * s;
+}
+
+/// Rows whose shares are added up one after another: `ROWS` in `ops/rms_norm.rs`.
+constexpr unsigned SHARE_ROWS = 64;
+
+/// What 64 rows give of the gradient of the norm's weight, Σ dy·x·r: `shares` (rows / 64 rounded up, width). Grid: (width / 256
+/// rounded up, shares).
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rms_norm_shares(
+    const float* __restrict__ x, const float* __restrict__ dy, const float* __restrict__ inverses, unsigned rows,
+    unsigned width, float* __restrict__ shares) {
+    unsigned col = blockIdx.x * ROW_THREADS + threadIdx.x, first = blockIdx.y * SHARE_ROWS;
+    if (col >= width) return;
+    float sum = 0.f;
+    for (unsigned row = first; row < min(rows, first + SHARE_ROWS); row++)
+        sum += dy[size_t(row) * width + col] * x[size_t(row) * width + col] * inverses[row];
+    shares[size_t(blockIdx.y) * width + col] = sum;
+}
+
+/// `sums` (width): the sum of `rows` rows, one after another. Grid: (width / 256 rounded up).
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
+sum_rows(const float* __restrict__ x, unsigned rows, unsigned width, float* __restrict__ sums) {
+    unsigned col = blockIdx.x * ROW_THREADS + threadIdx.x;
+    if (col >= width) return;
+    float sum = 0.f;
+    for (unsigned row = 0; row < rows; row++) sum += x[size_t(row) * width + col];
+    sums[col] = sum;
+}

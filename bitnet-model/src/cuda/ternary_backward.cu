@@ -4,6 +4,7 @@
 // added in order. A product with −1, 0 or 1 is exact, but an addition is not: the order is what gives the CPU's bits.
 // Bound by the float units: tokens · rows · cols fused products.
 
+#include "floats.cuh"
 #include "ternary.cuh"
 
 constexpr unsigned BACKWARD_THREADS = 256;
@@ -12,24 +13,16 @@ constexpr unsigned BACKWARD_TOKENS = 64;
 /// Tokens and columns of a thread.
 constexpr unsigned THREAD_TOKENS = 8;
 constexpr unsigned THREAD_COLS = 4;
-/// Rows of W in a chain.
-constexpr unsigned CHAIN = 512;
-
-/// A float's nearest bfloat16, half to even, as a float. NaN stays one.
-__device__ __forceinline__ float round_bf16(float x) {
-    unsigned bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return x;
-    return __uint_as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
-}
 
 /// One matrix of a stack.
 struct BackwardMatrix {
     /// (bands, chunks, 32 lanes), from its first band on.
     const uint4* codes;
+    /// From its first band on.
+    const Band* bands;
     unsigned rows;
     unsigned cols;
     unsigned chunks;
-    float scale;
 };
 
 /// `dx` (tokens, cols) of `dy`, `w.rows` columns of rows that begin `dy_stride` values apart; `add`s to what is there.
@@ -44,6 +37,7 @@ ternary_backward(const BackwardMatrix w, const float* __restrict__ dy, size_t dy
     // A warp's lanes have neighbouring columns of the same tokens.
     unsigned token0 = warp * THREAD_TOKENS, col0 = lane * THREAD_COLS;
 
+    float scale = w.bands->scale;
     float out[THREAD_TOKENS][THREAD_COLS], chain[THREAD_TOKENS][THREAD_COLS];
 #pragma unroll
     for (unsigned i = 0; i < THREAD_TOKENS; i++) {
@@ -95,7 +89,7 @@ ternary_backward(const BackwardMatrix w, const float* __restrict__ dy, size_t dy
             for (unsigned i = 0; i < THREAD_TOKENS; i++) {
 #pragma unroll
                 for (unsigned j = 0; j < THREAD_COLS; j++) {
-                    out[i][j] = first_chain ? chain[i][j] * w.scale : fmaf(chain[i][j], w.scale, out[i][j]);
+                    out[i][j] = first_chain ? chain[i][j] * scale : fmaf(chain[i][j], scale, out[i][j]);
                     chain[i][j] = 0.f;
                 }
             }

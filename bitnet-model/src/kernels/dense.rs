@@ -48,6 +48,11 @@ impl<'a, T> Matrix<'a, T> {
         self.cols
     }
 
+    /// All values, if rows lie one behind another.
+    pub fn dense(&self) -> Option<&'a [T]> {
+        (self.stride == self.cols).then(|| &self.data[..self.rows * self.cols])
+    }
+
     #[inline(always)]
     fn row(&self, row: usize) -> &'a [T] {
         &self.data[row * self.stride..][..self.cols]

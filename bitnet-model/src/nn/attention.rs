@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::{
-    Angles, LinearFactory, LinearSpec, Projection, Projections, RmsNorm,
-    lora_linear::{beside_all, beside_one},
+    Angles, LinearFactory, LinearSpec, Projections, RmsNorm, linear::project,
+    lora_linear::beside_all,
 };
 use crate::{
     adapter::{BlockAdaptation, RowAdapters},
@@ -25,7 +25,7 @@ const O: &str = "o_proj";
 pub struct Attention {
     /// `q_proj`, `k_proj` and `v_proj`.
     qkv_proj: Arc<dyn Projections>,
-    o_proj: Projection,
+    o_proj: Arc<dyn Projections>,
     sub_norm: Option<RmsNorm>,
     spec: AttentionSpec,
 }
@@ -93,7 +93,7 @@ impl Attention {
         ];
         Ok(Self {
             qkv_proj: linears.linears(&qkv, &vb)?,
-            o_proj: linears.linear(linear(O, heads * head_dim, hidden_size), vb.pp(O))?,
+            o_proj: linears.linears(&[linear(O, heads * head_dim, hidden_size)], &vb)?,
             sub_norm,
             spec,
         })
@@ -104,22 +104,27 @@ impl Attention {
         let weight = adaptation.norm(&["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"]);
         Self {
             qkv_proj: beside_all(&self.qkv_proj, adaptation.pairs_of(QKV)),
-            o_proj: beside_one(&self.o_proj, adaptation.pairs(O)),
+            o_proj: beside_all(&self.o_proj, adaptation.pairs_of([O])),
             sub_norm: self.sub_norm.as_ref().map(|norm| norm.replaced(weight)),
             spec: self.spec,
         }
     }
 
-    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
-    pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
+    /// `norm(x)` (batch, seq, hidden_size) → (batch, seq, hidden_size).
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        angles: &Angles,
+        context: Context<'_>,
+    ) -> Result<Tensor> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let (batch, seq, _) = x.dims3()?;
         let adapters = context.adapters();
-        let qkv = adapters.add_all(QKV, x, self.qkv_proj.forward(x)?)?;
-        let [q, k, v] = &qkv[..] else { bail!("qkv_proj: there are three projections") };
-        let q = angles.rotate(q, heads)?; // (batch, seq, heads, head_dim)
-        let k = angles.rotate(k, kv_heads)?; // (batch, seq, kv_heads, head_dim)
-        let mut y = match context {
+        let [q, k, v] = project((&*self.qkv_proj, QKV), x, Some(norm), adapters)?;
+        let q = angles.rotate(&q, heads)?; // (batch, seq, heads, head_dim)
+        let k = angles.rotate(&k, kv_heads)?; // (batch, seq, kv_heads, head_dim)
+        let y = match context {
             Context::Cache(cache) => {
                 let v = v.reshape((batch, seq, kv_heads, head_dim))?;
                 attend(&q, &k, &v, cache)?.reshape((batch, seq, heads * head_dim))?
@@ -131,18 +136,16 @@ impl Attention {
                     let part = |x: &Tensor, heads| {
                         x.narrow(0, first, len)?.reshape((1, len, heads, head_dim))
                     };
-                    let (q, k, v) = (part(&q, heads)?, part(&k, kv_heads)?, part(v, kv_heads)?);
+                    let (q, k, v) = (part(&q, heads)?, part(&k, kv_heads)?, part(&v, kv_heads)?);
                     parts.push(attend(&q, &k, &v, cache)?);
                     first += len;
                 }
                 Tensor::cat(&parts, 1)?.reshape((batch, seq, heads * head_dim))?
             }
-            Context::Own(starts) => ops::self_attention(&q, &k, v, starts)?,
+            Context::Own(starts) => ops::self_attention(&q, &k, &v, starts)?,
         };
-        if let Some(norm) = &self.sub_norm {
-            y = norm.forward(&y)?;
-        }
-        adapters.add(O, &y, self.o_proj.forward(&y)?)
+        let [y] = project((&*self.o_proj, [O]), &y, self.sub_norm.as_ref(), adapters)?;
+        Ok(y)
     }
 }
 

@@ -14,7 +14,10 @@ use crate::{
     activations::SharedActivations,
     config::{Quantization, ScaleConvention, WeightForm},
     kernels::TileFormat,
-    ops::{TernaryProduct, dense_matmul, gemm::Precision, ternary_matmul, ternary_matmul_part},
+    ops::{
+        TernaryProduct, dense_matmul, gemm::Precision, normed_ternary_matmul, ternary_matmul,
+        ternary_matmul_part,
+    },
     packed::{PackedError, PackedSource},
     pages::Arena,
     quant::{ActivationQuantizer, Quantizer},
@@ -61,6 +64,17 @@ impl BitLinear {
         }
     }
 
+    /// The results of the matrices, of which `y` has all.
+    fn parts(&self, y: &Tensor) -> Result<Vec<Tensor>> {
+        let mut first = 0;
+        let parts = self.weights.iter().map(|weight| {
+            let part = y.narrow(D::Minus1, first, weight.out_features());
+            first += weight.out_features();
+            part
+        });
+        parts.collect()
+    }
+
     /// How it multiplies.
     pub fn product(&self) -> TernaryProduct {
         TernaryProduct { input: self.input.codes, backward: self.backward }
@@ -81,14 +95,17 @@ impl Projections for BitLinear {
                 |index| ternary_matmul_part(&x, &self.weights, index, self.product(), &input);
             return (0..self.weights.len()).map(part).collect();
         }
-        let y = Module::forward(self, x)?;
-        let mut first = 0;
-        let parts = self.weights.iter().map(|weight| {
-            let part = y.narrow(D::Minus1, first, weight.out_features());
-            first += weight.out_features();
-            part
-        });
-        parts.collect()
+        self.parts(&Module::forward(self, x)?)
+    }
+
+    /// One op, if no gradient is recorded.
+    fn forward_normed(&self, x: &Tensor, norm: &RmsNorm) -> Result<Vec<Tensor>> {
+        let (weight, eps) = norm.parameters();
+        if x.track_op() || weight.track_op() || !self.takes_input_as_it_is() {
+            return Projections::forward(self, &norm.forward(x)?);
+        }
+        let product = self.product();
+        self.parts(&normed_ternary_matmul(x, (weight, eps), &self.weights, product)?)
     }
 }
 

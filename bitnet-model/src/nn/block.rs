@@ -1,6 +1,6 @@
 //! A transformer block, and the last place that reads the model's configuration.
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::{
@@ -69,10 +69,8 @@ impl Block {
     /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size).
     pub fn forward(&self, x: &Tensor, angles: &Angles, context: Context<'_>) -> Result<Tensor> {
         let adapters = context.adapters();
-        let h = self.input_layernorm.forward(x)?;
-        let x = (x + self.self_attn.forward(&h, angles, context)?)?;
-        let h = self.post_attention_layernorm.forward(&x)?;
-        &x + self.mlp.forward_rows(&h, adapters)?
+        let x = (x + self.self_attn.forward(x, &self.input_layernorm, angles, context)?)?;
+        &x + self.mlp.forward_normed(&x, &self.post_attention_layernorm, adapters)?
     }
 
     /// The feed-forward layer by itself, for parity checks.

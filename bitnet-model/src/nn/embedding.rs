@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Module, Result, Tensor};
 
-use crate::rows::{RowSource, gather};
+use crate::{ops, rows::Table};
 
 /// An embedding, ids (n) u32 → (n, hidden_size) f32. An id outside the vocabulary is an error.
 pub type Embedding = Arc<dyn Module + Send + Sync>;
@@ -31,22 +31,18 @@ impl Module for DenseEmbedding {
 /// Rows read as they are needed.
 #[derive(Clone, Debug)]
 pub struct StoredEmbedding {
-    rows: Arc<dyn RowSource>,
+    rows: Table,
 }
 
 impl StoredEmbedding {
     /// `rows` (vocab_size, hidden_size).
-    pub fn new(rows: Arc<dyn RowSource>) -> Self {
+    pub fn new(rows: Table) -> Self {
         Self { rows }
     }
 }
 
 impl Module for StoredEmbedding {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let (_, hidden_size) = self.rows.shape();
-        let rows = ids.to_vec1::<u32>()?;
-        let mut embedded = vec![0f32; rows.len() * hidden_size];
-        gather(&*self.rows, &rows, &mut embedded)?;
-        Tensor::from_vec(embedded, (rows.len(), hidden_size), ids.device())
+        ops::embed(ids, &self.rows)
     }
 }

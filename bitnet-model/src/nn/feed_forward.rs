@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::{
-    LinearFactory, LinearSpec, Projection, Projections, RmsNorm,
-    lora_linear::{beside_all, beside_one},
+    LinearFactory, LinearSpec, Projections, RmsNorm, linear::project, lora_linear::beside_all,
 };
 use crate::{
     adapter::{BlockAdaptation, RowAdapters},
@@ -25,7 +24,7 @@ const DOWN: &str = "down_proj";
 pub struct FeedForward {
     /// `gate_proj` and `up_proj`.
     gate_up_proj: Arc<dyn Projections>,
-    down_proj: Projection,
+    down_proj: Arc<dyn Projections>,
     sub_norm: Option<RmsNorm>,
     act: Activation,
 }
@@ -58,7 +57,7 @@ impl FeedForward {
         let down = linear(DOWN, intermediate_size, hidden_size);
         Ok(Self {
             gate_up_proj: linears.linears(&gate_up, &vb)?,
-            down_proj: linears.linear(down, vb.pp(DOWN))?,
+            down_proj: linears.linears(&[down], &vb)?,
             sub_norm,
             act,
         })
@@ -69,27 +68,39 @@ impl FeedForward {
         let weight = adaptation.norm(&["mlp.ffn_sub_norm", "mlp.ffn_layernorm"]);
         Self {
             gate_up_proj: beside_all(&self.gate_up_proj, adaptation.pairs_of(GATE_UP)),
-            down_proj: beside_one(&self.down_proj, adaptation.pairs(DOWN)),
+            down_proj: beside_all(&self.down_proj, adaptation.pairs_of([DOWN])),
             sub_norm: self.sub_norm.as_ref().map(|norm| norm.replaced(weight)),
             act: self.act,
         }
     }
 
-    /// `x` (batch, seq, hidden_size) → (batch, seq, hidden_size), with the adapters of the batch's rows.
-    pub fn forward_rows(&self, x: &Tensor, adapters: RowAdapters<'_>) -> Result<Tensor> {
-        let gate_up = adapters.add_all(GATE_UP, x, self.gate_up_proj.forward(x)?)?;
-        let [gate, up] = &gate_up[..] else { bail!("gate_up_proj: there are two projections") };
-        let mut hidden = ops::gated(gate, up, self.act)?; // (…, intermediate_size)
-        if let Some(norm) = &self.sub_norm {
-            hidden = norm.forward(&hidden)?;
-        }
-        adapters.add(DOWN, &hidden, self.down_proj.forward(&hidden)?)
+    /// `norm(x)` (batch, seq, hidden_size) → (batch, seq, hidden_size), with the adapters of the batch's rows.
+    pub fn forward_normed(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        adapters: RowAdapters<'_>,
+    ) -> Result<Tensor> {
+        self.project(x, Some(norm), adapters)
+    }
+
+    fn project(
+        &self,
+        x: &Tensor,
+        norm: Option<&RmsNorm>,
+        adapters: RowAdapters<'_>,
+    ) -> Result<Tensor> {
+        let [gate, up] = project((&*self.gate_up_proj, GATE_UP), x, norm, adapters)?;
+        let hidden = ops::gated(&gate, &up, self.act)?; // (…, intermediate_size)
+        let sub_norm = self.sub_norm.as_ref();
+        let [y] = project((&*self.down_proj, [DOWN]), &hidden, sub_norm, adapters)?;
+        Ok(y)
     }
 }
 
 impl Module for FeedForward {
     /// `x` (…, hidden_size) → (…, hidden_size).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_rows(x, RowAdapters::NONE)
+        self.project(x, None, RowAdapters::NONE)
     }
 }

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use crate::ops::dense_matmul;
+use super::RmsNorm;
+use crate::{adapter::RowAdapters, ops::dense_matmul};
 
 /// A projection `(…, in_features) → (…, out_features)`, f32 in and out.
 pub type Projection = Arc<dyn Module + Send + Sync>;
@@ -15,6 +16,34 @@ pub type Projection = Arc<dyn Module + Send + Sync>;
 pub trait Projections: Send + Sync {
     /// `x` (…, in_features) → one (…, out_features) each, f32; rows of the result may be views into wider rows.
     fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>>;
+
+    /// The projections of `norm(x)`. What can do both at once does so here.
+    fn forward_normed(&self, x: &Tensor, norm: &RmsNorm) -> Result<Vec<Tensor>> {
+        self.forward(&norm.forward(x)?)
+    }
+}
+
+/// The projections `names` of `norm(x)`, or of `x`, with the adapters of the batch's rows.
+pub(super) fn project<const N: usize>(
+    (projections, names): (&dyn Projections, [&str; N]),
+    x: &Tensor,
+    norm: Option<&RmsNorm>,
+    adapters: RowAdapters<'_>,
+) -> Result<[Tensor; N]> {
+    let projected = match norm {
+        // Adapters want the normalized input itself.
+        Some(norm) if !adapters.is_empty() => {
+            let x = norm.forward(x)?;
+            adapters.add_all(names, &x, projections.forward(&x)?)?
+        }
+        Some(norm) => projections.forward_normed(x, norm)?,
+        None => adapters.add_all(names, x, projections.forward(x)?)?,
+    };
+    let found = projected.len();
+    match projected.try_into() {
+        Ok(projected) => Ok(projected),
+        Err(_) => bail!("{found} projections for {names:?}"),
+    }
 }
 
 impl Projections for Vec<Projection> {

@@ -1,14 +1,11 @@
 //! The output head: hidden states to logits, of all tokens or of those that matter.
 
+use std::sync::Arc;
+
 use candle_core::{Module, Result, Tensor, bail};
 
 use super::DenseLinear;
-use crate::{
-    head_weights::{HeadWeights, QuantizedHidden},
-    kernels::{self, head::HeadFormat},
-    rows::RowSource,
-    storage::with_slice,
-};
+use crate::{head_weights::HeadWeights, kernels::head::HeadFormat, ops, rows::RowSource};
 
 /// What will be asked of a row of logits.
 #[derive(Clone, Debug, PartialEq)]
@@ -155,7 +152,7 @@ impl HeadPrecision {
 /// A head in fewer bits than its checkpoint's: its logits are those of the quantized rows.
 #[derive(Debug)]
 pub struct QuantizedHead {
-    weights: HeadWeights,
+    weights: Arc<HeadWeights>,
 }
 
 impl QuantizedHead {
@@ -164,19 +161,14 @@ impl QuantizedHead {
     /// # Errors
     /// Rows that cannot be read, or no memory.
     pub fn new(rows: &dyn RowSource, format: HeadFormat) -> Result<Self> {
-        Ok(Self { weights: HeadWeights::quantize(rows, format)? })
+        Ok(Self { weights: Arc::new(HeadWeights::quantize(rows, format)?) })
     }
 }
 
 impl LmHead for QuantizedHead {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        let (vocab_size, hidden_size) = self.weights.shape();
-        let shape = logits_shape(hidden, vocab_size, hidden_size)?;
-        let logits = with_slice::<f32, _>(hidden, |hidden| {
-            let hidden = QuantizedHidden::new(hidden, hidden_size);
-            Ok(self.weights.matmul(kernels::active(), &hidden))
-        })?;
-        Tensor::from_vec(logits, shape, hidden.device())
+        refuse_gradients(hidden)?;
+        ops::head_product(hidden, &self.weights)
     }
 
     fn bytes(&self) -> usize {
@@ -184,19 +176,10 @@ impl LmHead for QuantizedHead {
     }
 }
 
-/// The shape of the logits of `hidden` (…, hidden_size), for heads that record no gradient.
-pub(super) fn logits_shape(
-    hidden: &Tensor,
-    vocab_size: usize,
-    hidden_size: usize,
-) -> Result<Vec<usize>> {
-    if hidden.track_op() {
-        bail!("this output head records no gradients: load the model to train it");
+/// For heads that record no gradient.
+pub(super) fn refuse_gradients(hidden: &Tensor) -> Result<()> {
+    match hidden.track_op() {
+        true => bail!("this output head records no gradients: load the model to train it"),
+        false => Ok(()),
     }
-    let mut shape = hidden.dims().to_vec();
-    match shape.last_mut() {
-        Some(last) if *last == hidden_size => *last = vocab_size,
-        _ => bail!("hidden states {:?} do not fit a head of {hidden_size}", hidden.shape()),
-    }
-    Ok(shape)
 }

@@ -23,7 +23,7 @@ pub use linear::{DenseLinear, DenseLinears, LinearFactory, LinearSpec, Projectio
 pub use lm_head::{
     Changed, HeadPrecision, LmHead, Logits, NEGLIGIBLE, Need, QuantizedHead, Rescored,
 };
-pub use lora_linear::{LoraLinear, LoraProjections};
+pub use lora_linear::LoraProjections;
 pub use rms_norm::RmsNorm;
 pub use rope::{Angles, RotaryEmbedding};
 pub use screened_head::ScreenedHead;

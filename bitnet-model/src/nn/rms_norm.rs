@@ -24,6 +24,11 @@ impl RmsNorm {
         Ok(Self::new(weight, eps))
     }
 
+    /// The weight (size), and what is added to the mean square.
+    pub(super) fn parameters(&self) -> (&Tensor, f64) {
+        (&self.weight, self.eps)
+    }
+
     /// The same norm with another weight, if there is one.
     pub(crate) fn replaced(&self, weight: Option<&Tensor>) -> Self {
         Self { weight: weight.unwrap_or(&self.weight).clone(), eps: self.eps }

@@ -19,11 +19,12 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor};
 
-use super::lm_head::{Changed, LmHead, Logits, NEGLIGIBLE, Need, check_needs, logits_shape};
+use super::lm_head::{Changed, LmHead, Logits, NEGLIGIBLE, Need, check_needs, refuse_gradients};
 use crate::{
     head_weights::{HeadWeights, QuantizedHidden},
-    kernels::{self, Kernel, Matrix, ROWS, head::HeadFormat},
-    rows::{Errors, RowSource},
+    kernels::{self, Kernel, ROWS, head::HeadFormat},
+    ops,
+    rows::Table,
     storage::with_slice,
     threads,
 };
@@ -31,9 +32,9 @@ use crate::{
 /// A head of exact logits, screened in 8 bits.
 #[derive(Debug)]
 pub struct ScreenedHead {
-    rows: Arc<dyn RowSource>,
+    rows: Table,
     row_bytes: usize,
-    screen: HeadWeights,
+    screen: Arc<HeadWeights>,
 }
 
 /// Rows of which only the best bounds are kept: a group is skipped when none of it can matter.
@@ -49,58 +50,22 @@ impl ScreenedHead {
     ///
     /// # Errors
     /// Rows that cannot be read, or no memory.
-    pub fn new(rows: Arc<dyn RowSource>) -> Result<Self> {
-        let screen = HeadWeights::quantize(&*rows, HeadFormat::Q8)?;
+    pub fn new(rows: Table) -> Result<Self> {
+        let screen = Arc::new(HeadWeights::quantize(rows.source(), HeadFormat::Q8)?);
         let mut row_bytes = 0;
-        rows.with_rows(0..1, &mut |row| row_bytes = row.cols() * row.element_bytes())?;
+        rows.source().with_rows(0..1, &mut |row| row_bytes = row.cols() * row.element_bytes())?;
         Ok(Self { rows, row_bytes, screen })
     }
 
-    /// All logits of `hidden` (tokens, hidden_size), reading the rows in order.
-    fn full(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        /// Rows of a task: with the tokens of a block they stay in the second-level cache.
-        const TASK_ROWS: usize = 64;
-        let (vocab_size, hidden_size) = self.rows.shape();
-        let tokens = hidden.len() / hidden_size.max(1);
-        let hidden = Matrix::new(hidden, tokens, hidden_size);
-        let mut logits = vec![0f32; tokens * vocab_size];
-        let cuts: Vec<usize> = (0..vocab_size).step_by(TASK_ROWS).chain([vocab_size]).collect();
-        let (kernel, errors) = (kernels::active(), Errors::default());
-        threads::for_each_block(&mut logits, tokens.max(1), &cuts, |(_, j), mut block| {
-            let width = cuts[j + 1] - cuts[j];
-            let mut out = vec![0f32; tokens * width];
-            errors.note(self.rows.with_rows(cuts[j]..cuts[j + 1], &mut |rows| {
-                kernel.matmul_nt(hidden, rows, &mut out, width);
-            }));
-            out.chunks(width).enumerate().for_each(|(i, out)| block.row(i).copy_from_slice(out));
-        });
-        errors.first()?;
-        Ok(logits)
-    }
-
-    /// The logits of some tokens.
-    fn rescore(&self, hidden: &[f32], ids: &[u32]) -> Result<Vec<f32>> {
-        /// Rows of a task: a few microseconds.
-        const TASK_ROWS: usize = 8;
-        let hidden = Matrix::new(hidden, 1, hidden.len());
-        let mut logits = vec![0f32; ids.len()];
-        let (kernel, errors) = (kernels::active(), Errors::default());
-        threads::for_each_chunk(&mut logits, TASK_ROWS, |task, logits| {
-            for (logit, &id) in logits.iter_mut().zip(&ids[task * TASK_ROWS..]) {
-                let id = id as usize;
-                errors.note(self.rows.with_rows(id..id + 1, &mut |row| {
-                    kernel.matmul_nt(hidden, row, std::slice::from_mut(logit), 1);
-                }));
-            }
-        });
-        errors.first()?;
-        Ok(logits)
+    /// The logits of one hidden state (1, hidden_size): all, or those of some tokens.
+    fn exact(&self, hidden: &Tensor, ids: Option<&[u32]>) -> Result<Vec<f32>> {
+        ops::table_product(hidden, &self.rows, ids)?.squeeze(0)?.to_vec1()
     }
 
     /// One row of logits; `approximate` are those of the screen.
     fn screened(
         &self,
-        hidden: &[f32],
+        hidden: &Tensor,
         approximate: &[f32],
         bound: Bound,
         need: &Need,
@@ -108,15 +73,15 @@ impl ScreenedHead {
         let screened = Screened::new(&self.screen, approximate, bound, need);
         let candidates = match need {
             Need::All => None,
-            Need::Top { k, .. } => screened.top(*k, |ids| self.rescore(hidden, ids))?,
+            Need::Top { k, .. } => screened.top(*k, |ids| self.exact(hidden, Some(ids)))?,
             Need::Mass { temperature, .. } => screened.mass(*temperature),
         };
         let vocab_size = approximate.len();
         let Some(ids) = candidates.filter(|ids| ids.len() <= vocab_size / FULL_PRODUCT) else {
-            return Ok(Logits { values: self.full(hidden)?, rescored: Some(vocab_size) });
+            return Ok(Logits { values: self.exact(hidden, None)?, rescored: Some(vocab_size) });
         };
         let mut values = vec![f32::NEG_INFINITY; vocab_size];
-        for (&id, logit) in ids.iter().zip(self.rescore(hidden, &ids)?) {
+        for (&id, logit) in ids.iter().zip(self.exact(hidden, Some(&ids))?) {
             values[id as usize] = logit;
         }
         Ok(Logits { values, rescored: Some(ids.len()) })
@@ -125,10 +90,8 @@ impl ScreenedHead {
 
 impl LmHead for ScreenedHead {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        let (vocab_size, hidden_size) = self.rows.shape();
-        let shape = logits_shape(hidden, vocab_size, hidden_size)?;
-        let logits = with_slice::<f32, _>(hidden, |hidden| self.full(hidden))?;
-        Tensor::from_vec(logits, shape, hidden.device())
+        refuse_gradients(hidden)?;
+        ops::table_product(hidden, &self.rows, None)
     }
 
     fn bytes(&self) -> usize {
@@ -141,33 +104,41 @@ impl LmHead for ScreenedHead {
 
     fn logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {
         check_needs(hidden, needs)?;
-        let (vocab_size, hidden_size) = self.rows.shape();
-        logits_shape(hidden, vocab_size, hidden_size)?;
-        with_slice::<f32, _>(hidden, |hidden| {
-            let quantized = QuantizedHidden::new(hidden, hidden_size);
-            let rows: Vec<&[f32]> = hidden.chunks(hidden_size).collect();
-            let bounds: Vec<Option<Bound>> = rows
-                .iter()
-                .zip(needs)
-                .enumerate()
-                .map(|(token, (hidden, need))| match need {
-                    Need::All => None,
-                    _ => Bound::new(quantized.error_and_norm(token, hidden), hidden_size),
-                })
-                .collect();
-            if bounds.iter().all(Option::is_none) {
-                // Nothing to screen: one pass over the rows for all tokens.
-                let all = self.full(hidden)?;
-                let rows = all.chunks(vocab_size).map(<[f32]>::to_vec);
-                return Ok(rows.map(|values| Logits { values, rescored: None }).collect());
-            }
-            let approximate = self.screen.matmul(kernels::active(), &quantized);
-            let rows = rows.iter().zip(approximate.chunks(vocab_size)).zip(bounds).zip(needs);
-            rows.map(|(((hidden, approximate), bound), need)| match bound {
-                Some(bound) => self.screened(hidden, approximate, bound, need),
-                None => Ok(Logits { values: self.full(hidden)?, rescored: None }),
+        refuse_gradients(hidden)?;
+        let bounds = self.bounds(hidden, needs)?;
+        if bounds.iter().all(Option::is_none) {
+            // Nothing to screen: one pass over the rows for all tokens.
+            let rows = ops::table_product(hidden, &self.rows, None)?.to_vec2()?;
+            return Ok(rows.into_iter().map(|values| Logits { values, rescored: None }).collect());
+        }
+        let approximate = ops::head_product(hidden, &self.screen)?;
+        with_slice::<f32, _>(&approximate, |approximate| {
+            let approximate = approximate.chunks(self.rows.source().shape().0.max(1));
+            let rows = approximate.zip(bounds).zip(needs).enumerate();
+            rows.map(|(row, ((approximate, bound), need))| {
+                let hidden = hidden.narrow(0, row, 1)?;
+                match bound {
+                    Some(bound) => self.screened(&hidden, approximate, bound, need),
+                    None => Ok(Logits { values: self.exact(&hidden, None)?, rescored: None }),
+                }
             })
             .collect()
+        })
+    }
+}
+
+impl ScreenedHead {
+    /// The bound of each row of `hidden`; `None` for one that is not screened.
+    fn bounds(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Option<Bound>>> {
+        let (_, hidden_size) = hidden.dims2()?;
+        with_slice::<f32, _>(hidden, |hidden| {
+            let quantized = QuantizedHidden::new(hidden, hidden_size);
+            let rows = hidden.chunks(hidden_size.max(1)).zip(needs).enumerate();
+            let bounds = rows.map(|(token, (hidden, need))| match need {
+                Need::All => None,
+                _ => Bound::new(quantized.error_and_norm(token, hidden), hidden_size),
+            });
+            Ok(bounds.collect())
         })
     }
 }

@@ -9,7 +9,7 @@ use super::{
     DenseEmbedding, DenseLinear, Embedding, HeadPrecision, LmHead, QuantizedHead, ScreenedHead,
     StoredEmbedding,
 };
-use crate::rows::RowSource;
+use crate::rows::Table;
 
 /// Embedding and output head.
 #[derive(Clone)]
@@ -51,13 +51,15 @@ impl Vocabulary {
     /// # Errors
     /// Rows that cannot be read, or no memory.
     pub fn from_rows(
-        embed_tokens: Arc<dyn RowSource>,
-        lm_head: Arc<dyn RowSource>,
+        embed_tokens: Table,
+        lm_head: Table,
         precision: HeadPrecision,
     ) -> Result<Self> {
         let lm_head: Arc<dyn LmHead> = match precision {
             HeadPrecision::Exact => Arc::new(ScreenedHead::new(lm_head)?),
-            HeadPrecision::Quantized(format) => Arc::new(QuantizedHead::new(&*lm_head, format)?),
+            HeadPrecision::Quantized(format) => {
+                Arc::new(QuantizedHead::new(lm_head.source(), format)?)
+            }
         };
         Ok(Self { embed_tokens: Arc::new(StoredEmbedding::new(embed_tokens)), lm_head })
     }

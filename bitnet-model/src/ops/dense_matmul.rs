@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 
@@ -12,6 +14,8 @@ use super::{
     PARALLEL_ELEMENTS, for_each_chunk,
     gemm::{Factor, Precision, gemm, plain},
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     kernels::{self, DenseWeights, Matrix},
     storage::{contiguous, with_slice},
@@ -26,6 +30,19 @@ pub fn dense_matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 struct DenseMatmul;
 
+impl DenseMatmul {
+    /// The shape of the result; refuses a weight that does not fit.
+    fn shape(&self, x: &Layout, weight: &Layout) -> Result<Shape> {
+        let (out_features, in_features) = weight.shape().dims2()?;
+        let mut shape = x.dims().to_vec();
+        match shape.last_mut() {
+            Some(last) if *last == in_features => *last = out_features,
+            _ => bail!("dense-matmul: x {:?} does not fit weight {:?}", x.shape(), weight.shape()),
+        }
+        Ok(shape.into())
+    }
+}
+
 impl CustomOp2 for DenseMatmul {
     fn name(&self) -> &'static str {
         "dense-matmul"
@@ -38,18 +55,10 @@ impl CustomOp2 for DenseMatmul {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        let shape = self.shape(x_layout, weight_layout)?;
         let (out_features, k) = weight_layout.shape().dims2()?;
-        let mut shape = x_layout.dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == k => *last = out_features,
-            _ => bail!(
-                "dense-matmul: x {:?} does not fit weight {:?}",
-                x_layout.shape(),
-                weight_layout.shape()
-            ),
-        }
         let x = contiguous::<f32>(x, x_layout)?;
-        let tokens = shape.iter().product::<usize>() / out_features.max(1);
+        let tokens = shape.elem_count() / out_features.max(1);
         let y = match weight {
             CpuStorage::BF16(_) => {
                 let weight = contiguous::<half::bf16>(weight, weight_layout)?;
@@ -64,7 +73,19 @@ impl CustomOp2 for DenseMatmul {
                 matmul(&x, f32_rows(&weight, k), tokens, out_features, k)
             }
         };
-        Ok((CpuStorage::F32(y), shape.into()))
+        Ok((CpuStorage::F32(y), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let shape = self.shape(x_layout, weight_layout)?;
+        cuda::ops::dense_product((x, x_layout), (weight, weight_layout), shape)
     }
 
     crate::no_metal_fwd!(2);
@@ -77,7 +98,8 @@ impl CustomOp2 for DenseMatmul {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = backward_x(dy, &weight.detach().to_dtype(DType::F32)?)?.reshape(x.shape())?;
+        let f32_weight = weight.detach().to_dtype(DType::F32)?;
+        let dx = backward_x(dy, &f32_weight)?.reshape(x.shape())?;
         let dweight = match weight.track_op() {
             true if weight.dtype() != DType::F32 => {
                 bail!("dense-matmul: only an f32 weight can be trained, not {:?}", weight.dtype())
@@ -93,6 +115,10 @@ impl CustomOp2 for DenseMatmul {
 fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (n, k) = weight.dims2()?;
     let tokens = dy.elem_count() / n.max(1);
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::ops::dense_input_gradient(dy, weight, &(tokens, k).into());
+    }
     let mut dx = vec![0f32; tokens * k];
     with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(weight, |weight| {
@@ -108,6 +134,10 @@ fn backward_x(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn backward_weight(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
     let (n, k) = (dy.dim(D::Minus1)?, x.dim(D::Minus1)?);
     let tokens = dy.elem_count() / n.max(1);
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::ops::dense_weight_gradient(dy, x, (n, k));
+    }
     let mut dweight = vec![0f32; n * k];
     with_slice::<f32, _>(dy, |dy| {
         with_slice::<f32, _>(x, |x| {

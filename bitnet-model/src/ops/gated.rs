@@ -116,6 +116,11 @@ impl CustomOp2 for Gated {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let [dgate, dup] = cuda::ops::gated_gradients(self.act, gate, up, dy)?;
+            return Ok((Some(dgate), Some(dup)));
+        }
         let (dgate, dup) = with_slice::<f32, _>(gate, |gate| {
             with_slice::<f32, _>(up, |up| {
                 with_slice::<f32, _>(dy, |dy| {

@@ -18,13 +18,17 @@ mod rope;
 pub mod ternary_matmul;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
 pub use attention::{KvType, attention, self_attention};
 pub use dense_matmul::dense_matmul;
 pub use gated::gated;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
-pub use ternary_matmul::{TernaryProduct, ternary_matmul, ternary_matmul_part};
+pub use ternary_matmul::{
+    TernaryProduct, normed_ternary_matmul, ternary_matmul, ternary_matmul_part,
+};
+pub use vocabulary::{embed, head_product, table_product};
 
 /// Elements below which another thread is not worth calling (a region of [`threads`] is about a microsecond).
 pub(crate) const PARALLEL_ELEMENTS: usize = 1 << 14;

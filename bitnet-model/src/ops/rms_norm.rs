@@ -18,20 +18,20 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     x.apply_op2(weight, RmsNorm { eps: eps as f32 })
 }
 
-struct RmsNorm {
-    eps: f32,
-}
-
-/// Elements of a row, which are as many as those of the weight.
-fn check(x: &Layout, weight: &Layout) -> Result<usize> {
-    let hidden = weight.shape().dims1()?;
-    if x.dims().last() != Some(&hidden) {
-        bail!("rms-norm: x is {:?}, the weight has {hidden} elements", x.shape());
-    }
-    Ok(hidden)
+pub(super) struct RmsNorm {
+    pub eps: f32,
 }
 
 impl RmsNorm {
+    /// Elements of a row, which are as many as those of the weight.
+    pub fn check(&self, x: &Layout, weight: &Layout) -> Result<usize> {
+        let hidden = weight.shape().dims1()?;
+        if x.dims().last() != Some(&hidden) {
+            bail!("rms-norm: x is {:?}, the weight has {hidden} elements", x.shape());
+        }
+        Ok(hidden)
+    }
+
     /// `rsqrt(mean(x²) + ε)` of one row.
     fn inverse_rms(&self, row: &[f32]) -> f32 {
         let mean = kernels::active().sum_squares(row) / row.len() as f32;
@@ -51,7 +51,7 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let hidden = check(x_layout, weight_layout)?;
+        let hidden = self.check(x_layout, weight_layout)?;
         let x = contiguous::<f32>(x, x_layout)?;
         let weight = contiguous::<f32>(weight, weight_layout)?;
         let mut y = vec![0f32; x.len()];
@@ -71,7 +71,7 @@ impl CustomOp2 for RmsNorm {
         weight: &CudaStorage,
         weight_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        check(x_layout, weight_layout)?;
+        self.check(x_layout, weight_layout)?;
         cuda::ops::rms_norm((x, x_layout), (weight, weight_layout), self.eps)
     }
 
@@ -86,6 +86,11 @@ impl CustomOp2 for RmsNorm {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let [dx, dweight] = cuda::ops::rms_norm_gradients(x, weight, dy, self.eps)?;
+            return Ok((Some(dx), Some(dweight)));
+        }
         /// Rows added up by one task; fixed, so that the sum has one order on any machine.
         const ROWS: usize = 64;
         let hidden = weight.dims1()?;

@@ -5,12 +5,15 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 
-use super::gemm::{Factor, Precision, TernaryRows, gemm, gemm_add, plain};
+use super::{
+    gemm::{Factor, Precision, TernaryRows, gemm, gemm_add, plain},
+    rms_norm::RmsNorm,
+};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::{
@@ -68,6 +71,20 @@ pub fn ternary_matmul_part(
     product_of(x, weights, index..index + 1, product.into(), input)
 }
 
+/// [`ternary_matmul`] of what [`rms_norm`](super::rms_norm()) makes of `x` with a weight and ε; records no gradients. On CUDA norm
+/// and quantization are one launch.
+pub fn normed_ternary_matmul(
+    x: &Tensor,
+    (norm, eps): (&Tensor, f64),
+    weights: &Arc<[TernaryWeight]>,
+    product: impl Into<TernaryProduct>,
+) -> Result<Tensor> {
+    let (weights, part) = (fitting(x, weights)?.clone(), 0..weights.len());
+    let (product, input) = (product.into(), SharedActivations::default());
+    let product = TernaryMatmul { weights, part, product, input };
+    x.apply_op2(norm, NormedProduct { norm: RmsNorm { eps: eps as f32 }, product })
+}
+
 fn product_of(
     x: &Tensor,
     weights: &Arc<[TernaryWeight]>,
@@ -75,13 +92,20 @@ fn product_of(
     product: TernaryProduct,
     input: &SharedActivations,
 ) -> Result<Tensor> {
-    let in_features = x.dim(D::Minus1)?;
-    if let Some(weight) = weights.iter().find(|weight| weight.in_features() != in_features) {
-        let (rows, cols) = (weight.out_features(), weight.in_features());
-        bail!("ternary-matmul: x {:?} does not fit a weight of {rows} × {cols}", x.shape());
-    }
-    let (weights, input) = (weights.clone(), input.clone());
+    let (weights, input) = (fitting(x, weights)?.clone(), input.clone());
     x.apply_op1(TernaryMatmul { weights, part, product, input })
+}
+
+/// The weights, if all fit `x`.
+fn fitting<'a>(x: &Tensor, weights: &'a Arc<[TernaryWeight]>) -> Result<&'a Arc<[TernaryWeight]>> {
+    let in_features = x.dim(D::Minus1)?;
+    match weights.iter().find(|weight| weight.in_features() != in_features) {
+        None => Ok(weights),
+        Some(weight) => {
+            let (rows, cols) = (weight.out_features(), weight.in_features());
+            bail!("ternary-matmul: x {:?} does not fit a weight of {rows} × {cols}", x.shape())
+        }
+    }
 }
 
 /// The op behind [`ternary_matmul`].
@@ -125,7 +149,13 @@ impl CustomOp1 for TernaryMatmul {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let weights = (&*self.weights, self.part.clone());
-        cuda::ops::ternary_product(x, layout, weights, self.product.input, self.shape(layout))
+        cuda::ops::ternary_product(
+            (x, layout),
+            None,
+            weights,
+            self.product.input,
+            self.shape(layout),
+        )
     }
 
     crate::no_metal_fwd!(1);
@@ -135,6 +165,50 @@ impl CustomOp1 for TernaryMatmul {
         let (precision, shape) = (self.product.backward, x.shape().clone());
         let dx = dy.detach().apply_op1(Gradient { weights, part, precision, shape })?;
         Ok(Some(dx))
+    }
+}
+
+/// The op behind [`normed_ternary_matmul`].
+struct NormedProduct {
+    norm: RmsNorm,
+    product: TernaryMatmul,
+}
+
+impl CustomOp2 for NormedProduct {
+    fn name(&self) -> &'static str {
+        "normed-ternary-matmul"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        norm: &CpuStorage,
+        norm_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, shape) = self.norm.cpu_fwd(x, x_layout, norm, norm_layout)?;
+        self.product.cpu_fwd(&x, &Layout::contiguous(shape))
+    }
+
+    crate::no_metal_fwd!(2);
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        norm: &CudaStorage,
+        norm_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.norm.check(x_layout, norm_layout)?;
+        let TernaryMatmul { weights, part, product, .. } = &self.product;
+        cuda::ops::ternary_product(
+            (x, x_layout),
+            Some((norm, norm_layout, self.norm.eps)),
+            (weights, part.clone()),
+            product.input,
+            self.product.shape(x_layout),
+        )
     }
 }
 

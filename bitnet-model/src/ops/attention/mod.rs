@@ -90,7 +90,38 @@ impl Attention {
         Ok(())
     }
 
+    /// The gradients of `q`, `k` and `v`; those of keys and values lie as `strides` says, which is what `lies` makes of them.
     fn gradients(
+        &self,
+        dims: &Dims,
+        [q, k, v, dy]: [&Tensor; 4],
+        strides: KvStrides,
+        lies: fn(&Gradients) -> [Vec<f32>; 2],
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let queries = (0..dims.batch).flat_map(|row| (0..dims.seq).map(move |i| (row, i)));
+            let visible = queries.map(|(row, i)| self.visible(dims, row, i));
+            let visible = Vec::from_iter(visible.map(|(first, count)| (first, first + count)));
+            let KvStrides { row, head, position } = strides;
+            let strides = cuda::ops::KeyStrides { row, head, position };
+            let inputs = [q, k, v, dy];
+            let gradients =
+                cuda::ops::attention_gradients(dims.on_device(), inputs, strides, &visible)?;
+            let [dq, dk, dv] = gradients.map(Some);
+            return Ok((dq, dk, dv));
+        }
+        let gradients = self.host_gradients(dims, [q, k, v, dy], strides)?;
+        let [dk, dv] = lies(&gradients);
+        let device = q.device();
+        Ok((
+            Some(Tensor::from_vec(gradients.dq(), q.shape(), device)?),
+            Some(Tensor::from_vec(dk, k.shape(), device)?),
+            Some(Tensor::from_vec(dv, v.shape(), device)?),
+        ))
+    }
+
+    fn host_gradients(
         &self,
         dims: &Dims,
         [q, k, v, dy]: [&Tensor; 4],
@@ -175,13 +206,6 @@ impl CustomOp3 for Attention {
         let (context, d) = (dims.context, dims.head_dim);
         let strides =
             KvStrides { row: dims.kv_heads * context * d, head: context * d, position: d };
-        let gradients = self.gradients(&dims, [q, k, v, dy], strides)?;
-        let [dk, dv] = gradients.head_major();
-        let device = q.device();
-        Ok((
-            Some(Tensor::from_vec(gradients.dq(), q.shape(), device)?),
-            Some(Tensor::from_vec(dk, k.shape(), device)?),
-            Some(Tensor::from_vec(dv, v.shape(), device)?),
-        ))
+        self.gradients(&dims, [q, k, v, dy], strides, Gradients::head_major)
     }
 }

@@ -4,7 +4,12 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::{Attention, Dims, backward::KvStrides, forward::Forward, key_values::KeyValues};
+use super::{
+    Attention, Dims,
+    backward::{Gradients, KvStrides},
+    forward::Forward,
+    key_values::KeyValues,
+};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::{kernels, storage::contiguous};
@@ -107,13 +112,6 @@ impl CustomOp3 for SelfAttention {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dims = self.dims(q.shape(), k.shape(), v.shape())?;
-        let gradients = self.0.gradients(&dims, [q, k, v, dy], dims.token_major())?;
-        let [dk, dv] = gradients.token_major();
-        let device = q.device();
-        Ok((
-            Some(Tensor::from_vec(gradients.dq(), q.shape(), device)?),
-            Some(Tensor::from_vec(dk, k.shape(), device)?),
-            Some(Tensor::from_vec(dv, v.shape(), device)?),
-        ))
+        self.0.gradients(&dims, [q, k, v, dy], dims.token_major(), Gradients::token_major)
     }
 }

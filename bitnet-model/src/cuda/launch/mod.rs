@@ -6,6 +6,12 @@
 use super::layout::{Band, CHUNK};
 use crate::{config::Activation, kernels::ROWS};
 
+mod training;
+mod vocabulary;
+
+pub use training::{Factor, GemmShape, Right};
+pub use vocabulary::{DenseRows, Element, HeadActivations, HeadMatrix, head_groups};
+
 /// Threads of a block of the kernels that take a row each (`ROW_THREADS`), and of those that take any block.
 const ROW_THREADS: u32 = 256;
 /// `GEMV_THREADS`.
@@ -56,6 +62,11 @@ pub enum Arg {
     Backward(BackwardMatrix),
     Attention(AttentionShape),
     Strides(Strides),
+    DenseRows(DenseRows),
+    HeadActivations(HeadActivations),
+    HeadMatrix(HeadMatrix),
+    Factor(Factor),
+    Gemm(GemmShape),
 }
 
 /// Rows of f32 on the device.
@@ -105,14 +116,14 @@ pub struct Weights {
 pub struct BackwardMatrix {
     /// Of its first word.
     pub codes: Address,
+    /// Of its first [`Band`].
+    pub bands: Address,
     /// out_features.
     pub rows: u32,
     /// in_features.
     pub cols: u32,
     /// Chunks of a row.
     pub chunks: u32,
-    /// Of the weights.
-    pub scale: f32,
 }
 
 /// `AttentionShape` in `attention.cu`.

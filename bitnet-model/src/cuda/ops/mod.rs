@@ -16,12 +16,26 @@ use super::{
         band_offsets, padded,
     },
     layout::bands_of,
+    resident::StackCopy,
 };
 use crate::{
     config::Activation,
     quant::{ActivationCodes, Rounding},
     weights::TernaryWeight,
 };
+
+mod gradients;
+mod latent;
+mod loss;
+mod vocabulary;
+
+pub use gradients::{
+    KeyStrides, attention_gradients, dense_input_gradient, dense_weight_gradient, gated_gradients,
+    rms_norm_gradients,
+};
+pub use latent::{latent_input_gradient, latent_product, latent_weight_gradient};
+pub use loss::{HeadLoss, HeadLossOf, head_loss};
+pub use vocabulary::{dense_product, embed, head_product, table_product};
 
 type Tensor = (CudaStorage, Shape);
 
@@ -40,37 +54,72 @@ impl Quantized {
             factors: uninitialized(device, rows)?,
         })
     }
+
+    fn written<'a>(&'a mut self, stream: &'a CudaStream) -> QuantizedMemory<'a> {
+        QuantizedMemory {
+            codes: Memory::written(&mut self.codes, stream),
+            sums: Memory::written(&mut self.sums, stream),
+            factors: Memory::written(&mut self.factors, stream),
+        }
+    }
+}
+
+/// Of [`Quantized`].
+struct QuantizedMemory<'a> {
+    codes: Memory<'a>,
+    sums: Memory<'a>,
+    factors: Memory<'a>,
+}
+
+impl QuantizedMemory<'_> {
+    fn addresses(&self) -> Activations {
+        let Self { codes, sums, factors } = self;
+        Activations { codes: codes.address, sums: sums.address, factors: factors.address }
+    }
+}
+
+/// Whether halves are rounded up; only int8 is there.
+fn half_up_of(input: ActivationCodes) -> Result<bool> {
+    match input {
+        ActivationCodes::Int8(rounding) => Ok(rounding == Rounding::HalfUp),
+        _ => {
+            bail!("ternary-matmul: only int8 activations on CUDA so far, this model has {input:?}")
+        }
+    }
 }
 
 fn out_features(weights: &[TernaryWeight]) -> usize {
     weights.iter().map(TernaryWeight::out_features).sum()
 }
 
-/// `x`, quantized by rows, times the transposes of some of `weights`.
+/// The weight of a norm, and its ε.
+type Norm<'a> = (&'a CudaStorage, &'a Layout, f32);
+
+/// `x`, normalized first if there is a norm, quantized by rows, times the transposes of some of `weights`.
 pub fn ternary_product(
-    x: &CudaStorage,
-    layout: &Layout,
+    (x, layout): (&CudaStorage, &Layout),
+    norm: Option<Norm<'_>>,
     (weights, part): (&[TernaryWeight], Range<usize>),
     input: ActivationCodes,
     shape: Shape,
 ) -> Result<Tensor> {
-    let ActivationCodes::Int8(rounding) = input else {
-        bail!("ternary-matmul: only int8 activations on CUDA so far, this model has {input:?}");
-    };
+    let half_up = half_up_of(input)?;
     let device = x.device();
     let stream = device.cuda_stream();
     let x = RowsOf::new("ternary-matmul", x, layout)?;
     let (rows, _x) = x.memory(&stream)?;
+    let norm = match norm {
+        Some((weight, layout, eps)) => Some((Gathered::<f32>::contiguous(weight, layout)?, eps)),
+        None => None,
+    };
     let width = out_features(&weights[part.clone()]);
     let mut y = uninitialized::<f32>(device, rows.rows * width)?;
     let Some(first) = weights.first() else { return Ok(result(y, device, shape)) };
-    let stack = first.resident().get_or_copy(weights, device)?;
+    let stack = first.resident().get_or_copy(device, || StackCopy::new(weights, device))?;
     let mut quantized = Quantized::new(device, rows.rows, rows.width)?;
     {
-        let codes = Memory::written(&mut quantized.codes, &stream);
-        let sums = Memory::written(&mut quantized.sums, &stream);
-        let factors = Memory::written(&mut quantized.factors, &stream);
-        let to = Activations { codes: codes.address, sums: sums.address, factors: factors.address };
+        let written = quantized.written(&stream);
+        let to = written.addresses();
         let (words, bands) =
             (Memory::read(&stack.words, 0, &stream), Memory::read(&stack.bands, 0, &stream));
         let skipped = weights[..part.start].iter().map(bands_of).sum();
@@ -83,7 +132,16 @@ pub fn ternary_product(
             first: out_features(&weights[..part.start]) as u32,
         };
         let y = Memory::written(&mut y, &stream);
-        let quantize = Launch::quantize_rows(rows, rounding == Rounding::HalfUp, to);
+        let norm = match &norm {
+            Some((weight, eps)) => Some((weight.memory(&stream)?, *eps)),
+            None => None,
+        };
+        let quantize = match &norm {
+            Some((weight, eps)) => {
+                Launch::rms_norm_quantize(rows, weight.address, *eps, half_up, to)
+            }
+            None => Launch::quantize_rows(rows, half_up, to),
+        };
         let multiply = Launch::ternary_product(weights, to, (rows.rows, width), y.address);
         // SAFETY: all buffers have the sizes that `Launch` documents, and are held.
         unsafe {
@@ -108,19 +166,21 @@ pub fn ternary_gradient(
     let (mut rows, _dy) = dy.memory(&stream)?;
     let mut dx = uninitialized::<f32>(device, shape.elem_count())?;
     let Some(first) = weights.first() else { return Ok(result(dx, device, shape)) };
-    let stack = first.resident().get_or_copy(weights, device)?;
+    let stack = first.resident().get_or_copy(device, || StackCopy::new(weights, device))?;
     {
-        let words = Memory::read(&stack.words, 0, &stream);
+        let (words, bands) =
+            (Memory::read(&stack.words, 0, &stream), Memory::read(&stack.bands, 0, &stream));
         let dx = Memory::written(&mut dx, &stream);
         let mut band: usize = weights[..part.start].iter().map(bands_of).sum();
         for (index, weight) in weights[part].iter().enumerate() {
             rows.width = weight.out_features();
+            let (word_offset, band_offset) = band_offsets(band, stack.chunks);
             let matrix = BackwardMatrix {
-                codes: words.address + band_offsets(band, stack.chunks).0 as u64,
+                codes: words.address + word_offset as u64,
+                bands: bands.address + band_offset as u64,
                 rows: weight.out_features() as u32,
                 cols: weight.in_features() as u32,
                 chunks: stack.chunks as u32,
-                scale: weight.scale(),
             };
             let backward = Launch::ternary_backward(matrix, rows, index > 0, bf16, dx.address);
             // SAFETY: `dx` is (tokens, in_features), and all buffers are held.
