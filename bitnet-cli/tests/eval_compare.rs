@@ -57,7 +57,7 @@ fn two_runs_are_compared_question_by_question() {
     assert_eq!(found["results"]["arc_easy"]["acc_norm,none"]["p"], 1.);
     assert_eq!(found["compare"]["b"]["config"]["model"], "other");
     let page = fs::read_to_string(page).unwrap();
-    assert!(page.contains("<svg") && page.contains("arc_easy acc none: 0.2 (-0.05 to 0.45)"));
+    assert!(page.contains("<svg") && page.contains("arc_easy acc: 0.2 (-0.05 to 0.45)"));
     let table = stdout(&args, "");
     for cell in ["one", "other", "+0.2000", "-0.0500 … +0.4500", "0.2891"] {
         assert!(table.contains(cell), "{cell}: {table}");
