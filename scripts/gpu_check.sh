@@ -113,7 +113,8 @@ products() {
 }
 
 if step build cargo build "${build[@]}" -p bitnet-cli --features cuda --locked; then
-    step tests cargo test "${build[@]}" -p bitnet-model --features cuda --test device --locked || true
+    step tests cargo test "${build[@]}" -p bitnet-model -p bitnet-train --features bitnet-model/cuda,bitnet-train/cuda --test device --locked ||
+        true
     step doctor "$bitnet" doctor --quiet || true
     step text same_text || true
     step products products || true
