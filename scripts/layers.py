@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_USE = {
     "error": set(),
+    "fingerprint": set(),
     "kernels": set(),
     "isolated": set(),
     "storage": set(),
@@ -25,7 +26,7 @@ MAY_USE = {
     "rows": {"cuda", "kernels", "storage", "threads"},
     "head_weights": {"cuda", "kernels", "pages", "rows", "threads"},
     "packed": {"kernels"},
-    "activations": {"kernels", "quant", "threads"},
+    "activations": {"fingerprint", "kernels", "quant", "threads"},
     "weights": {"activations", "cuda", "error", "kernels", "packed", "pages", "quant", "threads"},
     "checkpoint": {"error", "config", "kernels", "packed", "quant", "rows", "storage", "weights"},
     "cuda": {"config", "head_weights", "kernels", "quant", "rows", "storage", "threads", "weights"},

@@ -2,9 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use sha2::{Digest, Sha256};
-
 use crate::{
+    fingerprint::fingerprint,
     kernels::{self, Kernel, tile::TileFormat},
     quant::{ActivationCodes, Rounding},
     threads,
@@ -82,11 +81,8 @@ impl QuantizedActivations {
 
     /// The first 64 bits of the SHA-256 of each row's codes without their padding, in hexadecimal, between spaces.
     fn fingerprints(&self, in_features: usize) -> String {
-        let fingerprint = |row: &[i8]| {
-            let bytes: Vec<u8> = row[..in_features].iter().map(|&code| code as u8).collect();
-            Sha256::digest(bytes)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
-        };
-        let rows: Vec<String> = self.codes.chunks(self.padded.max(1)).map(fingerprint).collect();
+        let of_row = |row: &[i8]| fingerprint(bytemuck::cast_slice::<i8, u8>(&row[..in_features]));
+        let rows: Vec<String> = self.codes.chunks(self.padded.max(1)).map(of_row).collect();
         rows.join(" ")
     }
 

@@ -34,6 +34,7 @@ pub mod choices;
 pub mod config;
 pub mod cuda;
 mod error;
+pub mod fingerprint;
 pub mod grammar;
 pub mod head_weights;
 pub mod hub;

@@ -120,7 +120,7 @@ pub fn run(args: Args, global: &Global) -> anyhow::Result<()> {
 }
 
 /// The logits after each token of `chunk`, which continues what `cache` holds.
-fn logits(model: &Model, chunk: &[u32], cache: &mut KvCache) -> anyhow::Result<Vec<Vec<f32>>> {
+pub fn logits(model: &Model, chunk: &[u32], cache: &mut KvCache) -> anyhow::Result<Vec<Vec<f32>>> {
     let input = Tensor::new(chunk, model.device())?.unsqueeze(0)?;
     let hidden = model.hidden_states(&input, Some(cache))?; // (1, seq, hidden_size)
     Ok(model.logits(&hidden.squeeze(0)?)?.to_vec2()?)

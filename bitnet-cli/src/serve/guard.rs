@@ -14,6 +14,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use bitnet_model::fingerprint::hex;
 use hyper::body::{Frame, SizeHint};
 use sha2::{Digest, Sha256};
 
@@ -179,7 +180,7 @@ fn request_id(headers: &HeaderMap) -> String {
 fn hashed(salt: u128, address: Option<IpAddr>) -> String {
     let address = address.map_or_else(String::new, |address| address.to_string());
     let hash = Sha256::new().chain_update(salt.to_le_bytes()).chain_update(address).finalize();
-    hash[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash[..6])
 }
 
 /// Headers that tell browsers to trust nothing they need not. The page has a policy of its own.

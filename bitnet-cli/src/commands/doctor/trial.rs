@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use bitnet_model::{
+    fingerprint::fingerprint,
     hub::Hub,
     kv_cache::KvCache,
     model::Model,
@@ -18,11 +19,10 @@ use bitnet_model::{
     pretrained::{DEFAULT, Precision, Source},
     sampler::argmax,
 };
-use candle_core::{Device, IndexOp, Tensor};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::args::Global;
+use crate::{args::Global, commands::logits::logits};
 
 /// What is continued: more tokens than one, which takes other routines than one does.
 const PROMPT: &str =
@@ -109,16 +109,9 @@ impl Round {
     }
 }
 
-/// The logits after each of `tokens`, which continue what `cache` holds.
-fn logits(model: &Model, tokens: &[u32], cache: &mut KvCache) -> anyhow::Result<Vec<Vec<f32>>> {
-    let input = Tensor::new(tokens, model.device())?.unsqueeze(0)?;
-    let hidden = model.hidden_states(&input, Some(cache))?.i(0)?; // (seq, hidden_size)
-    Ok(model.logits(&hidden)?.to_vec2()?)
-}
-
 fn digest(logits: &[f32]) -> String {
     let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_bits().to_le_bytes()).collect();
-    Sha256::digest(bytes)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    fingerprint(bytes)
 }
 
 /// Starts this program again to try `kernel` on `device`, and waits for the outcome, or why there is none.

@@ -3,7 +3,9 @@
 use std::{fs::File, io, path::Path};
 
 use anyhow::Context;
-use bitnet_model::{nn::HeadPrecision, ops::KvType, pretrained::Source, text::Tokenizer};
+use bitnet_model::{
+    fingerprint::hex, nn::HeadPrecision, ops::KvType, pretrained::Source, text::Tokenizer,
+};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -44,7 +46,7 @@ impl Identity {
             }
             hash.update([u8::from(args.model.ternarize), u8::from(args.model.full_precision)]);
         }
-        let hex = || hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        let fingerprint = || hex(&hash.finalize()[..8]);
         Ok(Self {
             model: source.name.clone(),
             adapters,
@@ -52,7 +54,7 @@ impl Identity {
             kv_cache: kv_type.name(),
             max_new_tokens: args.max_new_tokens(),
             code_timeout: args.code_timeout,
-            fingerprint: args.output.is_some().then(hex),
+            fingerprint: args.output.is_some().then(fingerprint),
         })
     }
 

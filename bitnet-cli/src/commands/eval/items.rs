@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use bitnet_model::fingerprint::fingerprint;
 use bitnet_train::eval::{Metric, Request, Response, Sample, tasks::Prepared};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use super::identity::Identity;
 
@@ -170,8 +170,7 @@ fn response(response: &Response) -> Value {
 
 /// What tells questions apart.
 fn digest(requests: &[Request]) -> String {
-    let hash = Sha256::digest(format!("{requests:?}"));
-    hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    fingerprint(format!("{requests:?}"))
 }
 
 /// Refuses a file of another model or of other settings.
