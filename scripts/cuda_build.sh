@@ -13,11 +13,7 @@ toolkit=${BITNET_CUDA_TOOLKIT:-$HOME/.cache/bitnet-cuda/13.4}/nvidia/cu13
 [[ -x $toolkit/bin/nvcc ]] || { echo "${0##*/}: no $toolkit/bin/nvcc: run scripts/cuda_toolkit.sh" >&2 && exit 1; }
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")/cuda-build
 lib=$target/lib
-mkdir -p "$lib"
-
-cargo build --locked -p ptx-interpreter
-cp "${CARGO_TARGET_DIR:-target}/debug/libptx_interpreter.so" "$lib/libcuda.so"
-for library in cublas cublasLt curand nvrtc; do ln -sf libcuda.so "$lib/lib$library.so"; done
+scripts/cuda_stand_in.sh "$lib"
 ln -sf "$toolkit"/lib/libcudart.so.* "$lib/libcudart.so"
 
 env -u BITNET_NVCC NVCC="$toolkit/bin/nvcc" CUDARC_CUDA_VERSION=13040 CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}" LIBRARY_PATH="$lib" \

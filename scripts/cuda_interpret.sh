@@ -15,7 +15,7 @@ nvcc=${BITNET_NVCC:-${BITNET_CUDA_TOOLKIT:-$HOME/.cache/bitnet-cuda/13.4}/nvidia
 [[ -x $nvcc ]] || { echo "${0##*/}: no $nvcc: run scripts/cuda_toolkit.sh, or set BITNET_NVCC" >&2 && exit 1; }
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")/cuda-interpret
 ptx=$target/ptx lib=$target/lib
-mkdir -p "$ptx" "$lib"
+mkdir -p "$ptx"
 
 compile() { # compile SOURCE NAME FLAG...: makes NAME.ptx, unless it is newer than all that it may be made of
     local source=$1 to=$ptx/$2.ptx
@@ -38,9 +38,7 @@ for name in affine binary cast fill indexing ternary unary; do
     compile "$candle/src/$name.cu" "$name" --expt-relaxed-constexpr --default-stream per-thread -arch=compute_80
 done
 
-CARGO_TARGET_DIR=$target/build cargo build --locked -p ptx-interpreter
-cp "$target/build/debug/libptx_interpreter.so" "$lib/libcuda.so"
-for library in cublas cublasLt curand nvrtc cudart; do ln -sf libcuda.so "$lib/lib$library.so"; done
+CARGO_TARGET_DIR=$target/build scripts/cuda_stand_in.sh "$lib"
 
 # Neither Candle's kernels nor ours are compiled into the programs: they name them, and the stand-in takes them from the folder.
 variables=(NVCC="$PWD/scripts/nvcc_stand_in.sh" CUDARC_CUDA_VERSION=13040 CUDA_COMPUTE_CAP=80 LIBRARY_PATH="$lib"

@@ -17,7 +17,6 @@ the codes of all activations are compared, by fingerprints that `bitnet logits` 
 Needs what scripts/peers_eval_speed.py needs.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -40,17 +39,6 @@ from transformers.integrations import bitnet
 # Of a layer's seven projections those whose input is another than that of the one before: q, k and v have the same, as have gate and up.
 PRODUCTS, INPUTS = 7, (0, 3, 4, 6)
 CHOICES = 0.99
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, action="append", required=True, help="folders of data files")
-    parser.add_argument("--bitnet", default=str(peers_eval.ROOT / "target/release/bitnet"))
-    parser.add_argument("--model", default="default", help="`default`, or a folder")
-    parser.add_argument("--tasks", default="arc_easy,arc_challenge,winogrande,piqa,lambada_openai")
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    return parser.parse_args()
 
 
 class Codes:
@@ -125,20 +113,13 @@ class Found:
                           line("logits before a flip", self.positions), line("logits at the first flip", self.jumps)])
 
 
-def choice(responses):
-    """Of several choices the likeliest; of one, whether it is what a greedy model says."""
-    if len(responses) > 1:
-        return max(range(len(responses)), key=lambda i: float(responses[i][0]))
-    return str(responses[0][1]) == "True"
-
-
 def compare(args, task, lm, samples, folder):
     """Prints how far both are apart; whether they agree, and the number of requests without a flip."""
     _, ours = speed.run_ours(args, folder / "ours", task, folder)
     found, same = Found(), 0
     for sample in samples:
         mine, theirs = ours[sample["doc_id"]], [response[0] for response in sample["resps"]]
-        same += choice(mine) == choice(theirs)
+        same += speed.choice(mine) == speed.choice(theirs)
         for request, response, expected in zip(sample["arguments"], mine, theirs, strict=True):
             found.request(args, lm, request, abs(response[0] - float(expected[0])), folder)
     print(f"{task}: {same} of {len(samples)} choices equal\n{found}", flush=True)
@@ -146,7 +127,7 @@ def compare(args, task, lm, samples, folder):
 
 
 def main():
-    args = parse_args()
+    args = speed.parser_of(__doc__, "arc_easy,arc_challenge,winogrande,piqa,lambada_openai", 200).parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     bitnet.ActQuant = Codes

@@ -37,14 +37,20 @@ from lm_eval.tasks import TaskManager
 BATCH = 16
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description, tasks, limit):
+    """What every comparison with the harness' own model takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, action="append", required=True, help="folders of data files")
     parser.add_argument("--bitnet", default=str(peers_eval.ROOT / "target/release/bitnet"))
     parser.add_argument("--model", default="default", help="`default`, or a folder")
-    parser.add_argument("--tasks", default="arc_easy,piqa,lambada_openai")
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--tasks", default=tasks)
+    parser.add_argument("--limit", type=int, default=limit)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+def parse_args():
+    parser = parser_of(__doc__, "arc_easy,piqa,lambada_openai", 100)
     parser.add_argument("--repeat", type=int, default=3)
     return parser.parse_args()
 
@@ -71,6 +77,13 @@ def run_theirs(model, configs, task):
     return seconds, {sample["doc_id"]: [response[0] for response in sample["resps"]] for sample in found["samples"][task]}
 
 
+def choice(responses):
+    """Of several choices the likeliest; of one, whether it is what a greedy model says."""
+    if len(responses) > 1:
+        return max(range(len(responses)), key=lambda i: float(responses[i][0]))
+    return str(responses[0][1]) == "True"
+
+
 def compare(task, ours, theirs):
     """Prints how far both are apart."""
     pairs = [(a, b) for item in ours for a, b in zip(ours[item], theirs[item], strict=True)]
@@ -81,12 +94,7 @@ def compare(task, ours, theirs):
     apart = sorted(abs(a[0] - float(b[0])) for a, b in pairs)
     close = sum(gap <= peers_eval.LIKELIHOOD_LIMIT for gap in apart)
     print(f"  log-likelihoods: {close} of {len(apart)} within {peers_eval.LIKELIHOOD_LIMIT}, median {statistics.median(apart):.1e}, largest {apart[-1]:.1e}")
-    if all(len(scores) > 1 for scores in ours.values()):
-        def choice(scores):
-            return max(range(len(scores)), key=lambda i: float(scores[i][0]))
-        same = sum(choice(ours[item]) == choice(theirs[item]) for item in ours)
-    else:
-        same = sum(a[1] == bool(b[1]) for a, b in pairs)
+    same = sum(choice(ours[item]) == choice(theirs[item]) for item in ours)
     print(f"  {same} of {len(ours)} choices equal")
 
 
