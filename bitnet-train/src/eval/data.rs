@@ -103,8 +103,8 @@ impl TaskData {
 
 impl HubDataset {
     fn fetch(&self, hub: &Hub, split: &str) -> Result<PathBuf> {
+        let end = format!("/{split}/0000.parquet");
         let is_wanted = |name: &str| {
-            let end = format!("/{split}/0000.parquet");
             name.strip_suffix(&end).is_some_and(|found| match self.configuration {
                 Some(configuration) => found == configuration,
                 None => !found.contains('/'),

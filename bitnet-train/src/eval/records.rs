@@ -33,19 +33,28 @@ pub struct Record<'a> {
 pub fn read<T>(
     path: &Path,
     pages: Option<fn(&str) -> Vec<Value>>,
+    take: impl FnMut(&Record<'_>) -> Result<T>,
+) -> Result<Vec<T>> {
+    let is = |ending: &str| path.extension().is_some_and(|found| found == ending);
+    let all = if is("parquet") { read_table(path, take)? } else { read_text(path, pages, take)? };
+    match all.is_empty() {
+        true => Err(Error::Corpus { path: path.into(), reason: "holds no records".into() }),
+        false => Ok(all),
+    }
+}
+
+fn read_text<T>(
+    path: &Path,
+    pages: Option<fn(&str) -> Vec<Value>>,
     mut take: impl FnMut(&Record<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
-    if path.extension().is_some_and(|found| found == "parquet") {
-        return read_parquet(path, take);
-    }
-    let is_packed = path.extension().is_some_and(|found| found == "gz");
-    let text = match is_packed {
+    let is = |ending: &str| path.extension().is_some_and(|found| found == ending);
+    let text = match is("gz") {
         true => File::open(path).and_then(|file| io::read_to_string(MultiGzDecoder::new(file))),
         false => fs::read_to_string(path),
     };
     let text = text.map_err(Error::io(path))?;
     let refuse = |reason: String| Error::Corpus { path: path.into(), reason };
-    let is = |ending: &str| path.extension().is_some_and(|found| found == ending);
     let mut all = Vec::new();
     if is("txt") || is("json") {
         let (kind, values) = match (is("txt"), pages) {
@@ -73,19 +82,13 @@ pub fn read<T>(
             all.push(take(&Record { path, place, value: &value })?);
         }
     }
-    match all.is_empty() {
-        true => Err(refuse("holds no records".into())),
-        false => Ok(all),
-    }
+    Ok(all)
 }
 
-fn read_parquet<T>(path: &Path, take: impl FnMut(&Record<'_>) -> Result<T>) -> Result<Vec<T>> {
+fn read_table<T>(path: &Path, take: impl FnMut(&Record<'_>) -> Result<T>) -> Result<Vec<T>> {
     let mut rows = Rows { path, take, all: Vec::new() };
     let _ = read_rows(path, &Cell::new(0), &mut rows)?;
-    match rows.all.is_empty() {
-        true => Err(Error::Corpus { path: path.into(), reason: "holds no records".into() }),
-        false => Ok(rows.all),
-    }
+    Ok(rows.all)
 }
 
 /// Keeps what `take` makes of rows.
