@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
 
 /// The elements in row-major order: borrowed when the layout allows it, gathered otherwise.
 pub fn contiguous<'a, T: WithDType>(
@@ -44,6 +44,12 @@ impl<'a, T: WithDType> Rows<'a, T> {
     pub fn row(&self, index: usize) -> &[T] {
         &self.data[index * self.stride..][..self.width]
     }
+}
+
+/// The shape of what rows of `from` values become if each is turned into one of `to`; `None` if rows have another length.
+pub fn with_width(layout: &Layout, from: usize, to: usize) -> Option<Shape> {
+    let (&width, outer) = layout.dims().split_last()?;
+    (width == from).then(|| Shape::from([outer, &[to]].concat()))
 }
 
 /// Elements between the beginnings of rows, if rows are dense and evenly spaced and do not overlap.

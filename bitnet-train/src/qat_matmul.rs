@@ -9,7 +9,7 @@ use bitnet_model::{
     kernels::TileFormat,
     ops::gemm::{Factor, Precision, gemm, plain},
     quant::{ActivationCodes, WeightCodes, WeightQuantizer},
-    storage::{contiguous, with_slice},
+    storage::{contiguous, with_slice, with_width},
     weights::TernaryWeight,
 };
 #[cfg(feature = "cuda")]
@@ -54,12 +54,10 @@ impl QatMatmul {
     /// The shape of the result; refuses a latent that does not fit.
     fn shape(&self, x: &Layout, latent: &Layout) -> Result<Shape> {
         let shape @ (out_features, in_features) = latent.shape().dims2()?;
-        let mut y = x.dims().to_vec();
-        match y.last_mut() {
-            Some(last) if *last == in_features => *last = out_features,
-            _ => bail!("qat-matmul: x {:?} does not fit {shape:?}", x.shape()),
+        match with_width(x, in_features, out_features) {
+            Some(shape) => Ok(shape),
+            None => bail!("qat-matmul: x {:?} does not fit {shape:?}", x.shape()),
         }
-        Ok(y.into())
     }
 }
 

@@ -70,4 +70,13 @@ mod tests {
             assert!(set.missing.iter().all(|name| set.needs.contains(name)), "{set:?}");
         }
     }
+
+    /// `avx512vbmi` takes routines of `avx512vnni`.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_kernel_needs_what_it_borrows_from_needs() {
+        let needs = |kernel| instruction_sets().find(|set| set.kernel == kernel).unwrap().needs;
+        let (own, borrowed) = (needs("avx512vbmi"), needs("avx512vnni"));
+        assert!(!borrowed.is_empty() && borrowed.iter().all(|name| own.contains(name)));
+    }
 }

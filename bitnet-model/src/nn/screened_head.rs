@@ -105,13 +105,13 @@ impl LmHead for ScreenedHead {
     fn logits(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Logits>> {
         check_needs(hidden, needs)?;
         refuse_gradients(hidden)?;
-        let bounds = self.bounds(hidden, needs)?;
+        let (quantized, bounds) = self.bounds(hidden, needs)?;
         if bounds.iter().all(Option::is_none) {
             // Nothing to screen: one pass over the rows for all tokens.
             let rows = ops::table_product(hidden, &self.rows, None)?.to_vec2()?;
             return Ok(rows.into_iter().map(|values| Logits { values, rescored: None }).collect());
         }
-        let approximate = ops::head_product(hidden, &self.screen)?;
+        let approximate = ops::quantized_head_product(hidden, quantized, &self.screen)?;
         with_slice::<f32, _>(&approximate, |approximate| {
             let approximate = approximate.chunks(self.rows.source().shape().0.max(1));
             let rows = approximate.zip(bounds).zip(needs).enumerate();
@@ -128,8 +128,12 @@ impl LmHead for ScreenedHead {
 }
 
 impl ScreenedHead {
-    /// The bound of each row of `hidden`; `None` for one that is not screened.
-    fn bounds(&self, hidden: &Tensor, needs: &[Need]) -> Result<Vec<Option<Bound>>> {
+    /// `hidden` as the screen multiplies it, and the bound of each row; `None` for one that is not screened.
+    fn bounds(
+        &self,
+        hidden: &Tensor,
+        needs: &[Need],
+    ) -> Result<(QuantizedHidden, Vec<Option<Bound>>)> {
         let (_, hidden_size) = hidden.dims2()?;
         with_slice::<f32, _>(hidden, |hidden| {
             let quantized = QuantizedHidden::new(hidden, hidden_size);
@@ -138,7 +142,8 @@ impl ScreenedHead {
                 Need::All => None,
                 _ => Bound::new(quantized.error_and_norm(token, hidden), hidden_size),
             });
-            Ok(bounds.collect())
+            let bounds = bounds.collect();
+            Ok((quantized, bounds))
         })
     }
 }

@@ -18,7 +18,7 @@ use super::{
 use crate::cuda;
 use crate::{
     kernels::{self, DenseWeights, Matrix},
-    storage::{contiguous, with_slice},
+    storage::{contiguous, with_slice, with_width},
     threads,
 };
 
@@ -34,12 +34,12 @@ impl DenseMatmul {
     /// The shape of the result; refuses a weight that does not fit.
     fn shape(&self, x: &Layout, weight: &Layout) -> Result<Shape> {
         let (out_features, in_features) = weight.shape().dims2()?;
-        let mut shape = x.dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == in_features => *last = out_features,
-            _ => bail!("dense-matmul: x {:?} does not fit weight {:?}", x.shape(), weight.shape()),
+        match with_width(x, in_features, out_features) {
+            Some(shape) => Ok(shape),
+            None => {
+                bail!("dense-matmul: x {:?} does not fit weight {:?}", x.shape(), weight.shape())
+            }
         }
-        Ok(shape.into())
     }
 }
 

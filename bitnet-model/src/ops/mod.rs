@@ -28,6 +28,7 @@ pub use rope::rope;
 pub use ternary_matmul::{
     TernaryProduct, normed_ternary_matmul, ternary_matmul, ternary_matmul_part,
 };
+pub(crate) use vocabulary::quantized_head_product;
 pub use vocabulary::{embed, head_product, table_product};
 
 /// Elements below which another thread is not worth calling (a region of [`threads`] is about a microsecond).

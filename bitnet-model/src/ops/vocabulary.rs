@@ -13,7 +13,7 @@ use crate::{
     head_weights::{HeadWeights, QuantizedHidden},
     kernels::{self, Matrix},
     rows::{Errors, Table, gather},
-    storage::contiguous,
+    storage::{contiguous, with_width},
     threads,
 };
 
@@ -31,7 +31,16 @@ pub fn table_product(hidden: &Tensor, table: &Table, ids: Option<&[u32]>) -> Res
 /// `hidden` (…, cols) f32 times the transpose of a head in few bits, with hidden states of 13 bits: (…, rows) f32. NaN for a
 /// hidden state that is not finite.
 pub fn head_product(hidden: &Tensor, head: &Arc<HeadWeights>) -> Result<Tensor> {
-    hidden.apply_op1(HeadProduct(head.clone()))
+    hidden.apply_op1(HeadProduct { head: head.clone(), quantized: None })
+}
+
+/// [`head_product`] for whom the processor has `quantized` the hidden states already.
+pub(crate) fn quantized_head_product(
+    hidden: &Tensor,
+    quantized: QuantizedHidden,
+    head: &Arc<HeadWeights>,
+) -> Result<Tensor> {
+    hidden.apply_op1(HeadProduct { head: head.clone(), quantized: Some(quantized) })
 }
 
 /// The rows `ids` (n) u32 of a table: (n, cols) f32. An id that is no row is an error on the CPU, and gives NaN on a device,
@@ -42,12 +51,10 @@ pub fn embed(ids: &Tensor, table: &Table) -> Result<Tensor> {
 
 /// The shape of the product of `hidden` (…, cols) with `rows` rows.
 fn product_shape(hidden: &Layout, rows: usize, cols: usize) -> Result<Shape> {
-    let mut shape = hidden.dims().to_vec();
-    match shape.last_mut() {
-        Some(last) if *last == cols => *last = rows,
-        _ => bail!("hidden states {:?} do not fit an output head of {cols}", hidden.shape()),
+    match with_width(hidden, cols, rows) {
+        Some(shape) => Ok(shape),
+        None => bail!("hidden states {:?} do not fit an output head of {cols}", hidden.shape()),
     }
-    Ok(shape.into())
 }
 
 struct TableProduct {
@@ -113,11 +120,15 @@ impl CustomOp1 for TableProduct {
     }
 }
 
-struct HeadProduct(Arc<HeadWeights>);
+struct HeadProduct {
+    head: Arc<HeadWeights>,
+    /// Of the input, if it is known.
+    quantized: Option<QuantizedHidden>,
+}
 
 impl HeadProduct {
     fn shape(&self, hidden: &Layout) -> Result<Shape> {
-        let (rows, cols) = self.0.shape();
+        let (rows, cols) = self.head.shape();
         product_shape(hidden, rows, cols)
     }
 }
@@ -129,15 +140,22 @@ impl CustomOp1 for HeadProduct {
 
     fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let shape = self.shape(layout)?;
-        let hidden = QuantizedHidden::new(&contiguous::<f32>(hidden, layout)?, self.0.shape().1);
-        Ok((CpuStorage::F32(self.0.matmul(kernels::active(), &hidden)), shape))
+        let product = |hidden: &QuantizedHidden| self.head.matmul(kernels::active(), hidden);
+        let y = match &self.quantized {
+            Some(quantized) => product(quantized),
+            None => {
+                let hidden = contiguous::<f32>(hidden, layout)?;
+                product(&QuantizedHidden::new(&hidden, self.head.shape().1))
+            }
+        };
+        Ok((CpuStorage::F32(y), shape))
     }
 
     crate::no_metal_fwd!(1);
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, hidden: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        cuda::ops::head_product((hidden, layout), &self.0, self.shape(layout)?)
+        cuda::ops::head_product((hidden, layout), &self.head, self.shape(layout)?)
     }
 }
 

@@ -171,16 +171,13 @@ pub struct KeyStrides {
     pub position: usize,
 }
 
-/// Queries of a block: `QUERIES` in `ops/attention/backward.rs`.
-const QUERIES: usize = 128;
-
 /// Of queries (batch, seq, heads, head_dim), and of keys and values, which lie as `strides` say. `visible`: of each query, the
-/// first position that it sees and the one behind its last.
+/// first position that it sees and the one behind its last; `block` queries are taken at a time, and added up for each key.
 pub fn attention_gradients(
     sizes: AttentionSizes,
     [q, k, v, dy]: [&Tensor; 4],
     strides: KeyStrides,
-    visible: &[(usize, usize)],
+    (visible, block): (&[(usize, usize)], usize),
 ) -> Result<[Tensor; 3]> {
     let AttentionSizes { batch, seq, heads: (heads, kv_heads), context, head_dim } = sizes;
     if visible.is_empty() {
@@ -193,7 +190,7 @@ pub fn attention_gradients(
     let bounds =
         Vec::from_iter(visible.iter().flat_map(|(first, end)| [*first as u32, *end as u32]));
     let bounds = device.clone_htod(&bounds)?;
-    let scores = kv_heads * QUERIES.min(seq) * context;
+    let scores = kv_heads * block.min(seq) * context;
     let mut p = uninitialized::<f32>(device, scores)?;
     let mut ds = uninitialized::<f32>(device, scores)?;
     let mut dq = device.alloc_zeros::<f32>(q.elem_count().max(1))?;
@@ -215,8 +212,8 @@ pub fn attention_gradients(
         let (group, stride, scale) =
             (heads / kv_heads, heads * head_dim, 1. / (head_dim as f32).sqrt());
         for (row, head) in (0..batch).flat_map(|row| (0..group).map(move |head| (row, head))) {
-            for first in (0..seq).step_by(QUERIES) {
-                let count = QUERIES.min(seq - first);
+            for first in (0..seq).step_by(block) {
+                let count = block.min(seq - first);
                 let query = row * seq + first;
                 let seen = &visible[query..query + count];
                 let begin = seen.iter().map(|(first, _)| *first).min().unwrap_or(0);
@@ -225,7 +222,7 @@ pub fn attention_gradients(
                     continue; // only padding
                 }
                 let keys = end - begin;
-                let block = query * stride + head * head_dim;
+                let q_block = query * stride + head * head_dim;
                 let kv_block = row * strides.row + begin * strides.position;
                 let batched = |mut shape: GemmShape, a: usize, b: usize, out: usize| {
                     [shape.a_batch, shape.b_batch, shape.out_batch] =
@@ -236,8 +233,8 @@ pub fn attention_gradients(
                 let by_keys = |values: &Memory<'_>| {
                     Factor::depth_inner(strides.position, at(values, kv_block))
                 };
-                let rows = |values: &Memory<'_>| Factor::depth_inner(stride, at(values, block));
-                let cols = |values: &Memory<'_>| Factor::index_inner(stride, at(values, block));
+                let rows = |values: &Memory<'_>| Factor::depth_inner(stride, at(values, q_block));
+                let cols = |values: &Memory<'_>| Factor::index_inner(stride, at(values, q_block));
                 let all = GemmShape::new((count, keys, head_dim), false, false);
                 let all = batched(all, per_group, strides.head, per_scores);
                 let to_dq = GemmShape::new((count, head_dim, keys), false, false);
@@ -259,7 +256,12 @@ pub fn attention_gradients(
                         (kv_heads, count, keys),
                         scale,
                     ),
-                    product(Factor::depth_inner(keys, ds.address), k_values, to_dq, at(&dq, block)),
+                    product(
+                        Factor::depth_inner(keys, ds.address),
+                        k_values,
+                        to_dq,
+                        at(&dq, q_block),
+                    ),
                     product(
                         Factor::index_inner(keys, ds.address),
                         cols(&q),

@@ -1,14 +1,14 @@
 //! Output head and cross-entropy in one, a slice of the tokens at a time, with the gradients of both.
 
 use candle_core::{
-    CudaStorage, DType, Layout, Result, Tensor,
-    backend::BackendStorage,
-    bail,
-    cuda_backend::cudarc::driver::{CudaSlice, CudaStream},
+    CudaStorage, Layout, Result, Tensor, backend::BackendStorage,
+    cuda_backend::cudarc::driver::CudaSlice,
 };
-use half::bf16;
 
-use super::gradients::{dense_rows, tensor};
+use super::{
+    gradients::{dense_rows, tensor},
+    vocabulary::DenseMatrix,
+};
 use crate::cuda::{
     device::{Gathered, Memory, launch, uninitialized},
     launch::{Address, Element, Factor, GemmShape, Launch, Right},
@@ -34,29 +34,6 @@ pub struct HeadLossOf<'a> {
 /// The loss, the gradient of the hidden states, and that of the head.
 pub type HeadLoss = (f32, Tensor, Option<Tensor>);
 
-/// An output head (vocab, k) as it lies.
-enum Head<'a> {
-    F32(Gathered<'a, f32>),
-    Bf16(Gathered<'a, bf16>),
-}
-
-impl<'a> Head<'a> {
-    fn new(weight: &'a CudaStorage, layout: &Layout) -> Result<Self> {
-        match weight.dtype() {
-            DType::F32 => Ok(Self::F32(Gathered::contiguous(weight, layout)?)),
-            DType::BF16 => Ok(Self::Bf16(Gathered::contiguous(weight, layout)?)),
-            other => bail!("head-loss: a head of {other:?} on CUDA, f32 or bf16 is needed"),
-        }
-    }
-
-    fn memory<'b>(&'b self, stream: &'b CudaStream) -> Result<(Right, Memory<'b>)> {
-        Ok(match self {
-            Self::F32(weight) => (Right::F32, weight.memory(stream)?),
-            Self::Bf16(weight) => (Right::Bf16, weight.memory(stream)?),
-        })
-    }
-}
-
 /// The cross-entropy of `hidden` (…, k) under the head `weight` (vocab, k). Three numbers a row come to the processor, whose
 /// logarithm it is.
 pub fn head_loss(
@@ -69,7 +46,8 @@ pub fn head_loss(
     let stream = device.cuda_stream();
     let count = layout.shape().elem_count();
     let hidden = Gathered::<f32>::contiguous(hidden, layout)?;
-    let head = Head::new(weight, weight_layout)?;
+    let head_matrix = DenseMatrix::new("head-loss", weight, weight_layout)?;
+    let right = head_matrix.right();
     let size = of.slice.min(of.rows.len()).max(1);
     let mut x = uninitialized::<f32>(device, size * k)?;
     let mut dx = uninitialized::<f32>(device, size * k)?;
@@ -84,7 +62,7 @@ pub fn head_loss(
         let (row_ids, target_ids) = (device.clone_htod(rows)?, device.clone_htod(targets)?);
         let products = Products { bf16: of.bf16, shape: (count, vocab, k) };
         {
-            let (hidden, (right, head)) = (hidden.memory(&stream)?, head.memory(&stream)?);
+            let (hidden, head) = (hidden.memory(&stream)?, head_matrix.memory(&stream)?);
             let (row_ids, target_ids) =
                 (Memory::read(&row_ids, 0, &stream), Memory::read(&target_ids, 0, &stream));
             let x = Memory::written(&mut x, &stream);
@@ -104,7 +82,7 @@ pub fn head_loss(
         let (log_sums, slice_nats) = log_sums(&device.clone_dtoh(&sums)?[..3 * count]);
         nats += slice_nats;
         let log_sums: CudaSlice<f32> = device.clone_htod(&log_sums)?;
-        let (right, head) = head.memory(&stream)?;
+        let head = head_matrix.memory(&stream)?;
         let (row_ids, target_ids) =
             (Memory::read(&row_ids, 0, &stream), Memory::read(&target_ids, 0, &stream));
         let (x, log_sums) = (Memory::read(&x, 0, &stream), Memory::read(&log_sums, 0, &stream));

@@ -12,7 +12,7 @@ use super::Tensor;
 use crate::{
     cuda::{
         device::{Gathered, Memory, RowsOf, launch, result, uninitialized},
-        launch::{DenseRows, Element, HeadActivations, HeadMatrix, Launch, head_groups},
+        launch::{DenseRows, Element, HeadActivations, HeadMatrix, Launch, Right, head_groups},
         resident::{HeadCopy, RowsCopy},
     },
     head_weights::HeadWeights,
@@ -29,6 +29,44 @@ impl RowsCopy {
     }
 }
 
+/// A dense matrix as it lies, f32 or bf16.
+pub(super) enum DenseMatrix<'a> {
+    F32(Gathered<'a, f32>),
+    Bf16(Gathered<'a, bf16>),
+}
+
+impl<'a> DenseMatrix<'a> {
+    pub fn new(op: &str, weight: &'a CudaStorage, layout: &Layout) -> Result<Self> {
+        match weight.dtype() {
+            DType::F32 => Ok(Self::F32(Gathered::contiguous(weight, layout)?)),
+            DType::BF16 => Ok(Self::Bf16(Gathered::contiguous(weight, layout)?)),
+            other => bail!("{op}: a weight of {other:?} on CUDA, f32 or bf16 is needed"),
+        }
+    }
+
+    pub fn memory<'b>(&'b self, stream: &'b CudaStream) -> Result<Memory<'b>> {
+        match self {
+            Self::F32(weight) => weight.memory(stream),
+            Self::Bf16(weight) => weight.memory(stream),
+        }
+    }
+
+    fn element(&self) -> Element {
+        match self {
+            Self::F32(_) => Element::F32,
+            Self::Bf16(_) => Element::Bf16,
+        }
+    }
+
+    /// As the right factor of a product.
+    pub fn right(&self) -> Right {
+        match self {
+            Self::F32(_) => Right::F32,
+            Self::Bf16(_) => Right::Bf16,
+        }
+    }
+}
+
 /// `x` (…, cols) times the transpose of `weight` (rows, cols), f32 or bf16.
 pub fn dense_product(
     (x, layout): (&CudaStorage, &Layout),
@@ -37,19 +75,9 @@ pub fn dense_product(
 ) -> Result<Tensor> {
     let (rows, cols) = weight_layout.shape().dims2()?;
     let stream = weight.device().cuda_stream();
-    match weight.dtype() {
-        DType::F32 => {
-            let weight = Gathered::<f32>::contiguous(weight, weight_layout)?;
-            let w = (Element::F32, weight.memory(&stream)?);
-            product("dense-matmul", (x, layout), w, (None, rows, cols), shape)
-        }
-        DType::BF16 => {
-            let weight = Gathered::<bf16>::contiguous(weight, weight_layout)?;
-            let w = (Element::Bf16, weight.memory(&stream)?);
-            product("dense-matmul", (x, layout), w, (None, rows, cols), shape)
-        }
-        other => bail!("dense-matmul: a weight of {other:?} on CUDA, f32 or bf16 is needed"),
-    }
+    let weight = DenseMatrix::new("dense-matmul", weight, weight_layout)?;
+    let w = (weight.element(), weight.memory(&stream)?);
+    product("dense-matmul", (x, layout), w, (None, rows, cols), shape)
 }
 
 /// `hidden` (…, cols) times the transposes of the rows `ids` of a table, which it has, or of all.

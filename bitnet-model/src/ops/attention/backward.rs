@@ -28,7 +28,7 @@ pub(super) struct Gradients {
 }
 
 /// Queries of a block: what they need not see of the keys is small beside what they see.
-const QUERIES: usize = 128;
+pub(super) const QUERIES: usize = 128;
 
 /// The inputs: `q` and `dy` (batch, seq, heads, head_dim), `k` and `v` as `strides` says.
 #[derive(Clone, Copy)]

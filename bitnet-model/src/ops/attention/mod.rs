@@ -106,8 +106,9 @@ impl Attention {
             let KvStrides { row, head, position } = strides;
             let strides = cuda::ops::KeyStrides { row, head, position };
             let inputs = [q, k, v, dy];
+            let visible = (&visible[..], backward::QUERIES);
             let gradients =
-                cuda::ops::attention_gradients(dims.on_device(), inputs, strides, &visible)?;
+                cuda::ops::attention_gradients(dims.on_device(), inputs, strides, visible)?;
             let [dq, dk, dv] = gradients.map(Some);
             return Ok((dq, dk, dv));
         }
