@@ -25,6 +25,9 @@ const COLS: usize = TileFormat::TwoBit.cols();
 /// Tokens that share a decoded tile: their sums, two registers a token, leave room for codes and activations.
 const BLOCK: usize = 4;
 
+/// From more tokens than that on, codes are unpacked into memory for all of them.
+const FEW: usize = 8;
+
 /// Tiles whose products fit the 16-bit sums: a tile adds four of at most `2 · 2 · 128`, and `15 · 4 · 512 < 2¹⁵`.
 const RUN: usize = 15;
 
@@ -33,6 +36,9 @@ const SINGLE_RUN: usize = 7;
 
 #[target_feature(enable = "avx2,fma")]
 fn accumulate(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    if acc.len() > FEW {
+        return in_runs::<4>(tiles, x, acc, |half| unpack_codes(half));
+    }
     let cols = tiles.len() * COLS;
     let (blocks, rest) = acc.as_chunks_mut::<BLOCK>();
     let (x, x_rest) = x.split_at(blocks.len() * BLOCK * cols);
@@ -84,6 +90,7 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
     for (tiles, x) in runs {
         let mut sums = [[_mm256_setzero_si256(); 2]; 2]; // of each half: once, four times
         for (tile, x) in tiles.iter().zip(x) {
+            fetch_ahead(tile);
             for (sums, codes) in sums.iter_mut().zip(halves(tile)) {
                 for (lanes, codes) in [codes, _mm256_srli_epi16::<4>(codes)].into_iter().enumerate()
                 {
@@ -113,6 +120,9 @@ const TRIT_RUN: usize = 12;
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn accumulate_trits(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]]) {
+    if acc.len() > FEW {
+        return in_runs::<5>(tiles, x, acc, |half| unpack_trits(half));
+    }
     let cols = tiles.len() * TileFormat::Trits.cols();
     for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
         let x = &x[i * BLOCK * cols..][..acc.len() * cols];
@@ -152,6 +162,84 @@ fn trit_block<const N: usize>(tiles: &[Tile], x: &[i8], acc: &mut [[i32; ROWS]])
     }
 }
 
+/// Four inputs each, whose products fit 16-bit sums: `60 · 512 < 2¹⁵`.
+const QUADS: usize = RUN * 4;
+
+/// Codes of a run of tiles, a byte each: of four inputs rows 0 to 7, then 8 to 15.
+type Codes = [[__m256i; 2]; QUADS];
+
+/// Many tokens: the codes of a run of tiles, of `LANES` times four inputs each, are unpacked once for all of them and stay
+/// in the first-level cache. What remains for a block of tokens is to load and multiply.
+#[target_feature(enable = "avx2,fma")]
+fn in_runs<const LANES: usize>(
+    tiles: &[Tile],
+    x: &[i8],
+    acc: &mut [[i32; ROWS]],
+    unpack: impl Fn(__m256i) -> [__m256i; LANES],
+) {
+    /// Tokens of a block: their sums, two registers a token, leave room for the codes of four inputs.
+    const MOST: usize = 6;
+    let cols = tiles.len() * LANES * 4;
+    assert_eq!(x.len(), acc.len() * cols);
+    let block = acc.len().div_ceil(acc.len().div_ceil(MOST));
+    let mut codes: Codes = [[_mm256_setzero_si256(); 2]; QUADS];
+    for (run, tiles) in tiles.chunks(QUADS / LANES).enumerate() {
+        for (tile, codes) in tiles.iter().zip(codes.as_chunks_mut::<LANES>().0) {
+            fetch_ahead(tile);
+            let [low, high] = halves(tile).map(&unpack);
+            codes.iter_mut().zip(low.into_iter().zip(high)).for_each(|(codes, (low, high))| {
+                *codes = [low, high];
+            });
+        }
+        let codes = &codes[..tiles.len() * LANES];
+        for (x, acc) in x.chunks(block * cols).zip(acc.chunks_mut(block)) {
+            let x = &x[run * QUADS * 4..];
+            match acc.len() {
+                1 => run_block::<1>(codes, x, cols, acc),
+                2 => run_block::<2>(codes, x, cols, acc),
+                3 => run_block::<3>(codes, x, cols, acc),
+                4 => run_block::<4>(codes, x, cols, acc),
+                5 => run_block::<5>(codes, x, cols, acc),
+                _ => run_block::<MOST>(codes, x, cols, acc),
+            }
+        }
+    }
+}
+
+/// `N` tokens, `cols` values of `x` apart, and the unpacked codes of a run.
+#[target_feature(enable = "avx2,fma")]
+fn run_block<const N: usize>(
+    codes: &[[__m256i; 2]],
+    x: &[i8],
+    cols: usize,
+    acc: &mut [[i32; ROWS]],
+) {
+    assert!(acc.len() == N && (N - 1) * cols + 4 * codes.len() <= x.len());
+    let mut sums = [[_mm256_setzero_si256(); 2]; N];
+    for (quad, [low, high]) in codes.iter().enumerate() {
+        for (token, [low_sum, high_sum]) in sums.iter_mut().enumerate() {
+            // SAFETY: token < N and quad < codes.len(), so these four values end within x.
+            let x = unsafe { broadcast(x.as_ptr().add(token * cols + 4 * quad)) };
+            *low_sum = _mm256_add_epi16(*low_sum, _mm256_maddubs_epi16(*low, x));
+            *high_sum = _mm256_add_epi16(*high_sum, _mm256_maddubs_epi16(*high, x));
+        }
+    }
+    acc.iter_mut().zip(sums).for_each(|(acc, sums)| add_pairs(acc, sums));
+}
+
+/// The four codes of each byte of two bits each.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn unpack_codes(v: __m256i) -> [__m256i; 4] {
+    let low2 = _mm256_set1_epi8(3);
+    [
+        _mm256_and_si256(v, low2),
+        _mm256_and_si256(_mm256_srli_epi16::<2>(v), low2),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(v), low2),
+        _mm256_and_si256(_mm256_srli_epi16::<6>(v), low2),
+    ]
+}
+
 /// The five codes of each byte `v = d₀ + 3d₁ + 9d₂ + 27d₃ + 81d₄`.
 ///
 /// `v mod 81` is the least of v, v − 81 and v − 162 as unsigned bytes, of which those below zero wrap around to more than v;
@@ -179,8 +267,8 @@ fn unpack_trits(v: __m256i) -> [__m256i; 5] {
     [_mm256_and_si256(d01, low2), second(d01), _mm256_and_si256(d23, low2), second(d23), d4]
 }
 
-/// Asks for a later tile, to lie in the second-level cache by then. While products of several tokens fill the queue of
-/// instructions, the processor's own prefetching falls behind; a single token leaves it room, and gains nothing here.
+/// Asks for a later tile, to lie in the second-level cache by then: while products fill the queue of instructions, the
+/// processor's own prefetching falls behind.
 #[inline(always)]
 pub(super) fn fetch_ahead(tile: &Tile) {
     /// Tiles: 12 KiB.

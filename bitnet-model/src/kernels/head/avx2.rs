@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums, ROWS, in_blocks};
+use super::{
+    super::avx2::fetch_ahead, HeadActivations, HeadFormat, HeadRoutines, Line, PlaneSums, ROWS,
+    in_blocks,
+};
 
 pub(in crate::kernels) const ROUTINES: HeadRoutines =
     HeadRoutines { q8: head_q8, q6: head_groups::<6>, q4: head_groups::<4> };
@@ -24,6 +27,7 @@ fn head_q8_block<const N: usize>(lines: &[Line], x: &[[i8; 8]], out: &mut [Plane
     let ones = _mm256_set1_epi16(1);
     let mut sums = [[[_mm256_setzero_si256(); 2]; 2]; N];
     for (i, line) in lines.iter().enumerate() {
+        fetch_ahead(line);
         for half in 0..2 {
             // SAFETY: a `Line` is 64 bytes: rows 0 to 7 in the first half, 8 to 15 in the second.
             let codes = unsafe { _mm256_loadu_si256(line.as_ptr().add(32 * half).cast()) };
@@ -92,6 +96,7 @@ fn head_groups_block<const BITS: u32, const N: usize>(
     for (group, (lines, scales)) in
         lines.chunks_exact(format.lines_per_group()).zip(scales).enumerate()
     {
+        lines.iter().for_each(fetch_ahead);
         // SAFETY: (group + 1) · QUADS ≤ groups · QUADS quads in each of the N rows of x.
         let x = unsafe { x.quads.as_ptr().add(group * QUADS) };
         let stride = groups * QUADS;
