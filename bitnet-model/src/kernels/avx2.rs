@@ -14,7 +14,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     requires: requirements!["avx2", "fma", "f16c"],
     accumulate,
     accumulate_trits,
-    routines: routines!(Avx2(()), 2 x 3, 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
+    routines: routines!(Avx2(()), 2 x 3, 6 x 1, 4 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avx2::ROUTINES,
     peak: peak::AVX2,
 };

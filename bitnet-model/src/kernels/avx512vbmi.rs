@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::{
     Kernel, ROWS, Tile, TileFormat,
-    avx512vnni::{self, add, broadcast, lanes, load, multiply},
+    avx512vnni::{self, add, broadcast, fetch_next, lanes, load, multiply},
     instructions::requirements,
     tile::TRIT_CODES,
 };
@@ -93,6 +93,7 @@ fn single(tiles: &[Tile], x: &[i8], acc: &mut [i32; ROWS]) {
     let masks = [3, 3 << 2, 3 << 4, 3 << 6].map(|mask: u8| _mm512_set1_epi8(mask as i8));
     let mut sums = [_mm512_setzero_si512(); 5];
     for (tile, x) in tiles.iter().zip(x.as_chunks::<COLS>().0) {
+        fetch_next(tile);
         let [codes, fifth] = unpack(tile);
         let lanes = [
             _mm512_and_si512(codes, masks[0]),

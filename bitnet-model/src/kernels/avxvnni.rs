@@ -25,7 +25,7 @@ pub(super) static KERNEL: Kernel = Kernel {
         vex
     },
     accumulate_trits: avx2::accumulate_trits,
-    routines: routines!(Avx2(()), 2 x 3, 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
+    routines: routines!(Avx2(()), 2 x 3, 6 x 1, 4 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avxvnni::VEX,
     peak: peak::AVXVNNI,
 };
@@ -43,7 +43,7 @@ pub(super) static EVEX: Kernel = Kernel {
         evex
     },
     accumulate_trits: avx2::accumulate_trits,
-    routines: routines!(Avx2(()), 2 x 3, 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
+    routines: routines!(Avx2(()), 2 x 3, 6 x 1, 4 x 1, #[target_feature(enable = "avx2,fma,f16c")]),
     head: head::avxvnni::EVEX,
     peak: peak::AVX2,
 };

@@ -4,7 +4,7 @@
 //! tree of [`Simd::sum4`]; a ragged end is padded with zeros. Only [`weighted_sums`] and [`axpy`], whose lanes are
 //! separate outputs, take their terms one by one.
 
-use std::array;
+use std::{array, ops::Range};
 
 use super::{
     scalar,
@@ -56,6 +56,12 @@ impl<'a, T> Matrix<'a, T> {
     #[inline(always)]
     fn row(&self, row: usize) -> &'a [T] {
         &self.data[row * self.stride..][..self.cols]
+    }
+
+    /// The rows from `first` on.
+    #[inline(always)]
+    fn tail(&self, first: usize) -> Self {
+        Self { data: &self.data[first * self.stride..], rows: self.rows - first, ..*self }
     }
 }
 
@@ -320,74 +326,84 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
     }
 }
 
-/// `out[r · dims + d] = Σⱼ p[r][j] · v[j][d]`, each `r` and `d` one chain of fused products in the order of `j`. Rows
-/// share what is loaded of `v`, four at a time.
+/// `out[r · dims + d] = Σⱼ p[r][j] · v[j][d]`, each `r` and `d` one chain of fused products in the order of `j`. `R` rows
+/// share what is loaded of `v`, `W` vectors at a time.
 #[inline(always)]
-pub(super) fn weighted_sums<S: Simd>(
+pub(super) fn weighted_sums<S: Simd, const R: usize, const W: usize>(
     simd: S,
     p: Matrix<'_, f32>,
     v: DenseWeights<'_>,
     out: &mut [f32],
 ) {
     match v {
-        DenseWeights::F32(v) => weighted::<S, F32>(simd, p, v, out),
-        DenseWeights::Bf16(v) => weighted::<S, Bf16>(simd, p, v, out),
-        DenseWeights::F16(v) => weighted::<S, F16>(simd, p, v, out),
-        DenseWeights::I8(v) => weighted::<S, I8>(simd, p, v, out),
+        DenseWeights::F32(v) => weighted::<S, F32, R, W>(simd, p, v, out),
+        DenseWeights::Bf16(v) => weighted::<S, Bf16, R, W>(simd, p, v, out),
+        DenseWeights::F16(v) => weighted::<S, F16, R, W>(simd, p, v, out),
+        DenseWeights::I8(v) => weighted::<S, I8, R, W>(simd, p, v, out),
     }
 }
 
+/// Rows of v whose values stay in the first-level cache while all vectors of columns and all rows of p pass.
+const NEAR: usize = 32;
+
 #[inline(always)]
-fn weighted<S: Simd, T: Element>(
+fn weighted<S: Simd, T: Element, const R: usize, const W: usize>(
     simd: S,
     p: Matrix<'_, f32>,
     v: Matrix<'_, T::Stored>,
     out: &mut [f32],
 ) {
-    let whole = p.rows - p.rows % 4;
-    for r in (0..whole).step_by(4) {
-        weighted_rows::<S, T, 4, 4>(
-            simd,
-            array::from_fn(|i| p.row(r + i)),
-            v,
-            &mut out[r * v.cols..],
-        );
-    }
-    for r in whole..p.rows {
-        weighted_rows::<S, T, 1, 4>(simd, [p.row(r)], v, &mut out[r * v.cols..]);
+    out.fill(0.);
+    let whole = p.rows - p.rows % R;
+    for start in (0..v.rows).step_by(NEAR) {
+        let near = start..v.rows.min(start + NEAR);
+        for r in (0..whole).step_by(R) {
+            weighted_rows::<S, T, R, W>(simd, (p, r), v, near.clone(), &mut out[r * v.cols..]);
+        }
+        for r in whole..p.rows {
+            weighted_rows::<S, T, 1, 4>(simd, (p, r), v, near.clone(), &mut out[r * v.cols..]);
+        }
     }
 }
 
-/// `R` rows of [`weighted_sums`], `W` vectors of columns at a time: enough chains to hide the latency.
+/// Adds what `near`, some rows of v, give to `R` rows of [`weighted_sums`] from `first` on, `W` vectors of columns at a time:
+/// enough chains to hide the latency.
 #[inline(always)]
 fn weighted_rows<S: Simd, T: Element, const R: usize, const W: usize>(
     simd: S,
-    p: [&[f32]; R],
+    (p, first): (Matrix<'_, f32>, usize),
     v: Matrix<'_, T::Stored>,
+    near: Range<usize>,
     out: &mut [f32],
 ) {
+    // Of a row of v all factors side by side.
+    let mut factors = [[0.; R]; NEAR];
+    for r in 0..R {
+        for (factors, p) in factors.iter_mut().zip(&p.row(first + r)[near.clone()]) {
+            factors[r] = *p;
+        }
+    }
+    let (factors, v) = (&factors[..near.len()], v.tail(near.start));
     let (dims, groups) = (v.cols, v.cols / LANES);
     let wide = groups - groups % W;
     for group in (0..wide).step_by(W) {
-        weighted_block::<S, T, R, W>(simd, p, v, group * LANES, out);
+        weighted_block::<S, T, R, W>(simd, factors, v, group * LANES, out);
     }
     for group in wide..groups {
-        weighted_block::<S, T, R, 1>(simd, p, v, group * LANES, out);
+        weighted_block::<S, T, R, 1>(simd, factors, v, group * LANES, out);
     }
     let start = groups * LANES;
     if start < dims {
-        let mut acc = [simd.splat(0.); R];
-        #[allow(clippy::needless_range_loop)] // j runs through R rows of p and through v
-        for j in 0..v.rows {
-            let v = T::load(simd, &pad(&v.row(j)[start..], T::Stored::default()));
-            for r in 0..R {
-                acc[r] = simd.mul_add(simd.splat(p[r][j]), v, acc[r]);
-            }
-        }
-        let mut lanes = [0.; LANES];
         for r in 0..R {
-            simd.store(acc[r], &mut lanes);
-            out[r * dims + start..][..dims - start].copy_from_slice(&lanes[..dims - start]);
+            let out = &mut out[r * dims + start..][..dims - start];
+            let mut acc = simd.load(&pad(out, 0.));
+            for (j, factors) in factors.iter().enumerate() {
+                let v = T::load(simd, &pad(&v.row(j)[start..], T::Stored::default()));
+                acc = simd.mul_add(simd.splat(factors[r]), v, acc);
+            }
+            let mut lanes = [0.; LANES];
+            simd.store(acc, &mut lanes);
+            out.copy_from_slice(&lanes[..dims - start]);
         }
     }
 }
@@ -396,24 +412,30 @@ fn weighted_rows<S: Simd, T: Element, const R: usize, const W: usize>(
 #[inline(always)]
 fn weighted_block<S: Simd, T: Element, const R: usize, const W: usize>(
     simd: S,
-    p: [&[f32]; R],
+    factors: &[[f32; R]],
     v: Matrix<'_, T::Stored>,
     start: usize,
     out: &mut [f32],
 ) {
     let mut acc = [[simd.splat(0.); W]; R];
+    for r in 0..R {
+        let out = out[r * v.cols + start..][..W * LANES].as_chunks::<LANES>().0;
+        for w in 0..W {
+            acc[r][w] = simd.load(&out[w]);
+        }
+    }
     let ahead = AHEAD * v.stride;
-    for j in 0..v.rows {
-        let row = v.row(j)[start..][..W * LANES].as_chunks::<LANES>().0;
+    for (factors, row) in factors.iter().zip(v.data.chunks(v.stride)) {
+        let row = row[start..][..W * LANES].as_chunks::<LANES>().0;
         let mut lanes = [simd.splat(0.); W];
         for w in 0..W {
             simd.prefetch(row[w].as_ptr().wrapping_add(ahead));
             lanes[w] = T::load(simd, &row[w]);
         }
         for r in 0..R {
-            let p = simd.splat(p[r][j]);
+            let factor = simd.splat(factors[r]);
             for w in 0..W {
-                acc[r][w] = simd.mul_add(p, lanes[w], acc[r][w]);
+                acc[r][w] = simd.mul_add(factor, lanes[w], acc[r][w]);
             }
         }
     }

@@ -16,7 +16,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     requires: requirements!["dotprod"],
     accumulate: accumulate::<{ TileFormat::TwoBit.lanes() }>,
     accumulate_trits: accumulate::<{ TileFormat::Trits.lanes() }>,
-    routines: routines!(Neon, 2 x 2, 6 x 1),
+    routines: routines!(Neon, 2 x 2, 6 x 1, 4 x 1),
     head: head::neondot::ROUTINES,
     peak: peak::NEONDOT,
 };

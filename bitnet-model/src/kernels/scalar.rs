@@ -12,7 +12,7 @@ pub(super) static KERNEL: Kernel = Kernel {
     requires: &[],
     accumulate: accumulate::<4, 4>,
     accumulate_trits: accumulate::<3, 5>,
-    routines: routines!(Scalar, 2 x 2, 4 x 1),
+    routines: routines!(Scalar, 2 x 2, 4 x 1, 4 x 1),
     head: head::portable::ROUTINES,
     peak: peak::SCALAR,
 };

@@ -74,9 +74,10 @@ pub(super) struct Routines {
 }
 
 /// [`Routines`] whose functions carry the given `#[target_feature]`. The instruction set's registers hold `$rows` ×
-/// `$cols` accumulators of a matrix product.
+/// `$cols` accumulators of a matrix product, as many of a product of panels, and of weighted sums.
 macro_rules! routines {
-    ($simd:expr, $rows:literal x $cols:literal, $panel_rows:literal x $panel_cols:literal $(, #[$feature:meta])?) => {{
+    ($simd:expr, $rows:literal x $cols:literal, $panel_rows:literal x $panel_cols:literal,
+     $sum_rows:literal x $sum_cols:literal $(, #[$feature:meta])?) => {{
         use crate::kernels::{dense, exp, gemm, head, quantize};
         $(#[$feature])?
         fn quantize_row(x: &[f32], half_up: bool, codes: &mut [i8]) -> (f32, i32) {
@@ -117,7 +118,7 @@ macro_rules! routines {
         }
         $(#[$feature])?
         fn weighted_sums(p: dense::Matrix<'_, f32>, v: dense::DenseWeights<'_>, out: &mut [f32]) {
-            dense::weighted_sums($simd, p, v, out)
+            dense::weighted_sums::<_, $sum_rows, $sum_cols>($simd, p, v, out)
         }
         $(#[$feature])?
         fn axpy(a: f32, x: &[f32], y: &mut [f32]) {

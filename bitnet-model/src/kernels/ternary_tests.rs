@@ -128,7 +128,7 @@ fn extreme_codes_do_not_saturate() {
         }
         // The longest rows there may be.
         let tiles = format.max_cols() / format.cols();
-        for tokens in [1, 2, 8] {
+        for tokens in [1, 2, 8, 13] {
             check(format, (2, 1), -128, tiles, tokens);
         }
     }

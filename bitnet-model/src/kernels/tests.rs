@@ -234,7 +234,7 @@ fn reductions_equal_naive() {
 fn weighted_sums_and_axpy_equal_naive() {
     let mut rng = rng();
     for dims in LENGTHS {
-        for rows in [0, 1, 2, 7] {
+        for rows in [0, 1, 2, 7, 32, 71] {
             let stride = dims + 5;
             let (p, v) = (floats(&mut rng, rows), floats(&mut rng, rows * stride));
             let mut expected = vec![0f32; dims];
