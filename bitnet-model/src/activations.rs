@@ -1,6 +1,9 @@
 //! `QuantizedActivations`: rows of activations as integers, ready for the products with ternary weights.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use crate::{
     fingerprint::fingerprint,
@@ -51,21 +54,42 @@ impl QuantizedActivations {
         quantizer: impl Into<ActivationCodes>,
         format: TileFormat,
     ) -> Self {
-        let (kernel, quantizer) = (kernels::active(), quantizer.into());
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
+        Self::of_rows((tokens, in_features), quantizer, format, |rows, quantize| {
+            x[rows.start * in_features..rows.end * in_features]
+                .chunks(in_features.max(1))
+                .for_each(quantize);
+        })
+    }
+
+    /// As [`new`](Self::new), of rows that never lie in memory together: `visit` calls its second argument with each of
+    /// some rows in turn.
+    ///
+    /// # Panics
+    /// If it does so with fewer or more.
+    pub fn of_rows(
+        (tokens, in_features): (usize, usize),
+        quantizer: impl Into<ActivationCodes>,
+        format: TileFormat,
+        visit: impl Fn(Range<usize>, &mut dyn FnMut(&[f32])) + Sync,
+    ) -> Self {
+        let (kernel, quantizer) = (kernels::active(), quantizer.into());
         let padded = in_features.next_multiple_of(format.cols());
-        let mut codes = vec![0i8; tokens * padded];
         let mut rows = vec![(0f32, 0i32); tokens];
         let block = match tokens {
             0..8 => tokens.max(1), // a few microseconds
             _ => 4,
         };
+        let mut codes = vec![0i8; tokens * padded];
         let pair = ((&mut codes[..], (block * padded).max(1)), (&mut rows[..], block));
         threads::for_each_chunk_pair(pair.0, pair.1, |index, codes, rows| {
-            let x = x[index * block * in_features..].chunks(in_features.max(1));
-            for ((codes, row), x) in codes.chunks_mut(padded.max(1)).zip(rows).zip(x) {
+            let (first, count) = (index * block, rows.len());
+            let mut places = codes.chunks_mut(padded.max(1)).zip(rows);
+            visit(first..first + count, &mut |x| {
+                let (codes, row) = places.next().expect("a row too many");
                 *row = quantize_row(kernel, x, quantizer, codes);
-            }
+            });
+            assert!(places.next().is_none(), "a row too few");
         });
         let (factors, sums) = rows.into_iter().unzip();
         let quantized = Self { codes, sums, factors, padded };
@@ -111,7 +135,7 @@ impl QuantizedActivations {
         &self.sums
     }
 
-    pub(crate) fn rows(&self, tokens: &std::ops::Range<usize>) -> &[i8] {
+    pub(crate) fn rows(&self, tokens: &Range<usize>) -> &[i8] {
         &self.codes[tokens.start * self.padded..tokens.end * self.padded]
     }
 }

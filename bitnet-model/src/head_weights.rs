@@ -192,16 +192,15 @@ impl HeadWeights {
         let width = self.lines.len() / self.rows.div_ceil(ROWS).max(1);
         let rows = ROWS * (1usize << 17).div_ceil(width.max(1));
         let cuts: Vec<usize> = (0..self.rows).step_by(rows).chain([self.rows]).collect();
-        threads::new_blocks(tokens, TOKENS, &cuts, |(first, j), mut y| {
+        threads::written_blocks(tokens, TOKENS, &cuts, |(first, j), y| {
             let mut out = [[0f32; ROWS]; TOKENS];
             let out = &mut out[..y.rows()];
             let x = hidden.view().tokens(first, y.rows());
-            let (start, end) = (cuts[j], cuts[j + 1]);
-            for row in (start..end).step_by(ROWS) {
+            let end = cuts[j + 1];
+            for row in (cuts[j]..end).step_by(ROWS) {
                 kernel.head_product(self.band(row / ROWS), x, out);
                 for (token, out) in out.iter().enumerate() {
-                    let y = &mut y.row(token)[row - start..];
-                    y.iter_mut().zip(out).for_each(|(y, out)| *y = *out);
+                    y.extend(token, &out[..ROWS.min(end - row)]);
                 }
             }
         })

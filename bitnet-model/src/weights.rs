@@ -341,7 +341,7 @@ pub(crate) fn matmul(
     weights: &[TernaryWeight],
 ) -> Vec<f32> {
     let (cuts, parts) = cut(weights, x.tokens());
-    threads::new_blocks(x.tokens(), TOKEN_BLOCK, &cuts, |(first, j), mut y| {
+    threads::written_blocks(x.tokens(), TOKEN_BLOCK, &cuts, |(first, j), y| {
         let (weight, first_band) = parts[j];
         let tokens = first..first + y.rows();
         let mut sums = [[0i32; ROWS]; TOKEN_BLOCK];
@@ -350,13 +350,13 @@ pub(crate) fn matmul(
         for (scale, factor) in scales.iter_mut().zip(&x.factors()[tokens.clone()]) {
             *scale = weight.scale / factor;
         }
-        for band in 0..(cuts[j + 1] - cuts[j]).div_ceil(ROWS) {
-            let tiles = weight.band(first_band + band);
-            let x_sums = &x.sums()[tokens.clone()];
-            kernel.ternary_dots(weight.format, tiles, x.rows(&tokens), x_sums, sums);
+        let (x, x_sums) = (x.rows(&tokens), &x.sums()[tokens]);
+        for row in (0..cuts[j + 1] - cuts[j]).step_by(ROWS) {
+            let tiles = weight.band(first_band + row / ROWS);
+            kernel.ternary_dots(weight.format, tiles, x, x_sums, sums);
+            let rows = ROWS.min(cuts[j + 1] - cuts[j] - row);
             for (token, (sums, scale)) in sums.iter().zip(scales.iter()).enumerate() {
-                let y = y.row(token)[band * ROWS..].iter_mut();
-                y.zip(sums).for_each(|(y, sum)| *y = *sum as f32 * scale);
+                y.extend(token, &sums.map(|sum| sum as f32 * scale)[..rows]);
             }
         }
     })
@@ -365,32 +365,36 @@ pub(crate) fn matmul(
 /// Cuts stacked matrices into tasks: the columns of `y` at which they begin, and the matrix and first band of each.
 fn cut(weights: &[TernaryWeight], tokens: usize) -> (Vec<usize>, Vec<(&TernaryWeight, usize)>) {
     let (mut cuts, mut parts, mut end) = (vec![0], Vec::new(), 0);
-    let codes = weights.iter().map(|weight| weight.out_features * weight.in_features).sum();
-    let codes_of_a_task = codes_of_a_task(codes, tokens);
+    let codes = |weight: &TernaryWeight| weight.out_features * weight.in_features;
+    let mut left: usize = weights.iter().map(codes).sum();
     for weight in weights {
-        let bands = weight.out_features.div_ceil(ROWS);
-        // Tasks of equal size, so that all threads finish together.
-        let tasks = (weight.out_features * weight.in_features).div_ceil(codes_of_a_task).max(1);
-        let step = bands.div_ceil(tasks).max(1);
-        for first in (0..bands).step_by(step) {
+        let (bands, band_codes) = (weight.out_features.div_ceil(ROWS), ROWS * weight.in_features);
+        let mut first = 0;
+        while first < bands {
             parts.push((weight, first));
-            cuts.push(end + weight.out_features.min((first + step) * ROWS));
+            // What is left of the matrix, in equal tasks.
+            let tasks = ((bands - first) * band_codes).div_ceil(codes_of_a_task(left, tokens));
+            let step = (bands - first).div_ceil(tasks.max(1));
+            left = left.saturating_sub(step * band_codes);
+            first += step;
+            cuts.push(end + weight.out_features.min(first * ROWS));
         }
         end += weight.out_features;
     }
     (cuts, parts)
 }
 
-/// Codes for one task, of `codes` in all.
-fn codes_of_a_task(codes: usize, tokens: usize) -> usize {
+/// Codes for the next task, of `left` that have none yet.
+fn codes_of_a_task(left: usize, tokens: usize) -> usize {
     /// Products that take some microseconds, beside which handing out a task costs nothing.
     const PRODUCTS: usize = 1 << 19;
     /// 128 KiB of tiles, which stay in the second-level cache while the tokens pass.
     const CACHED: usize = 1 << 19;
-    /// Tasks of a thread. Few: memory is fastest when it is read in long runs.
-    const TASKS: usize = 4;
+    /// A thread's tasks, if all were as large as its first. Memory is fastest when it is read in long runs, and threads finish
+    /// together when the last tasks are short.
+    const TASKS: usize = 2;
     match tokens <= TOKEN_BLOCK {
-        true => codes.div_ceil(threads::count() * TASKS).max(PRODUCTS / tokens.max(1)),
+        true => (left / (threads::count() * TASKS)).max(PRODUCTS / tokens.max(1)),
         false => CACHED,
     }
 }

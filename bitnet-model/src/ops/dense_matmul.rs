@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor
 use half::slice::HalfFloatSliceExt;
 
 use super::{
-    PARALLEL_ELEMENTS, for_each_chunk,
+    PARALLEL_ELEMENTS,
     gemm::{Factor, Precision, gemm, plain},
 };
 #[cfg(feature = "cuda")]
@@ -168,10 +168,9 @@ fn matmul<'a>(
     k: usize,
 ) -> Vec<f32> {
     let kernel = kernels::active();
-    let mut y = vec![0f32; tokens * n];
     if tokens >= 2 * TOKEN_BLOCK {
         // Many tokens: a task owns whole rows of `y`.
-        for_each_chunk(&mut y, TOKEN_BLOCK * n, x.len(), |block, y| {
+        return threads::new_chunks(tokens * n, (TOKEN_BLOCK * n).max(1), |block, y| {
             let rows = y.len() / n;
             let x = Matrix::new(&x[block * TOKEN_BLOCK * k..], rows, k);
             for first in (0..n).step_by(OUT_BLOCK) {
@@ -179,17 +178,15 @@ fn matmul<'a>(
                 kernel.matmul_nt(x, weight(first..last), &mut y[first..], n);
             }
         });
-    } else {
-        // Few tokens: a task owns a block of output features.
-        let x = Matrix::new(x, tokens, k);
-        let width = if tokens * n * k < PARALLEL_ELEMENTS { n } else { OUT_BLOCK };
-        let cuts: Vec<usize> = (0..n).step_by(width.max(1)).chain([n]).collect();
-        threads::for_each_block(&mut y, tokens.max(1), &cuts, |(_, j), mut block| {
-            let width = cuts[j + 1] - cuts[j];
-            let mut out = vec![0f32; tokens * width];
-            kernel.matmul_nt(x, weight(cuts[j]..cuts[j + 1]), &mut out, width);
-            out.chunks(width).enumerate().for_each(|(i, out)| block.row(i).copy_from_slice(out));
-        });
     }
-    y
+    // Few tokens: a task owns a block of output features.
+    let x = Matrix::new(x, tokens, k);
+    let width = if tokens * n * k < PARALLEL_ELEMENTS { n } else { OUT_BLOCK };
+    let cuts: Vec<usize> = (0..n).step_by(width.max(1)).chain([n]).collect();
+    threads::written_blocks(tokens, tokens.max(1), &cuts, |(_, j), block| {
+        let width = cuts[j + 1] - cuts[j];
+        let mut out = vec![0f32; tokens * width];
+        kernel.matmul_nt(x, weight(cuts[j]..cuts[j + 1]), &mut out, width);
+        out.chunks(width).enumerate().for_each(|(i, out)| block.extend(i, out));
+    })
 }

@@ -34,21 +34,19 @@ pub use vocabulary::{embed, head_product, table_product};
 /// Elements below which another thread is not worth calling (a region of [`threads`] is about a microsecond).
 pub(crate) const PARALLEL_ELEMENTS: usize = 1 << 14;
 
-/// Runs `task` on each `size`-element chunk of `out`, in parallel when `work` elements are worth it.
-pub(crate) fn for_each_chunk(
-    out: &mut [f32],
+/// A vector of `len` elements whose `size`-element chunks `task` fills: in parallel when that is worth it.
+pub(crate) fn new_chunks(
+    len: usize,
     size: usize,
-    work: usize,
     task: impl Fn(usize, &mut [f32]) + Sync,
-) {
-    if out.is_empty() || size == 0 {
-        return;
+) -> Vec<f32> {
+    let size = size.max(1);
+    if len >= PARALLEL_ELEMENTS {
+        return threads::new_chunks(len, size, task);
     }
-    if work < PARALLEL_ELEMENTS {
-        out.chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
-    } else {
-        threads::for_each_chunk(out, size, task);
-    }
+    let mut out = vec![0.; len];
+    out.chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
+    out
 }
 
 /// `Σ x·y`, in the kernels' fixed order.

@@ -4,12 +4,12 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::{dot, for_each_chunk};
+use super::{dot, new_chunks};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::{
     kernels::{self, Loop, vectorized},
-    storage::{contiguous, with_slice},
+    storage::{Rows, contiguous, with_slice},
     threads,
 };
 
@@ -37,6 +37,11 @@ impl RmsNorm {
         let mean = kernels::active().sum_squares(row) / row.len() as f32;
         1. / (mean + self.eps).sqrt()
     }
+
+    /// One row.
+    pub fn normalize(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
+        vectorized(Normalized { inverse_rms: self.inverse_rms(x), weight, x, y });
+    }
 }
 
 impl CustomOp2 for RmsNorm {
@@ -52,13 +57,10 @@ impl CustomOp2 for RmsNorm {
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let hidden = self.check(x_layout, weight_layout)?;
-        let x = contiguous::<f32>(x, x_layout)?;
+        let x = Rows::<f32>::new(x, x_layout)?;
         let weight = contiguous::<f32>(weight, weight_layout)?;
-        let mut y = vec![0f32; x.len()];
-        for_each_chunk(&mut y, hidden, x.len(), |row, y| {
-            let x = &x[row * hidden..][..hidden];
-            let inverse_rms = self.inverse_rms(x);
-            vectorized(Normalized { inverse_rms, weight: &weight, x, y });
+        let y = new_chunks(x_layout.shape().elem_count(), hidden, |row, y| {
+            self.normalize(x.row(row), &weight, y);
         });
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }

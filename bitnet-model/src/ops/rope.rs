@@ -5,7 +5,7 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::for_each_chunk;
+use super::new_chunks;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::{
@@ -85,8 +85,7 @@ impl CustomOp3 for Rope {
         let cos = contiguous::<f32>(cos, cos_layout)?;
         let sin = contiguous::<f32>(sin, sin_layout)?;
         let head_dim = 2 * half;
-        let mut y = vec![0f32; batch * seq * width];
-        for_each_chunk(&mut y, width, batch * seq * width, |token, y| {
+        let y = new_chunks(batch * seq * width, width, |token, y| {
             let at = (token % (angle_rows * seq)) * half;
             let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
             for (x, y) in x.row(token).chunks(head_dim).zip(y.chunks_mut(head_dim)) {

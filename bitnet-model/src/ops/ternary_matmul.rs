@@ -18,9 +18,9 @@ use super::{
 use crate::cuda;
 use crate::{
     activations::{QuantizedActivations, SharedActivations},
-    kernels,
+    kernels::{self, tile::TileFormat},
     quant::{ActivationCodes, Rounding},
-    storage::contiguous,
+    storage::{Rows, contiguous},
     weights::{TernaryWeight, matmul},
 };
 
@@ -122,6 +122,11 @@ impl TernaryMatmul {
         &self.weights[self.part.clone()]
     }
 
+    /// What activations are padded for.
+    fn format(&self) -> TileFormat {
+        self.weights().first().map_or_else(Default::default, TernaryWeight::format)
+    }
+
     /// The shape of the result.
     fn shape(&self, x: &Layout) -> Shape {
         let mut shape = x.dims().to_vec();
@@ -140,8 +145,8 @@ impl CustomOp1 for TernaryMatmul {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let in_features = layout.dims().last().copied().unwrap_or(0);
         let x = contiguous::<f32>(x, layout)?;
-        let format = self.weights().first().map_or_else(Default::default, TernaryWeight::format);
-        let quantize = || QuantizedActivations::new(&x, in_features, self.product.input, format);
+        let quantize =
+            || QuantizedActivations::new(&x, in_features, self.product.input, self.format());
         let y = matmul(kernels::active(), self.input.get_or_quantize(quantize), self.weights());
         Ok((CpuStorage::F32(y), self.shape(layout)))
     }
@@ -186,8 +191,26 @@ impl CustomOp2 for NormedProduct {
         norm: &CpuStorage,
         norm_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, shape) = self.norm.cpu_fwd(x, x_layout, norm, norm_layout)?;
-        self.product.cpu_fwd(&x, &Layout::contiguous(shape))
+        let hidden = self.norm.check(x_layout, norm_layout)?;
+        let tokens = x_layout.shape().elem_count().checked_div(hidden).unwrap_or(0);
+        let x = Rows::<f32>::new(x, x_layout)?;
+        let weight = contiguous::<f32>(norm, norm_layout)?;
+        let TernaryMatmul { product, .. } = &self.product;
+        let rows = (tokens, hidden);
+        let x = QuantizedActivations::of_rows(
+            rows,
+            product.input,
+            self.product.format(),
+            |rows, quantize| {
+                let mut normed = vec![0.; hidden];
+                for row in rows {
+                    self.norm.normalize(x.row(row), &weight, &mut normed);
+                    quantize(&normed);
+                }
+            },
+        );
+        let y = matmul(kernels::active(), &x, self.product.weights());
+        Ok((CpuStorage::F32(y), self.product.shape(x_layout)))
     }
 
     crate::no_metal_fwd!(2);

@@ -11,7 +11,6 @@
 
 use std::{
     env, fs, hint,
-    marker::PhantomData,
     num::NonZeroUsize,
     panic::{self, AssertUnwindSafe},
     sync::{
@@ -19,6 +18,13 @@ use std::{
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*},
     },
     thread,
+};
+
+mod parts;
+
+pub use parts::{
+    Block, Unwritten, for_each_block, for_each_chunk, for_each_chunk_pair, map, new_blocks,
+    new_chunks, written_blocks,
 };
 
 /// Turns of waiting before a helper sleeps: some 100 µs, longer than the serial code between two regions of a token.
@@ -116,157 +122,6 @@ fn start() {
 pub fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
     start();
     POOL.for_each(tasks, &task);
-}
-
-/// Calls `task` with the number and the elements of every `size`-element chunk of `out`; the last may be shorter.
-///
-/// # Panics
-/// If `size` is 0 or a task panics.
-pub fn for_each_chunk<T: Send>(out: &mut [T], size: usize, task: impl Fn(usize, &mut [T]) + Sync) {
-    let tasks = out.len().div_ceil(size);
-    for_each_chunk_pair((out, size), (&mut vec![(); tasks], 1), |index, out, _| task(index, out));
-}
-
-/// [`for_each_chunk`] of two slices that have equally many chunks.
-///
-/// # Panics
-/// As [`for_each_chunk`], and if the numbers of chunks differ.
-pub fn for_each_chunk_pair<A: Send, B: Send>(
-    (a, a_size): (&mut [A], usize),
-    (b, b_size): (&mut [B], usize),
-    task: impl Fn(usize, &mut [A], &mut [B]) + Sync,
-) {
-    let (a_len, b_len, tasks) = (a.len(), b.len(), a.len().div_ceil(a_size));
-    assert_eq!(tasks, b_len.div_ceil(b_size), "chunks of {a_size} and of {b_size} elements");
-    let (a, b) = (Start(a.as_mut_ptr()), Start(b.as_mut_ptr()));
-    for_each(tasks, |index| {
-        // SAFETY: `for_each` calls with every index once, so that the chunks are disjoint.
-        unsafe { task(index, a.chunk(index, a_size, a_len), b.chunk(index, b_size, b_len)) };
-    });
-}
-
-/// Cuts the row-major matrix `out` into blocks of `rows` rows, the last of fewer, and columns `cuts[j]..cuts[j + 1]`;
-/// `cuts` begins with 0 and ends with the number of columns. Calls `task` with the first row of each block, the number
-/// `j` of its columns, and the block. Blocks of the same rows come one after the other.
-///
-/// # Panics
-/// If `out` is no whole number of rows, `cuts` does not ascend, `rows` is 0, or a task panics.
-pub fn for_each_block<T: Send>(
-    out: &mut [T],
-    rows: usize,
-    cuts: &[usize],
-    task: impl Fn((usize, usize), Block<'_, T>) + Sync,
-) {
-    let cols = cuts.last().copied().unwrap_or(0);
-    let all_rows = out.len().checked_div(cols).unwrap_or(0);
-    assert_eq!(all_rows * cols, out.len(), "{} elements are no rows of {cols}", out.len());
-    // SAFETY: `out` is that large.
-    unsafe { blocks(Start(out.as_mut_ptr()), all_rows, rows, cuts, task) };
-}
-
-/// [`for_each_block`] of a new matrix of `all_rows` rows. A block is zeroed by the thread that is about to fill it, so that
-/// no time is lost on clearing all of it before.
-///
-/// # Panics
-/// If `cuts` does not ascend, `rows` is 0, or a task panics.
-pub fn new_blocks<T: Send + Copy + Default>(
-    all_rows: usize,
-    rows: usize,
-    cuts: &[usize],
-    task: impl Fn((usize, usize), Block<'_, T>) + Sync,
-) -> Vec<T> {
-    let len = all_rows * cuts.last().copied().unwrap_or(0);
-    let mut out = Vec::with_capacity(len);
-    // SAFETY: the capacity is that large. Every element of a block is written before `task` has it as a value.
-    unsafe {
-        blocks(Start(out.as_mut_ptr()), all_rows, rows, cuts, |at, block: Block<'_, T>| {
-            for row in 0..block.rows {
-                let row = block.first.add(row * block.stride);
-                (0..block.cols).for_each(|col| row.add(col).write(T::default()));
-            }
-            task(at, block);
-        });
-        // All blocks together are all elements.
-        out.set_len(len);
-    }
-    out
-}
-
-/// The blocks of the row-major matrix of `all_rows` rows that begins at `first`.
-///
-/// # Safety
-/// The matrix is within one allocation that nobody else uses meanwhile. Its elements are values, or `task` makes them such
-/// before it reads them.
-unsafe fn blocks<T: Send>(
-    first: Start<T>,
-    all_rows: usize,
-    rows: usize,
-    cuts: &[usize],
-    task: impl Fn((usize, usize), Block<'_, T>) + Sync,
-) {
-    assert!(cuts.is_sorted() && cuts.first().is_none_or(|first| *first == 0), "{cuts:?}");
-    let (cols, across) = (cuts.last().copied().unwrap_or(0), cuts.len().saturating_sub(1));
-    for_each(all_rows.div_ceil(rows) * across, |index| {
-        let (row, j) = (index / across * rows, index % across);
-        let block = Block {
-            // SAFETY: row < all_rows and cuts[j] ≤ cols: within the matrix or, for an empty block, right behind it.
-            first: unsafe { first.get().add(row * cols + cuts[j]) },
-            stride: cols,
-            rows: rows.min(all_rows - row),
-            cols: cuts[j + 1] - cuts[j],
-            elements: PhantomData,
-        };
-        task((row, j), block);
-    });
-}
-
-/// Where a matrix begins whose blocks go to several threads.
-struct Start<T>(*mut T);
-
-// SAFETY: what is made of it are disjoint blocks and chunks, one for each index, and `for_each` calls with every index
-// once; so each element is reached by one thread, and that is sending it.
-unsafe impl<T: Send> Sync for Start<T> {}
-
-impl<T> Start<T> {
-    fn get(&self) -> *mut T {
-        self.0 // a method, so that closures take all of `self` and not the pointer alone
-    }
-
-    /// # Safety
-    /// `len` elements begin here, and no chunk is asked for twice.
-    #[allow(clippy::mut_from_ref)] // the chunks are disjoint
-    unsafe fn chunk(&self, index: usize, size: usize, len: usize) -> &mut [T] {
-        let first = index * size;
-        let size = size.min(len - first);
-        // SAFETY: first + size ≤ len; the caller sees to it that nobody else has these elements.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), size) }
-    }
-}
-
-/// A block of a row-major matrix: the same columns of some rows.
-pub struct Block<'a, T> {
-    first: *mut T,
-    stride: usize,
-    rows: usize,
-    cols: usize,
-    elements: PhantomData<&'a mut [T]>,
-}
-
-impl<T> Block<'_, T> {
-    /// Rows of the block.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Row `row` of the block.
-    ///
-    /// # Panics
-    /// If there is no such row.
-    pub fn row(&mut self, row: usize) -> &mut [T] {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: the block's elements are ours alone, and these are the ones of a row within it.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.cols) }
-    }
 }
 
 impl Pool {
@@ -423,7 +278,34 @@ mod tests {
         for_each_block(matrix.as_flattened_mut(), 2, &[0, 3, 5], |(row, j), mut block| {
             (0..block.rows()).for_each(|i| block.row(i).fill(10 * row + j));
         });
-        assert_eq!(matrix, [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [20, 20, 20, 21, 21]]);
+        let expected = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [20, 20, 20, 21, 21]];
+        assert_eq!(matrix, expected);
+        let written = written_blocks(3, 2, &[0, 3, 5], |(row, j), block| {
+            for i in 0..block.rows() {
+                (0..3 - j).for_each(|_| block.extend(i, &[10 * row + j]));
+            }
+        });
+        assert_eq!(written, expected.as_flattened());
+        assert_eq!(map(vec![3; 100], |i| i + 1), [4; 100]);
+        assert_eq!(map((0..100).collect(), |i| i).len(), 100);
+        let chunks = new_chunks(10, 4, |i, chunk: &mut [usize]| {
+            assert!(chunk.iter().all(|x| *x == 0));
+            chunk.fill(i * 10 + chunk.len());
+        });
+        assert_eq!(chunks, ragged);
+    }
+
+    #[test]
+    fn a_block_is_written_as_a_whole() {
+        for (len, other) in [(2, 3), (4, 3), (3, 0)] {
+            let run = || {
+                written_blocks(2, 1, &[0, 3], |(row, _), block| {
+                    block.extend(0, &vec![0u8; if row == 1 { len } else { 3 }]);
+                    block.extend(0, &vec![0u8; if row == 1 { other } else { 0 }]);
+                })
+            };
+            assert_eq!(panic::catch_unwind(run).is_ok(), len + other == 3, "{len} {other}");
+        }
     }
 
     #[test]
