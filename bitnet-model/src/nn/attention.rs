@@ -12,7 +12,7 @@ use super::{
 use crate::{
     adapter::{BlockAdaptation, RowAdapters},
     kv_cache::LayerCache,
-    ops,
+    ops, threads,
 };
 
 /// The projections of the input, in the order of their product.
@@ -131,15 +131,22 @@ impl Attention {
             }
             Context::Sequences { sequences, .. } => {
                 let mut first = 0;
-                let mut parts = Vec::with_capacity(sequences.len());
-                for (cache, len) in sequences {
-                    let part = |x: &Tensor, heads| {
-                        x.narrow(0, first, len)?.reshape((1, len, heads, head_dim))
-                    };
-                    let (q, k, v) = (part(&q, heads)?, part(&k, kv_heads)?, part(&v, kv_heads)?);
-                    parts.push(attend(&q, &k, &v, cache)?);
+                let parts = sequences.into_iter().map(|(cache, len)| {
                     first += len;
-                }
+                    (cache, first - len, len)
+                });
+                let part = |x: &Tensor, first, len, heads| {
+                    x.narrow(0, first, len)?.reshape((1, len, heads, head_dim))
+                };
+                let attend_part = |(cache, first, len)| {
+                    let (q, k) = (part(&q, first, len, heads)?, part(&k, first, len, kv_heads)?);
+                    attend(&q, &k, &part(&v, first, len, kv_heads)?, cache)
+                };
+                let parts: Vec<_> = match x.device().is_cpu() {
+                    true => threads::map(parts.collect(), attend_part),
+                    false => parts.map(attend_part).collect(),
+                };
+                let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
                 Tensor::cat(&parts, 1)?.reshape((batch, seq, heads * head_dim))?
             }
             Context::Own(starts) => ops::self_attention(&q, &k, &v, starts)?,

@@ -115,14 +115,17 @@ impl LmHead for ScreenedHead {
         with_slice::<f32, _>(&approximate, |approximate| {
             let approximate = approximate.chunks(self.rows.source().shape().0.max(1));
             let rows = approximate.zip(bounds).zip(needs).enumerate();
-            rows.map(|(row, ((approximate, bound), need))| {
+            let logits = |(row, ((approximate, bound), need))| {
                 let hidden = hidden.narrow(0, row, 1)?;
                 match bound {
                     Some(bound) => self.screened(&hidden, approximate, bound, need),
                     None => Ok(Logits { values: self.exact(&hidden, None)?, rescored: None }),
                 }
-            })
-            .collect()
+            };
+            match hidden.device().is_cpu() {
+                true => threads::map(rows.collect(), logits).into_iter().collect(),
+                false => rows.map(logits).collect(),
+            }
         })
     }
 }

@@ -172,14 +172,19 @@ impl Sampler {
     /// The tokens that pass top-k, top-p and min-p, by ascending id, each with its probability
     /// relative to the best token's, `exp((score - best) / temperature)`.
     fn filter(&self, scores: &[f32], best: f32) -> Vec<(u32, f64)> {
-        let floor = self.params.top_k.map_or(f32::NEG_INFINITY, |k| kth_largest(scores, k));
+        // A head that screens leaves few: what follows is for those alone.
+        let possible = (0..).zip(scores.iter().copied());
+        let mut possible: Vec<(u32, f32)> =
+            possible.filter(|(_, score)| *score > f32::NEG_INFINITY).collect();
+        if let Some(k) = self.params.top_k {
+            let floor = kth_largest(possible.iter().map(|(_, score)| *score).collect(), k);
+            possible.retain(|(_, score)| *score >= floor);
+        }
         let temperature = f64::from(self.params.temperature);
-        let mut kept: Vec<(u32, f64)> = (0..)
-            .zip(scores)
-            .filter(|(_, score)| **score >= floor)
-            .map(|(id, &score)| (id, ((f64::from(score) - f64::from(best)) / temperature).exp()))
-            .filter(|(_, weight)| *weight > 0.)
-            .collect();
+        let weight = |score| ((f64::from(score) - f64::from(best)) / temperature).exp();
+        let mut kept: Vec<(u32, f64)> =
+            possible.into_iter().map(|(id, score)| (id, weight(score))).collect();
+        kept.retain(|(_, weight)| *weight > 0.);
         if self.params.top_p < 1. {
             kept = nucleus(kept, f64::from(self.params.top_p));
         }
@@ -213,19 +218,31 @@ fn nucleus(mut tokens: Vec<(u32, f64)>, top_p: f64) -> Vec<(u32, f64)> {
     tokens
 }
 
-/// The k-th largest score, or the smallest if there are fewer.
-fn kth_largest(scores: &[f32], k: usize) -> f32 {
+/// The k-th largest score; −∞ if there are fewer.
+fn kth_largest(mut scores: Vec<f32>, k: usize) -> f32 {
     if k >= scores.len() {
         return f32::NEG_INFINITY;
     }
-    let mut scores = scores.to_vec();
     *scores.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
 }
 
 /// The index of the largest value, the first of equals; 0 if there are none.
 pub fn argmax(values: &[f32]) -> usize {
-    let larger = |best: usize, i: usize| if values[i] > values[best] { i } else { best };
-    (0..values.len()).fold(0, larger)
+    /// Values that are compared with the largest so far all at once: few of as many hold a larger one.
+    const CHUNK: usize = 64;
+    let mut best = 0;
+    for (index, chunk) in values.chunks(CHUNK).enumerate() {
+        let largest = values[best];
+        if !chunk.iter().fold(false, |any, value| any | (*value > largest)) {
+            continue;
+        }
+        for i in index * CHUNK..index * CHUNK + chunk.len() {
+            if values[i] > values[best] {
+                best = i;
+            }
+        }
+    }
+    best
 }
 
 /// The [`argmax`] of scores that do not all exclude their token.
