@@ -49,7 +49,7 @@ fn adapter(fixture: &Fixture) -> Adapter {
 }
 
 fn adaptation(fixture: &Fixture, adapters: &[(&Adapter, f64)]) -> Adaptation {
-    Adaptation::new(&fixture.config, adapters, &Device::Cpu).unwrap()
+    Adaptation::new(&fixture.config, adapters).unwrap()
 }
 
 fn logits(model: &Model, tokens: &Tensor) -> Tensor {
@@ -269,7 +269,7 @@ fn modules_stored_whole_take_the_place_of_the_models() {
     assert_eq!(flat(&logits(&model, &tokens)), flat(&doubled));
     assert_ne!(flat(&logits(&norms_only, &tokens)), flat(&logits(&base, &tokens)));
     let refusal = |adapters: &[(&Adapter, f64)]| {
-        Adaptation::new(&fixture.config, adapters, &Device::Cpu).unwrap_err().to_string()
+        Adaptation::new(&fixture.config, adapters).unwrap_err().to_string()
     };
     assert!(refusal(&[(&saved, 0.5)]).contains("a scale of 0.5 cannot be applied"));
     assert!(refusal(&[(&saved, 1.), (&saved, 1.)]).contains("already replaced"));

@@ -75,7 +75,7 @@ fn adaptation(model: &Model, frequency: f32) -> Arc<Adaptation> {
         (path.ends_with("v_proj") || path.ends_with("down_proj")).then(|| (path.to_owned(), pair))
     });
     let adapter = Adapter::new(settings, pairs.collect(), BTreeMap::new());
-    Arc::new(Adaptation::new(model.config(), &[(&adapter, 1.)], &Device::Cpu).unwrap())
+    Arc::new(Adaptation::new(model.config(), &[(&adapter, 1.)]).unwrap())
 }
 
 /// What a session makes of a sequence.

@@ -11,7 +11,6 @@ use bitnet_model::{
     pretrained::Source,
     text::Tokenizer,
 };
-use candle_core::Device;
 use clap::Args;
 
 use crate::args::Global;
@@ -98,8 +97,11 @@ impl AdapterArgs {
     }
 }
 
+/// What requests choose by name.
+pub type NamedAdapters = BTreeMap<String, Arc<Adaptation>>;
+
 /// What is beside the model for all, and what requests choose by name.
-pub type Adapters = (Option<Adaptation>, BTreeMap<String, Arc<Adaptation>>);
+pub type Adapters = (Option<Adaptation>, NamedAdapters);
 
 /// The sum of the adapters without a name, and those that have one.
 pub fn read_all(
@@ -165,7 +167,7 @@ pub fn read(
         adapters.push((adapter, spec.scale));
     }
     let adapters = Vec::from_iter(adapters.iter().map(|(adapter, scale)| (adapter, *scale)));
-    Ok(Some(Adaptation::new(config, &adapters, &Device::Cpu)?))
+    Ok(Some(Adaptation::new(config, &adapters)?))
 }
 
 /// Refuses an adapter that was trained with other tokens than the model has.
@@ -193,10 +195,7 @@ fn check_tokenizer(file: &Path, model: &Tokenizer) -> anyhow::Result<()> {
 /// The model with the adapters beside it; it is the same one if there are none.
 pub fn beside(model: Arc<Model>, adaptation: Option<&Adaptation>) -> anyhow::Result<Arc<Model>> {
     Ok(match adaptation {
-        Some(_) if !model.device().is_cpu() => {
-            bail!("adapters compute on `cpu` only so far: leave out --adapter or --device")
-        }
-        Some(adaptation) => Arc::new(model.adapted(adaptation)?),
+        Some(adaptation) => Arc::new(model.adapted(&adaptation.to_device(model.device())?)?),
         None => model,
     })
 }

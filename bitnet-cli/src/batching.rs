@@ -4,13 +4,13 @@ use std::{num::NonZeroUsize, sync::Arc};
 
 use anyhow::bail;
 use bitnet_model::{
-    adapter::Adaptation, batch::Limits, model::Model, ops::KvType, pretrained::Source,
-    session::PREFILL_CHUNK, text::Tokenizer,
+    batch::Limits, model::Model, ops::KvType, pretrained::Source, session::PREFILL_CHUNK,
+    text::Tokenizer,
 };
 use candle_core::Device;
 
 use crate::{
-    adapter,
+    adapter::{self, Adapters, NamedAdapters},
     model::{ModelArgs, kv_type},
 };
 
@@ -42,15 +42,19 @@ impl BatchingArgs {
     }
 }
 
-/// Reads the weights to a device: the network, with what is beside it for all requests, and its tokenizer.
+/// Reads the weights to a device: the network, with what is beside it for all requests, the adapters that single ones choose,
+/// and its tokenizer.
 pub fn load(
     source: Source,
-    for_all: Option<&Adaptation>,
+    (for_all, named): Adapters,
     device: &Device,
-) -> anyhow::Result<(Arc<Model>, Tokenizer)> {
+) -> anyhow::Result<(Arc<Model>, NamedAdapters, Tokenizer)> {
     let model = source.into_pretrained(device)?;
     let Some(tokenizer) = model.tokenizer else {
         bail!("{}: has no tokenizer, so there is no text to answer with", model.name);
     };
-    Ok((adapter::beside(model.model, for_all)?, tokenizer))
+    let moved = named.into_iter();
+    let moved = moved.map(|(name, adapter)| Ok((name, Arc::new(adapter.to_device(device)?))));
+    let named = moved.collect::<anyhow::Result<_>>()?;
+    Ok((adapter::beside(model.model, for_all.as_ref())?, named, tokenizer))
 }

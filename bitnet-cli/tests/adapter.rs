@@ -98,7 +98,7 @@ fn logits_are_those_of_the_library() {
     stdout(&[&args[..], &tokens].concat(), "");
 
     let [first, second] = [one, two].map(|folder| Adapter::open(&folder).unwrap());
-    let sum = Adaptation::new(&source().config, &[(&first, 1.), (&second, 0.5)], &Device::Cpu);
+    let sum = Adaptation::new(&source().config, &[(&first, 1.), (&second, 0.5)]);
     let model = source().load(&Device::Cpu).unwrap().adapted(&sum.unwrap()).unwrap();
     let tokens = Tensor::new(&[[1u32, 5, 9, 30, 4]], &Device::Cpu).unwrap();
     let expected = model.logits(&model.hidden_states(&tokens, None).unwrap()).unwrap();

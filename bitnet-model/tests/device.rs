@@ -8,6 +8,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bitnet_model::{
+    adapter::{Adaptation, Adapter, AdapterConfig, Modules, Pair},
     config::Activation,
     head_weights::HeadWeights,
     hub::Hub,
@@ -378,4 +379,56 @@ fn a_model_computes_what_it_computes_on_the_processor() {
         source.lm_head = HeadPrecision::Quantized(format);
         same(&source, KvType::F16);
     }
+}
+
+/// An adapter of all projections, and whole norms if it is `for_all`.
+fn adaptation(model: &Model, seed: u32, for_all: bool) -> Adaptation {
+    let (rank, cpu) = (3, &Device::Cpu);
+    let names = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"].map(String::from);
+    let config = AdapterConfig {
+        rank,
+        alpha: 5.,
+        target_modules: Modules::Names(names.into()),
+        ..AdapterConfig::default()
+    };
+    let pairs = model.config().projections().filter_map(|(name, (rows, cols))| {
+        let path = name.strip_suffix(".weight")?.to_owned();
+        let pair = Pair {
+            lora_a: tensor(&[rank, cols], seed, cpu),
+            lora_b: tensor(&[rows, rank], seed + 1, cpu),
+        };
+        config.pair(&path).ok().flatten().map(|_| (path, pair))
+    });
+    let norm = tensor(&[model.config().hidden_size], seed + 2, cpu);
+    let norms = for_all.then(|| ("model.norm.weight".to_owned(), norm));
+    let adapter = Adapter::new(config.clone(), pairs.collect(), norms.into_iter().collect());
+    let factor = if for_all { 1. } else { 0.5 };
+    let adaptation = Adaptation::new(model.config(), &[(&adapter, factor)]).unwrap();
+    adaptation.to_device(model.device()).unwrap()
+}
+
+/// One beside the whole model, and others beside single rows of a batch.
+#[test]
+fn adapters_compute_what_they_compute_on_the_processor() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/bitnet_packed_tied");
+    let source = Source::open(folder, pretrained::Precision::default(), &Hub::from_env()).unwrap();
+    let logits = |device: &Device| -> Result<[Tensor; 3]> {
+        let base = source.load(device).unwrap();
+        let adapted = base.adapted(&adaptation(&base, 40, true))?;
+        let mut cache = base.cache(KvType::F32, 3);
+        for row in [0, 2] {
+            let adapter = adaptation(&base, 50 + row as u32, false);
+            cache.adapt(row, Some(Arc::new(adapter)))?;
+        }
+        let tokens = Tensor::new(&[[5u32, 17], [99, 3], [42, 7]], device)?;
+        let [prefill, decode] = self::logits(&adapted, KvType::F32)?;
+        Ok([prefill, decode, base.forward(&tokens, &mut cache)?])
+    };
+    let expected = logits(&Device::Cpu).unwrap();
+    for (found, expected) in logits(cuda()).unwrap().iter().zip(&expected) {
+        assert_same(found, expected, "with adapters");
+    }
+    let base = source.load(&Device::Cpu).unwrap();
+    let [plain, _] = self::logits(&base, KvType::F32).unwrap();
+    assert_ne!(floats(&plain), floats(&expected[0]), "the adapter does nothing");
 }

@@ -236,9 +236,8 @@ impl Args {
         device: &Device,
         app: &App,
     ) -> anyhow::Result<Loaded> {
-        let (for_all, adapters) = adapters;
         let (config, generation) = (source.config.clone(), source.generation.clone());
-        let (network, tokenizer) = batching::load(source, for_all.as_ref(), device)?;
+        let (network, adapters, tokenizer) = batching::load(source, adapters, device)?;
         let engine = &self.engine;
         let limits = engine.batching.limits(&self.model, engine.prefill_tokens);
         let most = |length: Option<NonZeroUsize>| length.map_or(usize::MAX, NonZeroUsize::get);
@@ -252,6 +251,7 @@ impl Args {
             grammars: GrammarFactory::new(&tokenizer, config.vocab_size),
             sanitizer: app.policy.sanitize.then(|| Sanitizer::new(&tokenizer)),
             adapters: SharedAdapters::new(adapters),
+            device: device.clone(),
             tokenizer,
             config,
             generation,

@@ -7,14 +7,16 @@ use serde_json::Value;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    adapters::Adapters,
     app::{App, Loaded},
     engine::{Event, Ticket},
     error::{ApiError, Result},
     guard::Caller,
     watch::Record,
 };
-use crate::openai::{Asked, Choice, Route};
+use crate::{
+    adapter::NamedAdapters,
+    openai::{Asked, Choice, Route},
+};
 
 /// Dropping it cancels what still runs.
 pub struct Answering {
@@ -86,7 +88,7 @@ pub async fn read(context: &Context, route: Route, mut body: Value) -> Result<As
 }
 
 /// Counts the adapter that a request names.
-pub fn note_model(app: &App, adapters: &Adapters, model: &str, record: &Record) {
+pub fn note_model(app: &App, adapters: &NamedAdapters, model: &str, record: &Record) {
     let name = model.rsplit(':').next().unwrap_or_default();
     if adapters.contains_key(name) {
         app.watch.adapter(name);

@@ -13,10 +13,11 @@ use bitnet_model::{
     grammar::GrammarFactory,
     text::Tokenizer,
 };
+use candle_core::Device;
 use tokio::sync::Semaphore;
 
 use super::{
-    adapters::{Adapters, SharedAdapters},
+    adapters::SharedAdapters,
     audit::Audit,
     cache::Cache,
     engine::{Engine, State},
@@ -27,7 +28,10 @@ use super::{
     sanitize::Sanitizer,
     watch::Watch,
 };
-use crate::openai::{Lengths, Reader};
+use crate::{
+    adapter::NamedAdapters,
+    openai::{Lengths, Reader},
+};
 
 /// What the operator decided.
 #[derive(Default)]
@@ -103,11 +107,13 @@ pub struct Loaded {
     pub created: u64,
     /// Those that requests choose from.
     pub adapters: SharedAdapters,
+    /// Where the model computes.
+    pub device: Device,
 }
 
 impl Loaded {
     /// Reads requests for the model and these adapters.
-    pub fn reader<'a>(&'a self, model: &'a str, adapters: &'a Adapters) -> Reader<'a> {
+    pub fn reader<'a>(&'a self, model: &'a str, adapters: &'a NamedAdapters) -> Reader<'a> {
         let Self { tokenizer, config, grammars, generation, lengths, .. } = self;
         Reader { model, adapters, tokenizer, config, grammars, generation, limits: *lengths }
     }

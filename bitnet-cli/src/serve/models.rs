@@ -66,6 +66,7 @@ pub async fn load_adapter(Admin(Received { context, body }): Admin) -> Result<Js
     let work = move |_: &App, loaded: &Loaded| {
         let tokenizer = || Ok(Some(loaded.tokenizer.clone()));
         let adapter = read_named(&spec, &loaded.config, tokenizer, false);
+        let adapter = adapter.and_then(|adapter| Ok(adapter.to_device(&loaded.device)?));
         let adapter =
             adapter.map_err(|error| ApiError::bad(format!("{error:#}")).param("lora_path"))?;
         loaded.adapters.change(|adapters| adapters.insert(name.clone(), Arc::new(adapter)));

@@ -49,28 +49,22 @@ impl BlockAdaptation {
 }
 
 impl Adaptation {
-    /// The sum of `adapters`, each times its factor, for the model of `config` on `device`.
+    /// The sum of `adapters`, each times its factor, for the model of `config`; on the processor.
     ///
     /// # Errors
     /// An adapter for another model; a factor that is not finite; modules stored whole that have a factor other than 1, or
     /// that two adapters replace.
-    pub fn new(config: &Config, adapters: &[(&Adapter, f64)], device: &Device) -> Result<Self> {
+    pub fn new(config: &Config, adapters: &[(&Adapter, f64)]) -> Result<Self> {
         let blocks = vec![BlockAdaptation::default(); config.num_hidden_layers];
         let mut sum = Self { blocks, ..Self::default() };
         for (adapter, factor) in adapters {
             adapter.check(config)?;
-            sum.add(config, adapter, *factor, device)?;
+            sum.add(config, adapter, *factor)?;
         }
         Ok(sum)
     }
 
-    fn add(
-        &mut self,
-        config: &Config,
-        adapter: &Adapter,
-        factor: f64,
-        device: &Device,
-    ) -> Result<()> {
+    fn add(&mut self, config: &Config, adapter: &Adapter, factor: f64) -> Result<()> {
         let refuse =
             |reason: String| Err(Error::Input(format!("{}: {reason}", adapter.origin().display())));
         if !factor.is_finite() {
@@ -85,7 +79,7 @@ impl Adaptation {
                 self.blocks.get_mut(layer).map(|block| &mut block.pairs[at])
             });
             if let Some(pairs) = block {
-                pairs.push(pair.to_device(device)?);
+                pairs.push(pair);
             }
         }
         for (name, tensor) in &adapter.modules {
@@ -95,17 +89,32 @@ impl Adaptation {
                      applied to it, so give none"
                 ));
             }
-            let tensor = tensor.to_device(device)?;
             if self.whole.insert(name.clone(), tensor.clone()).is_some() {
                 return refuse(format!("`{name}` is already replaced by another adapter"));
             }
             if let Some((layer, norm)) = name.strip_suffix(".weight").and_then(block_of)
                 && let Some(block) = self.blocks.get_mut(layer)
             {
-                block.norms.insert(norm.into(), tensor);
+                block.norms.insert(norm.into(), tensor.clone());
             }
         }
         Ok(())
+    }
+
+    /// The same on `device`, where the model is that it goes beside.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |tensors: &BTreeMap<String, Tensor>| -> Result<_> {
+            let each = tensors.iter();
+            each.map(|(name, tensor)| Ok((name.clone(), tensor.to_device(device)?))).collect()
+        };
+        let mut blocks = self.blocks.clone();
+        for block in &mut blocks {
+            for pair in block.pairs.iter_mut().flatten() {
+                *pair = pair.to_device(device)?;
+            }
+            block.norms = moved(&block.norms)?;
+        }
+        Ok(Self { blocks, whole: moved(&self.whole)? })
     }
 
     /// What it does to each block.

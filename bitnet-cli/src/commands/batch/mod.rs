@@ -62,12 +62,12 @@ pub struct Args {
 /// Answers the file.
 pub fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let source = args.model.open(global)?;
-    let (for_all, adapters) = adapter::read_all(&args.adapters, &source, global)?;
+    let adapters = adapter::read_all(&args.adapters, &source, global)?;
     let answered = Answered::read(&args.output)?;
     let input = Input::open(&args.input, args.shard, &answered.custom_ids)?;
     let (config, generation) = (source.config.clone(), source.generation.clone());
     let name = source.name.clone();
-    let (network, tokenizer) = batching::load(source, for_all.as_ref(), &global.device()?)?;
+    let (network, adapters, tokenizer) = batching::load(source, adapters, &global.device()?)?;
     let limits = args.batching.limits(&args.model, PREFILL_CHUNK);
     let reader = Reader {
         model: &name,
