@@ -22,7 +22,7 @@ MAY_USE = {
     "metal": set(),
     "calibration": {"kernels", "pages", "threads"},
     "threads": set(),
-    "quant": {"error", "storage", "threads"},
+    "quant": {"cuda", "error", "storage", "threads"},
     "rows": {"cuda", "kernels", "storage", "threads"},
     "head_weights": {"cuda", "kernels", "pages", "rows", "threads"},
     "packed": {"kernels"},

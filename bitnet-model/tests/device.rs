@@ -17,7 +17,7 @@ use bitnet_model::{
     nn::{Changed, HeadPrecision, LmHead, Need, ScreenedHead},
     ops::{self, KvType, TernaryProduct, gemm::Precision},
     pretrained::{self, Source},
-    quant::{ActivationCodes, Rounding},
+    quant::{ActivationCodes, Quantizer, Rounding, WeightQuantizer, hadamard},
     rows::{Table, TensorRows},
     weights::TernaryWeight,
 };
@@ -84,9 +84,13 @@ fn products_are_those_of_the_processor() {
     for cols in [1, 20, 130, 300] {
         let weights = weights(&[3, 16, 37], cols);
         for tokens in [1, 2, 9, 33, 66] {
-            for rounding in [Rounding::HalfEven, Rounding::HalfUp] {
-                check(&format!("{tokens} × {cols}, {rounding:?}"), |device| {
-                    ops::ternary_matmul(&view(&[tokens, cols], 1, device), &weights, rounding)
+            for input in [
+                ActivationCodes::Int8(Rounding::HalfEven),
+                ActivationCodes::Int8(Rounding::HalfUp),
+                ActivationCodes::Int4(Rounding::HalfEven),
+            ] {
+                check(&format!("{tokens} × {cols}, {input:?}"), |device| {
+                    ops::ternary_matmul(&view(&[tokens, cols], 1, device), &weights, input)
                 });
             }
             check(&format!("part 1 of {tokens} × {cols}"), |device| {
@@ -314,6 +318,35 @@ fn gradients_of_all_ops_are_those_of_the_processor() {
     check_gradients("a context", &[&[1, 130, 2, 4], &[1, 1, 133, 4], &[1, 1, 133, 4]], |vars| {
         ops::attention(&vars[0], &vars[1], &vars[2], &[])
     });
+}
+
+#[test]
+fn rotated_rows_are_those_of_the_processor() {
+    for width in [1, 48, 1024] {
+        check_gradients(&format!("{width}"), &[&[3, width]], |vars| hadamard(&vars[0]));
+        check(&format!("{width}"), |device| hadamard(&view(&[3, width], 26, device)));
+    }
+    let wide = tensor(&[1, 16384], 26, cuda());
+    assert!(hadamard(&wide).unwrap_err().to_string().contains("leave out --device"));
+}
+
+#[test]
+fn values_on_their_way_to_integers_are_those_of_the_processor() {
+    for lambda in [0., 0.3, 1.] {
+        for rounding in [Rounding::HalfEven, Rounding::HalfUp] {
+            check_gradients(&format!("weights, {lambda}"), &[&[5, 70]], |vars| {
+                WeightQuantizer::Absmean(rounding).blend(&vars[0], lambda)
+            });
+            for input in [ActivationCodes::Int8(rounding), ActivationCodes::Int4(rounding)] {
+                check(&format!("{input:?}, {lambda}"), |device| {
+                    input.blend(&view(&[5, 70], 27, device), lambda)
+                });
+            }
+        }
+        check(&format!("weights, {lambda}"), |device| {
+            WeightQuantizer::Absmean(Rounding::HalfEven).blend(&view(&[5, 70], 28, device), lambda)
+        });
+    }
 }
 
 /// One launch normalizes and quantizes; the result is that of the two.

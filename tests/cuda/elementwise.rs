@@ -6,7 +6,7 @@ use bitnet_model::{
     cuda::launch::{Activations, Launch, Rows, padded},
     kernels::TileFormat,
     ops,
-    quant::Rounding,
+    quant::{ActivationCodes, Quantizer, Rounding},
 };
 use candle_core::{Device, Tensor};
 
@@ -17,6 +17,13 @@ use super::{
 };
 
 const WIDTHS: [usize; 9] = [1, 3, 15, 16, 127, 129, 2560, 4097, 6912];
+
+const INPUTS: [ActivationCodes; 4] = [
+    ActivationCodes::Int8(Rounding::HalfEven),
+    ActivationCodes::Int8(Rounding::HalfUp),
+    ActivationCodes::Int4(Rounding::HalfEven),
+    ActivationCodes::Int4(Rounding::HalfUp),
+];
 
 /// All orders of threads for short rows, one for long ones.
 fn runs(width: usize) -> &'static [Run] {
@@ -48,8 +55,8 @@ impl Quantized {
     }
 
     /// Against what the CPU makes of `x`.
-    fn assert_holds(&self, x: &[f32], width: usize, rounding: Rounding, what: &str) {
-        let expected = QuantizedActivations::new(x, width, rounding, TileFormat::TwoBit);
+    fn assert_holds(&self, x: &[f32], width: usize, input: ActivationCodes, what: &str) {
+        let expected = QuantizedActivations::new(x, width, input, TileFormat::TwoBit);
         assert_same(&self.factors.read(), expected.factors(), what);
         let (codes, sums) = (self.codes.read(), self.sums.read());
         let rows = codes.chunks(padded(width)).zip(expected.codes().chunks(expected.stride()));
@@ -82,14 +89,33 @@ fn quantized_rows_are_those_of_the_cpu() {
     for width in WIDTHS {
         let rows = rows_to_quantize(width);
         let stride = width + 5;
-        let x = Buffer::new(&spread(&rows, width, stride));
-        for rounding in [Rounding::HalfEven, Rounding::HalfUp] {
+        let buffer = Buffer::new(&spread(&rows, width, stride));
+        let x = Rows { address: buffer.address(), stride, rows: 6, width };
+        for input in INPUTS {
             for &how in runs(width) {
                 let quantized = Quantized::new(6, width);
-                let x = Rows { address: x.address(), stride, rows: 6, width };
-                let half_up = rounding == Rounding::HalfUp;
-                run(&Launch::quantize_rows(x, half_up, quantized.address()), how);
-                quantized.assert_holds(&rows, width, rounding, &format!("{width} {how:?}"));
+                run(&Launch::quantize_rows(x, input, quantized.address()), how);
+                quantized.assert_holds(&rows, width, input, &format!("{width} {input:?} {how:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_on_their_way_to_integers_are_those_of_the_cpu() {
+    for width in [1, 127, 2560] {
+        let rows = rows_to_quantize(width);
+        let stride = width + 5;
+        let tensor = Tensor::from_slice(&rows, (6, width), &Device::Cpu).unwrap();
+        let buffer = Buffer::new(&spread(&rows, width, stride));
+        let x = Rows { address: buffer.address(), stride, rows: 6, width };
+        for (input, lambda) in INPUTS.into_iter().zip([1., 0.3, 0., 1.]) {
+            let expected = input.blend(&tensor, lambda).unwrap().flatten_all().unwrap();
+            let expected = expected.to_vec1::<f32>().unwrap();
+            for &how in runs(width) {
+                let y = Buffer::new(&vec![9f32; 6 * width]);
+                run(&Launch::blend_rows(x, input, lambda, y.address()), how);
+                assert_same(&y.read(), &expected, &format!("{width} {input:?} {lambda} {how:?}"));
             }
         }
     }
@@ -113,10 +139,12 @@ fn norms_are_those_of_the_cpu_and_so_are_their_integers() {
             let y = Buffer::new(&vec![f32::NAN; 3 * width]);
             run(&Launch::rms_norm(x, weight.address(), EPS as f32, y.address()), how);
             assert_same(&y.read(), &expected, &what);
-            let quantized = Quantized::new(3, width);
-            let to = quantized.address();
-            run(&Launch::rms_norm_quantize(x, weight.address(), EPS as f32, false, to), how);
-            quantized.assert_holds(&expected, width, Rounding::HalfEven, &what);
+            for input in [INPUTS[0], INPUTS[3]] {
+                let quantized = Quantized::new(3, width);
+                let to = quantized.address();
+                run(&Launch::rms_norm_quantize(x, weight.address(), EPS as f32, input, to), how);
+                quantized.assert_holds(&expected, width, input, &what);
+            }
         }
     }
 }

@@ -58,7 +58,7 @@ impl Loaded {
         };
         let x = Buffer::new(x);
         let rows = Rows { address: x.address(), stride: cols, rows: tokens, width: cols };
-        run(&Launch::quantize_rows(rows, false, to), how);
+        run(&Launch::quantize_rows(rows, Rounding::HalfEven.into(), to), how);
         let rows = |weights: &[TernaryWeight]| {
             weights.iter().map(TernaryWeight::out_features).sum::<usize>()
         };

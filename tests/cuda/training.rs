@@ -11,7 +11,7 @@ use bitnet_model::{
         self,
         gemm::{self, Precision, gemm, gemm_add, plain},
     },
-    quant::Rounding,
+    quant::{Quantizer, Rounding, WeightQuantizer, hadamard, hadamard_block},
     weights::TernaryWeight,
 };
 use candle_core::{Device, Tensor, Var};
@@ -145,6 +145,49 @@ fn weights_are_quantized_as_on_the_cpu() {
                 assert_eq!(bands.read(), expected.bands, "{what}");
                 assert_eq!(words.read(), expected.words, "{what}");
             }
+        }
+    }
+}
+
+#[test]
+fn weights_on_their_way_to_codes_are_those_of_the_cpu() {
+    for count in [1, 1500, 70000] {
+        let mut latent = values(count, 49);
+        latent[count / 2] = -0.;
+        let tensor = Tensor::from_slice(&latent, (1, count), &Device::Cpu).unwrap();
+        let device = Buffer::new(&latent);
+        for (rounding, lambda) in
+            [(Rounding::HalfEven, 1.), (Rounding::HalfEven, 0.3), (Rounding::HalfUp, 0.)]
+        {
+            let expected = WeightQuantizer::Absmean(rounding).blend(&tensor, lambda).unwrap();
+            let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let sums = Buffer::new(&vec![f64::NAN; Launch::mean_chunks(count)]);
+            let (scale, y) = (Buffer::new(&[f32::NAN]), Buffer::new(&vec![f32::NAN; count]));
+            let how = Run::ONE[0];
+            run(&Launch::absolute_sums(device.address(), count, sums.address()), how);
+            run(&Launch::absolute_mean(sums.address(), count, scale.address()), how);
+            let from = (device.address(), scale.address());
+            let half_up = rounding == Rounding::HalfUp;
+            run(&Launch::blend_weights(from, count, half_up, lambda, y.address()), how);
+            assert_same(&y.read(), &expected, &format!("{count}, {rounding:?}, {lambda}"));
+        }
+    }
+}
+
+#[test]
+fn rotated_rows_are_those_of_the_cpu() {
+    for (rows, width) in [(3, 1), (2, 48), (1, 512), (2, 6912), (1, 8192)] {
+        let x = values(rows * width, 50);
+        let expected = Tensor::from_slice(&x, (rows, width), &Device::Cpu).unwrap();
+        let expected = hadamard(&expected).unwrap().flatten_all().unwrap();
+        let expected = expected.to_vec1::<f32>().unwrap();
+        let (x, size) = (Buffer::new(&x), hadamard_block(width));
+        let runs = if width < 6912 { &Run::ALL[..] } else { &Run::ONE };
+        for &how in runs {
+            let y = Buffer::new(&vec![f32::NAN; rows * width]);
+            let blocks = (rows * width / size, size);
+            run(&Launch::hadamard(x.address(), blocks, y.address()), how);
+            assert_same(&y.read(), &expected, &format!("{rows} × {width}, {how:?}"));
         }
     }
 }

@@ -20,12 +20,13 @@ macro_rules! modules {
     };
 }
 
-static MODULES: [Module; 14] = modules![
+static MODULES: [Module; 15] = modules![
     "attention",
     "attention_backward",
     "dense",
     "gated",
     "gemm",
+    "hadamard",
     "head",
     "loss",
     "quantize",

@@ -50,14 +50,15 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rms_norm(
 /// What `quantize_rows` makes of the result of `rms_norm`, which is not written. Grid: (rows).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) rms_norm_quantize(
     const float* __restrict__ x, size_t x_stride, const float* __restrict__ weight, unsigned width, float eps,
-    unsigned padded, unsigned half_up, int* __restrict__ codes, int* __restrict__ sums, float* __restrict__ factors) {
+    unsigned padded, float levels, unsigned half_up, int* __restrict__ codes, int* __restrict__ sums,
+    float* __restrict__ factors) {
     __shared__ NormShared norm;
     __shared__ QuantizeShared shared;
     size_t row = blockIdx.x;
     x += row * x_stride;
     float r = inverse_rms(x, width, eps, norm);
     auto value = [=](unsigned i) { return weight[i] * (x[i] * r); };
-    quantize_row(value, width, padded, half_up, {codes + row * (padded / 4), sums + row, factors + row}, shared);
+    quantize_row(value, width, padded, levels, half_up, {codes + row * (padded / 4), sums + row, factors + row}, shared);
 }
 
 /// The gradient of the norm's input: with u = dy·weight and r the inverse root, dx = r·u − x·r³·mean(u·x). `inverses` (rows) are

@@ -40,6 +40,28 @@ absolute_mean(const double* __restrict__ sums, unsigned chunks, size_t count, fl
     *scale = mean > 1e-5f ? mean : 1e-5f;
 }
 
+/// The code, −1, 0 or 1, of a weight in units of β.
+__device__ __forceinline__ int ternary_code(float x, bool half_up) {
+    float y = x + 0.5f;
+    bool above = half_up ? y >= 1.f : x > 0.5f, below = half_up ? y < 0.f : x < -0.5f;
+    return int(above) - int(below);
+}
+
+/// Weights of a block.
+constexpr unsigned BLEND_WEIGHTS = 1024;
+
+/// `y` (count) of `latent`: w + `lambda` · (code · β − w), of 1 code · β itself. Grid: (count / 1024 rounded up), any block.
+extern "C" __global__ void blend_weights(
+    const float* __restrict__ latent, size_t count, unsigned half_up, const float* __restrict__ scale, float lambda,
+    float* __restrict__ y) {
+    float inverse = 1.f / *scale;
+    size_t begin = size_t(blockIdx.x) * BLEND_WEIGHTS, end = begin + BLEND_WEIGHTS < count ? begin + BLEND_WEIGHTS : count;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        float grid = float(ternary_code(latent[i] * inverse, half_up)) * *scale;
+        y[i] = lambda == 1.f ? grid : latent[i] + lambda * (grid - latent[i]);
+    }
+}
+
 /// `codes` (bands, chunks, 32 lanes) and `bands` of `latent` (rows, cols), dense. Grid: (chunks / 8 rounded up, bands).
 extern "C" __global__ void __launch_bounds__(TERNARIZE_THREADS) ternarize(
     const float* __restrict__ latent, unsigned rows, unsigned cols, unsigned half_up, const float* __restrict__ scale,
@@ -56,11 +78,7 @@ extern "C" __global__ void __launch_bounds__(TERNARIZE_THREADS) ternarize(
 #pragma unroll
         for (unsigned c = 0; c < 16; c++) {
             unsigned code = 1;
-            if (row < rows && col + c < cols) {
-                float x = latent[size_t(row) * cols + col + c] * inverse, y = x + 0.5f;
-                bool above = half_up ? y >= 1.f : x > 0.5f, below = half_up ? y < 0.f : x < -0.5f;
-                code = 1 + unsigned(above) - unsigned(below);
-            }
+            if (row < rows && col + c < cols) code += ternary_code(latent[size_t(row) * cols + col + c] * inverse, half_up);
             word |= code << (8 * (c % 4) + 2 * (c / 4));
         }
         words[k] = word;

@@ -1,8 +1,12 @@
 //! The Hadamard transform that BitNet v2 puts before `o_proj` and `down_proj` (arXiv:2504.18415).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::storage::contiguous;
 
 /// The transform's size for rows of `width` values: the largest power of two that divides it.
@@ -41,6 +45,11 @@ impl CustomOp1 for Hadamard {
             blocks.chunks_exact_mut(block).for_each(transform);
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::ops::hadamard(x, layout)
     }
 
     crate::no_metal_fwd!(1);

@@ -19,9 +19,9 @@
 //! All arithmetic is f32. As in the reference implementation the weight is multiplied by the
 //! reciprocal `1/β`, not divided by `β`, and `ε` clamps the mean instead of being added to it.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 
-use crate::{storage::contiguous, threads};
+use crate::threads;
 
 mod hadamard;
 mod quantizer;
@@ -135,36 +135,6 @@ pub fn fake_quantize_weight(weight: &Tensor, rounding: Rounding) -> Result<Tenso
 /// (f32) of `x`; its gradient is identity.
 pub fn fake_quantize_activation(x: &Tensor, rounding: Rounding) -> Result<Tensor> {
     ActivationCodes::Int8(rounding).blend(x, 1.)
-}
-
-/// Forward `f(x, size of the last dimension)`, backward identity: the straight-through estimator.
-pub fn straight_through(
-    x: &Tensor,
-    name: &'static str,
-    f: impl Fn(&[f32], usize) -> Vec<f32> + Send + Sync + 'static,
-) -> Result<Tensor> {
-    x.apply_op1(StraightThrough { name, f })
-}
-
-struct StraightThrough<F> {
-    name: &'static str,
-    f: F,
-}
-
-impl<F: Fn(&[f32], usize) -> Vec<f32>> CustomOp1 for StraightThrough<F> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = contiguous::<f32>(x, layout)?;
-        let width = layout.dims().last().copied().unwrap_or(1).max(1);
-        Ok((CpuStorage::F32((self.f)(&x, width)), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(dy.clone()))
-    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,17 @@
 //! Quantizers as values: what a weight or an activation becomes, and how training passes through it.
 
-use candle_core::{Result, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    Rounding, activation_factor, hadamard, int4, int4_factor, int8, sign, straight_through,
-    ternary, weight_mean, weight_scale,
+    Rounding, activation_factor, hadamard, int4, int4_factor, int8, sign, ternary, weight_mean,
+    weight_scale,
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::storage::contiguous;
 
 /// A map of values to a grid of few of them.
 pub trait Quantizer: Copy + Send + Sync + 'static {
@@ -16,13 +21,44 @@ pub trait Quantizer: Copy + Send + Sync + 'static {
     /// `x + λ·(q(x) − x)`, on the grid for λ = 1 and `x` itself for λ = 0. Shape and dtype (f32) of `x`. The gradient
     /// passes the quantization unchanged, whatever λ is.
     fn blend(self, x: &Tensor, lambda: f32) -> Result<Tensor> {
-        straight_through(x, "quantize", move |x, width| {
-            let mut y = self.grid(x, width);
-            if lambda != 1. {
-                y.par_iter_mut().zip(x).for_each(|(y, x)| *y = x + lambda * (*y - x));
-            }
-            y
-        })
+        x.apply_op1(Blend { quantizer: self, lambda })
+    }
+
+    /// [`blend`](Self::blend) of values on a device.
+    #[cfg(feature = "cuda")]
+    fn blend_on_cuda(self, x: (&CudaStorage, &Layout), lambda: f32)
+    -> Result<(CudaStorage, Shape)>;
+}
+
+/// The op behind [`Quantizer::blend`]: backward it is the identity, the straight-through estimator.
+struct Blend<Q> {
+    quantizer: Q,
+    lambda: f32,
+}
+
+impl<Q: Quantizer> CustomOp1 for Blend<Q> {
+    fn name(&self) -> &'static str {
+        "quantize"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = contiguous::<f32>(x, layout)?;
+        let mut y = self.quantizer.grid(&x, layout.dims().last().copied().unwrap_or(1).max(1));
+        if self.lambda != 1. {
+            y.par_iter_mut().zip(&*x).for_each(|(y, x)| *y = x + self.lambda * (*y - x));
+        }
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.quantizer.blend_on_cuda((x, layout), self.lambda)
+    }
+
+    crate::no_metal_fwd!(1);
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.clone()))
     }
 }
 
@@ -85,6 +121,15 @@ impl Quantizer for WeightQuantizer {
         let codes = self.codes(x);
         x.par_iter().map(|&w| f32::from(codes.code(w)) * codes.scale).collect()
     }
+
+    #[cfg(feature = "cuda")]
+    fn blend_on_cuda(
+        self,
+        x: (&CudaStorage, &Layout),
+        lambda: f32,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::ops::blend_weights(x, self, lambda)
+    }
 }
 
 /// Integer codes of activations, with one scale a token.
@@ -133,6 +178,15 @@ impl Quantizer for ActivationCodes {
             row.iter_mut().for_each(|x| *x = f32::from(self.code(*x, factor)) / factor);
         });
         quantized
+    }
+
+    #[cfg(feature = "cuda")]
+    fn blend_on_cuda(
+        self,
+        x: (&CudaStorage, &Layout),
+        lambda: f32,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::ops::blend_rows(x, self, lambda)
     }
 }
 

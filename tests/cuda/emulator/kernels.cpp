@@ -10,6 +10,7 @@ namespace {
 #include "dense.cu"
 #include "gated.cu"
 #include "gemm.cu"
+#include "hadamard.cu"
 #include "head.cu"
 #include "loss.cu"
 #include "quantize.cu"
@@ -29,6 +30,8 @@ extern const Kernel kernels[] = {
     KERNEL(attention_block_f32),
     KERNEL(attention_block_int8),
     KERNEL(attention_merge),
+    KERNEL(blend_rows),
+    KERNEL(blend_weights),
     KERNEL(dense_product_bf16),
     KERNEL(dense_product_f16),
     KERNEL(dense_product_f32),
@@ -43,6 +46,7 @@ extern const Kernel kernels[] = {
     KERNEL(gemm_bf16),
     KERNEL(gemm_f32),
     KERNEL(gemm_i8),
+    KERNEL(hadamard),
     KERNEL(head_q4),
     KERNEL(head_q6),
     KERNEL(head_q8),

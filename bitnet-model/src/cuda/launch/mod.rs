@@ -4,7 +4,11 @@
 //! out: there is nothing to compute.
 
 use super::layout::{Band, CHUNK};
-use crate::{config::Activation, kernels::ROWS};
+use crate::{
+    config::Activation,
+    kernels::ROWS,
+    quant::{ActivationCodes, Rounding},
+};
 
 mod training;
 mod vocabulary;
@@ -178,10 +182,10 @@ impl Launch {
         self.grid.contains(&0)
     }
 
-    /// `x` to int8: codes padded with 0 to whole chunks, sums and factors, a row each.
-    pub fn quantize_rows(x: Rows, half_up: bool, to: Activations) -> Self {
+    /// `x` to integers: codes padded with 0 to whole chunks, sums and factors, a row each.
+    pub fn quantize_rows(x: Rows, input: ActivationCodes, to: Activations) -> Self {
         let mut args = vec![Arg::U64(x.address), Arg::U64(x.stride as u64), Arg::U32(dim(x.width))];
-        args.extend(quantized(x.width, half_up, to));
+        args.extend(quantized(x.width, input, to));
         Self::new(("quantize", "quantize_rows"), [x.rows, 1, 1], ROW_THREADS, args)
     }
 
@@ -197,11 +201,11 @@ impl Launch {
         x: Rows,
         weight: Address,
         eps: f32,
-        half_up: bool,
+        input: ActivationCodes,
         to: Activations,
     ) -> Self {
         let mut args = norm(x, weight, eps);
-        args.extend(quantized(x.width, half_up, to));
+        args.extend(quantized(x.width, input, to));
         Self::new(("rms_norm", "rms_norm_quantize"), [x.rows, 1, 1], ROW_THREADS, args)
     }
 
@@ -401,10 +405,21 @@ fn norm(x: Rows, weight: Address, eps: f32) -> Vec<Arg> {
     ]
 }
 
-fn quantized(width: usize, half_up: bool, to: Activations) -> [Arg; 5] {
+/// The codes of a row's largest value, and whether halves are rounded up.
+fn levels(input: ActivationCodes) -> [Arg; 2] {
+    let (levels, rounding) = match input {
+        ActivationCodes::Int8(rounding) => (127., rounding),
+        ActivationCodes::Int4(rounding) => (7., rounding),
+    };
+    [Arg::F32(levels), Arg::U32((rounding == Rounding::HalfUp).into())]
+}
+
+fn quantized(width: usize, input: ActivationCodes, to: Activations) -> [Arg; 6] {
+    let [levels, half_up] = levels(input);
     [
         Arg::U32(dim(padded(width))),
-        Arg::U32(half_up.into()),
+        levels,
+        half_up,
         Arg::U64(to.codes),
         Arg::U64(to.sums),
         Arg::U64(to.factors),

@@ -1,7 +1,7 @@
 //! Launches of training alone: products of floats, weights quantized on the way, gradients, the loss.
 
-use super::{Address, Arg, GATED, Launch, ROW_THREADS, Rows, dim};
-use crate::{config::Activation, cuda::layout::CHUNK, kernels::ROWS};
+use super::{Address, Arg, GATED, Launch, ROW_THREADS, Rows, dim, levels};
+use crate::{config::Activation, cuda::layout::CHUNK, kernels::ROWS, quant::ActivationCodes};
 
 /// `PRODUCT_THREADS` and `PRODUCT_TILE`.
 const GEMM: (u32, usize) = (256, 64);
@@ -9,6 +9,8 @@ const GEMM: (u32, usize) = (256, 64);
 const TERNARIZE: (u32, usize) = (256, 8);
 /// `MEAN_CHUNK` and `MEAN_CHUNKS`.
 const MEAN: (usize, usize) = (1 << 16, 32);
+/// `BLEND_WEIGHTS`.
+const BLEND_WEIGHTS: usize = 1024;
 /// `SHARE_ROWS`.
 const SHARE_ROWS: usize = 64;
 /// `LOSS_ELEMENTS`.
@@ -153,6 +155,44 @@ impl Launch {
         let grid = [cols.div_ceil(CHUNK).div_ceil(warps), rows.div_ceil(ROWS), 1];
         Self::new(("ternarize", "ternarize"), grid, threads, args)
     }
+
+    /// `y` (count) of `latent` on its way to its quantized values, as far as `lambda` says.
+    pub fn blend_weights(
+        (latent, scale): (Address, Address),
+        count: usize,
+        half_up: bool,
+        lambda: f32,
+        y: Address,
+    ) -> Self {
+        let args = vec![
+            Arg::U64(latent),
+            Arg::U64(count as u64),
+            Arg::U32(half_up.into()),
+            Arg::U64(scale),
+            Arg::F32(lambda),
+            Arg::U64(y),
+        ];
+        let grid = [count.div_ceil(BLEND_WEIGHTS), 1, 1];
+        Self::new(("ternarize", "blend_weights"), grid, ROW_THREADS, args)
+    }
+
+    /// `y` (rows, width) of activations on their way to their quantized values, as far as `lambda` says.
+    pub fn blend_rows(x: Rows, input: ActivationCodes, lambda: f32, y: Address) -> Self {
+        let mut args = vec![Arg::U64(x.address), Arg::U64(x.stride as u64), Arg::U32(dim(x.width))];
+        args.extend(levels(input));
+        args.extend([Arg::F32(lambda), Arg::U64(y)]);
+        Self::new(("quantize", "blend_rows"), [x.rows, 1, 1], ROW_THREADS, args)
+    }
+
+    /// `y` of `count` transforms of `size` values, at most [`HADAMARD_MOST`](Self::HADAMARD_MOST) and a power of two.
+    pub fn hadamard(x: Address, (count, size): (usize, usize), y: Address) -> Self {
+        let norm = 1. / (size as f32).sqrt();
+        let args = vec![Arg::U64(x), Arg::U32(dim(size)), Arg::F32(norm), Arg::U64(y)];
+        Self::new(("hadamard", "hadamard"), [count, 1, 1], ROW_THREADS, args)
+    }
+
+    /// Values of the largest [`hadamard`](Self::hadamard).
+    pub const HADAMARD_MOST: usize = 8192;
 
     /// `dx` and `inverses` (rows) f32 of dense rows `x` and `dy`.
     pub fn rms_norm_backward(

@@ -3,14 +3,13 @@
 use candle_core::{
     CudaDevice, CudaStorage, Layout, Result, Shape, Tensor as CandleTensor,
     backend::BackendStorage,
-    bail,
     cuda_backend::cudarc::driver::{CudaSlice, CudaStream},
 };
 
 use super::{
     Quantized, Tensor,
     gradients::{read, tensor},
-    half_up_of,
+    quantize::absmean_rounding,
 };
 use crate::{
     cuda::{
@@ -33,16 +32,14 @@ struct Ternary {
 impl Ternary {
     /// Quantizes `latent` (rows, cols) f32.
     fn new((latent, layout): (&CudaStorage, &Layout), quantizer: WeightQuantizer) -> Result<Self> {
-        let WeightQuantizer::Absmean(rounding) = quantizer else {
-            bail!("qat-matmul: only ternary weights by absolute mean on CUDA so far");
-        };
+        let rounding = absmean_rounding("qat-matmul", quantizer)?;
         let shape @ (rows, cols) = layout.shape().dims2()?;
         let device = latent.device();
         let stream = device.cuda_stream();
         let (count, bands) = (rows * cols, rows.div_ceil(ROWS));
         let latent = Gathered::<f32>::contiguous(latent, layout)?;
-        let mut sums = uninitialized::<f64>(device, Launch::mean_chunks(count))?;
-        let mut scale = uninitialized::<f32>(device, 1)?;
+        let latent = latent.memory(&stream)?;
+        let scale = mean_scale(device, &latent, count)?;
         let words = bands * cols.div_ceil(CHUNK) * ROWS * CHUNK / 16;
         let mut new = Self {
             words: uninitialized(device, words)?,
@@ -50,9 +47,7 @@ impl Ternary {
             shape,
         };
         {
-            let latent = latent.memory(&stream)?;
-            let (sums, scale) =
-                (Memory::written(&mut sums, &stream), Memory::written(&mut scale, &stream));
+            let scale = Memory::read(&scale, 0, &stream);
             let (words, bands) = (
                 Memory::written(&mut new.words, &stream),
                 Memory::written(&mut new.bands, &stream),
@@ -61,11 +56,7 @@ impl Ternary {
             let from = (latent.address, scale.address);
             let to = (words.address, bands.address);
             // SAFETY: all buffers have the sizes that `Launch` documents, and are held.
-            unsafe {
-                launch(device, &Launch::absolute_sums(latent.address, count, sums.address))?;
-                launch(device, &Launch::absolute_mean(sums.address, count, scale.address))?;
-                launch(device, &Launch::ternarize(from, shape, half_up, to))?;
-            }
+            unsafe { launch(device, &Launch::ternarize(from, shape, half_up, to)) }?;
         }
         Ok(new)
     }
@@ -80,13 +71,33 @@ impl Ternary {
     }
 }
 
+/// β of `count` weights.
+pub(super) fn mean_scale(
+    device: &CudaDevice,
+    latent: &Memory<'_>,
+    count: usize,
+) -> Result<CudaSlice<f32>> {
+    let stream = device.cuda_stream();
+    let mut sums = uninitialized::<f64>(device, Launch::mean_chunks(count))?;
+    let mut scale = uninitialized::<f32>(device, 1)?;
+    {
+        let (sums, scale) =
+            (Memory::written(&mut sums, &stream), Memory::written(&mut scale, &stream));
+        // SAFETY: all buffers have the sizes that `Launch` documents, and are held.
+        unsafe {
+            launch(device, &Launch::absolute_sums(latent.address, count, sums.address))?;
+            launch(device, &Launch::absolute_mean(sums.address, count, scale.address))?;
+        }
+    }
+    Ok(scale)
+}
+
 /// Rows as integers, and how many.
 fn quantized(
     (x, layout): (&CudaStorage, &Layout),
     input: ActivationCodes,
     device: &CudaDevice,
 ) -> Result<(Quantized, usize)> {
-    let half_up = half_up_of(input)?;
     let stream = device.cuda_stream();
     let x = RowsOf::new("qat-matmul", x, layout)?;
     let (rows, _x) = x.memory(&stream)?;
@@ -94,7 +105,7 @@ fn quantized(
     {
         let written = quantized.written(&stream);
         // SAFETY: all buffers have the sizes that `Launch` documents, and are held.
-        unsafe { launch(device, &Launch::quantize_rows(rows, half_up, written.addresses())) }?;
+        unsafe { launch(device, &Launch::quantize_rows(rows, input, written.addresses())) }?;
     }
     Ok((quantized, rows.rows))
 }

@@ -18,15 +18,12 @@ use super::{
     layout::bands_of,
     resident::StackCopy,
 };
-use crate::{
-    config::Activation,
-    quant::{ActivationCodes, Rounding},
-    weights::TernaryWeight,
-};
+use crate::{config::Activation, quant::ActivationCodes, weights::TernaryWeight};
 
 mod gradients;
 mod latent;
 mod loss;
+mod quantize;
 mod vocabulary;
 
 pub use gradients::{
@@ -35,6 +32,7 @@ pub use gradients::{
 };
 pub use latent::{latent_input_gradient, latent_product, latent_weight_gradient};
 pub use loss::{HeadLoss, HeadLossOf, head_loss};
+pub use quantize::{blend_rows, blend_weights, hadamard};
 pub use vocabulary::{dense_product, embed, head_product, table_product};
 
 type Tensor = (CudaStorage, Shape);
@@ -78,16 +76,6 @@ impl QuantizedMemory<'_> {
     }
 }
 
-/// Whether halves are rounded up; only int8 is there.
-fn half_up_of(input: ActivationCodes) -> Result<bool> {
-    match input {
-        ActivationCodes::Int8(rounding) => Ok(rounding == Rounding::HalfUp),
-        _ => {
-            bail!("ternary-matmul: only int8 activations on CUDA so far, this model has {input:?}")
-        }
-    }
-}
-
 fn out_features(weights: &[TernaryWeight]) -> usize {
     weights.iter().map(TernaryWeight::out_features).sum()
 }
@@ -103,7 +91,6 @@ pub fn ternary_product(
     input: ActivationCodes,
     shape: Shape,
 ) -> Result<Tensor> {
-    let half_up = half_up_of(input)?;
     let device = x.device();
     let stream = device.cuda_stream();
     let x = RowsOf::new("ternary-matmul", x, layout)?;
@@ -137,10 +124,8 @@ pub fn ternary_product(
             None => None,
         };
         let quantize = match &norm {
-            Some((weight, eps)) => {
-                Launch::rms_norm_quantize(rows, weight.address, *eps, half_up, to)
-            }
-            None => Launch::quantize_rows(rows, half_up, to),
+            Some((weight, eps)) => Launch::rms_norm_quantize(rows, weight.address, *eps, input, to),
+            None => Launch::quantize_rows(rows, input, to),
         };
         let multiply = Launch::ternary_product(weights, to, (rows.rows, width), y.address);
         // SAFETY: all buffers have the sizes that `Launch` documents, and are held.
