@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of a CUDA device (tests/device.rs of bitnet-model and bitnet-train) without one: Candle's `Device::new_cuda`, our launches and the PTX
+# Runs the tests of a CUDA device (tests/device of bitnet-model and bitnet-train) without one: Candle's `Device::new_cuda`, our launches and the PTX
 # that nvcc makes of all kernels, behind the stand-in for the driver of tests/ptx, which executes PTX.
 #
 #   scripts/cuda_interpret.sh [ARGUMENT...]      # arguments go to the tests: names, for example

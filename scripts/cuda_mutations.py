@@ -25,9 +25,11 @@ NVCC = os.environ.get("BITNET_NVCC", f"{TOOLKIT}/nvidia/cu13/bin/nvcc")
 SECONDS = 600  # of a run
 # Words of the tests that look at what a file does; of other files, all tests.
 TESTS = {
+    "adamw.cu": ["run", "trained", "norms"],
     "attention.cu": ["attention"],
     "attention_backward.cu": ["gradients"],
     "dense.cu": ["floats", "ends", "screened"],
+    "dropout.cu": ["trained"],
     "gated.cu": ["gates", "gradients"],
     "gemm.cu": ["gradients"],
     "hadamard.cu": ["rotated"],
@@ -107,6 +109,12 @@ BUGS = [
     ("no barrier before the mean", "attention_backward.cu", "sum = fmaf(p[i], ds[i], sum);\n        sum = sum_lanes(sum);\n        if (threadIdx.x == 0) sums[1] = sum;\n    }\n    __syncthreads();", "sum = fmaf(p[i], ds[i], sum);\n        sum = sum_lanes(sum);\n        if (threadIdx.x == 0) sums[1] = sum;\n    }"),
     ("no target in the loss's gradient", "loss.cu", "i == target ? value - scale : value", "value"),
     ("a target's logit of another row", "loss.cu", "logits[targets[row]]", "logits[targets[0]]"),
+    ("a decay that is not decoupled", "adamw.cu", "parameter[i] * keep - step_size * m / root", "(parameter[i] - step_size * m / root) * keep"),
+    ("a first moment of another order", "adamw.cu", "first[i] + one_minus_beta1 * (g - first[i])", "(1.f - one_minus_beta1) * first[i] + one_minus_beta1 * g"),
+    ("squares of another order", "adamw.cu", "one_minus_beta2 * g * g", "one_minus_beta2 * (g * g)"),
+    ("a root that is not corrected", "adamw.cu", "sqrtf(v) / bias2_root", "sqrtf(v)"),
+    ("elements of a norm left out", "adamw.cu", "sums[chunk] = total + rest;", "sums[chunk] = total;"),
+    ("a column dropped for its neighbour", "dropout.cu", "dropout_word(key, i)", "dropout_word(key, i + 1)"),
     ("a transform without its last round", "hadamard.cu", "half < size; half *= 2", "2 * half < size; half *= 2"),
     ("no barrier between the rounds", "hadamard.cu", "__syncthreads(); // all values of the round before are there", ""),
     ("no way to integers", "quantize.cu", "lambda == 1.f ? grid : x[i] + lambda * (grid - x[i])", "grid"),
@@ -117,6 +125,9 @@ BUGS = [
     ("keys from the first one on", "ops/gradients.rs", "row * strides.row + begin * strides.position", "row * strides.row"),
     ("gradients of the other factor", "ops/latent.rs", "Factor::index_inner(rows, dy.address), codes.factors)", "Factor::index_inner(rows, dy.address), 0)"),
     ("rows of the loss that do not count", "ops/loss.rs", "(row_ids.address, count)", "(target_ids.address, count)"),
+    ("an update of too few", "launch/optimizer.rs", "count.div_ceil(ADAMW_ELEMENTS)", "(count / ADAMW_ELEMENTS)"),
+    ("a pair that does not see what is dropped", "ops/low_rank.rs", "let factors = (by_rows(k, seen), by_rows(k, &a));", "let factors = (by_rows(k, &x_memory), by_rows(k, &a));"),
+    ("a gradient through what was dropped", "ops/low_rank.rs", "let dx = match dropout {", "let dx = match dropout.as_ref().filter(|_| false) {"),
     ("half the grid of a product", "launch/mod.rs", "tokens.div_ceil(GEMV_TOKENS), 1]", "tokens / GEMV_TOKENS, 1]"),
     ("no last block of tokens", "launch/mod.rs", "tokens.div_ceil(block_tokens), 1];\n                Self", "tokens / block_tokens, 1];\n                Self"),
     ("a stride of a dense row", "launch/mod.rs", "vec![Arg::U64(x.address), Arg::U64(x.stride as u64), Arg::U32(dim(x.width))]", "vec![Arg::U64(x.address), Arg::U64(x.width as u64), Arg::U32(dim(x.width))]"),
@@ -176,7 +187,7 @@ def reason(programs, variables, tests=()):
             return "does not end"
         if done.returncode:
             stand_in = re.search(r"libcuda stand-in: (.*)", done.stdout)
-            failed = ", ".join(sorted(set(re.findall(r"^test (\w+) \.\.\. FAILED", done.stdout, re.MULTILINE))))
+            failed = ", ".join(sorted(set(re.findall(r"^test ([\w:]+) \.\.\. FAILED", done.stdout, re.MULTILINE))))
             return stand_in.group(1) if stand_in else failed or f"exit {done.returncode}"
     return None
 

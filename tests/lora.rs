@@ -32,7 +32,7 @@ use bitnet_train::{
     task::{Gradients, Task},
     trainer::{Event, Outcome},
 };
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: Decay::All };
 const RATES: Rates = Rates { lr: 2e-3, weight_decay: 0.1 };
@@ -47,7 +47,7 @@ fn training(mode: Mode, keep_bytes: usize) -> Training {
 }
 
 fn load(fixture: &Fixture, config: &AdapterConfig) -> LoraModel {
-    LoraModel::load(&source(fixture), config, training(Mode::Adapter, 0)).unwrap()
+    LoraModel::load(&source(fixture), config, training(Mode::Adapter, 0), &Device::Cpu).unwrap()
 }
 
 /// Sets the variables to the matrices of `adapter`.
@@ -142,9 +142,13 @@ fn recomputed_blocks_drop_what_they_dropped() {
     let adapter = Adapter::open(&fixture.dir.join("adapter")).unwrap();
     let run_with = |dropout: f64, recompute: bool, update: usize, keep_bytes: usize| {
         let config = AdapterConfig { dropout, ..adapter.config.clone() };
-        let LoraModel { trained, frozen, parameters, step } =
-            LoraModel::load(&source(&fixture), &config, training(Mode::Adapter, keep_bytes))
-                .unwrap();
+        let LoraModel { trained, frozen, parameters, step } = LoraModel::load(
+            &source(&fixture),
+            &config,
+            training(Mode::Adapter, keep_bytes),
+            &Device::Cpu,
+        )
+        .unwrap();
         start_from(&parameters, &adapter);
         let noise = EmbeddingNoise { alpha: 5., step: step.clone() };
         let inner = task(trained, frozen, recompute).noise((dropout > 0.).then_some(noise));
@@ -215,7 +219,7 @@ fn an_adapter_goes_beside_every_kind_of_model() {
         };
         let base = source(&fixture).load_with(
             &bitnet_model::nn::BitLinears::new(fixture.config.quantization.unwrap()),
-            &candle_core::Device::Cpu,
+            &Device::Cpu,
         );
         assert!(logits(&frozen) == logits(&base.unwrap()), "{name}: it is not the base");
         let inputs: Vec<u32> = tokens.flatten_all().unwrap().to_vec1().unwrap();
@@ -267,7 +271,7 @@ fn a_pair_inside_the_quantizer_merges_exactly() {
     let config = AdapterConfig { rank: 4, dropout: 0., ..AdapterConfig::default() };
     let source = source(&fixture);
     let LoraModel { trained, frozen, parameters, .. } =
-        LoraModel::load(&source, &config, training(Mode::Qat, 0)).unwrap();
+        LoraModel::load(&source, &config, training(Mode::Qat, 0), &Device::Cpu).unwrap();
     let named = parameters.named();
     for (i, (name, var)) in named.iter().enumerate() {
         let wave = |j: usize| ((i * 31 + j) as f32 * 0.7).sin() * 0.02;
@@ -280,7 +284,7 @@ fn a_pair_inside_the_quantizer_merges_exactly() {
     let mut labels: Vec<i64> = ids[1..].iter().map(|&id| id.into()).collect();
     labels.push(IGNORED);
     let batch = Batch { inputs: ids.clone(), labels, starts: Vec::new(), sequence_length: 12 };
-    let tokens = Tensor::from_vec(ids, (1, 12), &candle_core::Device::Cpu).unwrap();
+    let tokens = Tensor::from_vec(ids, (1, 12), &Device::Cpu).unwrap();
     let states = |model: &Model| flat(&model.hidden_states(&tokens, None).unwrap());
     // The merged masters, quantized as a checkpoint of them would be.
     let merged = Parameters::new(0);

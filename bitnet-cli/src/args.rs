@@ -109,7 +109,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether it runs its model where `--device` says.
+    /// Whether it runs, or trains, its model where `--device` says.
     fn computes_on_devices(&self) -> bool {
         matches!(
             self,
@@ -121,6 +121,7 @@ impl Command {
                 | Self::Logits(_)
                 | Self::Perplexity(_)
                 | Self::Eval(_)
+                | Self::Train(_)
                 | Self::Trial
         )
     }

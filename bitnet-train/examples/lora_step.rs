@@ -27,6 +27,7 @@ use bitnet_train::{
     optimizer::{AdamW, AdamWConfig, Decay, Rates, Update, clip_factor, global_norm},
     task::{Gradients, Task},
 };
+use candle_core::Device;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     pages::keep_freed_memory();
@@ -46,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let keep_bytes = number(4, 448)? << 20;
     let training = Training { mode: Mode::Adapter, seed: 0, backward: precision, keep_bytes };
     let LoraModel { trained, frozen, parameters, step } =
-        LoraModel::load(&source, &config, training)?;
+        LoraModel::load(&source, &config, training, &Device::Cpu)?;
     report("loaded");
     let named = parameters.named();
     let task =

@@ -73,7 +73,7 @@ impl Start {
             if self.is_rotated(&name) {
                 value = hadamard(&value)?;
             }
-            var.set(&value.contiguous()?)?;
+            var.set(&value.contiguous()?.to_device(var.device())?)?;
         }
         Ok(())
     }

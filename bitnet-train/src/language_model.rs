@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use bitnet_model::{config::PROJECTIONS, model::Model, nn::Context, quant::WeightQuantizer};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, backend::BackendStorage};
 
 use crate::{
     Error, Result,
@@ -235,6 +237,12 @@ impl CustomOp1 for Seed {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let zero = x.device().alloc_zeros::<f32>(1)?;
+        Ok((CudaStorage::wrap_cuda_slice(zero, x.device().clone()), Shape::from(())))
     }
 
     bitnet_model::no_metal_fwd!(1);

@@ -11,7 +11,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bitnet_model::{kernels, sampler::argmax, storage::with_slice};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::{Error, Result, task::Prediction};
@@ -19,7 +19,8 @@ use crate::{Error, Result, task::Prediction};
 /// The label of a position that does not count.
 pub const IGNORED: i64 = -100;
 
-/// Mean cross-entropy of `logits` `(rows, vocab)` in nats: a scalar that can be differentiated.
+/// Mean cross-entropy of `logits` `(rows, vocab)` in nats: a scalar that can be differentiated. The processor computes it, of a
+/// copy if they are on a device.
 ///
 /// `labels` holds one token id a row, or [`IGNORED`]; it is already shifted, as [`Batch::labels`](crate::batch::Batch)
 /// and [`shift_labels`] are. The sum over rows is divided by `num_items`, by default the number of labels that count.
@@ -33,7 +34,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i64], num_items: Option<usize>) 
     }
     let op =
         CrossEntropy { targets: targets.into(), items: items as f64, log_sums: OnceLock::new() };
-    Ok(logits.to_dtype(DType::F32)?.contiguous()?.apply_op1(op)?)
+    let copy = logits.to_dtype(DType::F32)?.contiguous()?.to_device(&Device::Cpu)?;
+    Ok(copy.apply_op1(op)?.to_device(logits.device())?)
 }
 
 /// What `logits` (rows, vocab) make of each label that is not [`IGNORED`], in order; for evaluation.
@@ -194,7 +196,7 @@ pub(crate) fn log_sum_exp(scratch: &mut Vec<f32>, row: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
     use proptest::prelude::*;
 
     use super::*;

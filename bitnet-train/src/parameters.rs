@@ -19,12 +19,18 @@ use crate::fingerprint::Fnv;
 pub struct Parameters {
     vars: Mutex<BTreeMap<String, Var>>,
     seed: u64,
+    device: Device,
 }
 
 impl Parameters {
-    /// No variables yet.
+    /// No variables yet; they will be on the processor.
     pub fn new(seed: u64) -> Arc<Self> {
-        Arc::new(Self { vars: Mutex::default(), seed })
+        Self::on(&Device::Cpu, seed)
+    }
+
+    /// No variables yet; they will be on `device`, with the same first values as anywhere.
+    pub fn on(device: &Device, seed: u64) -> Arc<Self> {
+        Arc::new(Self { vars: Mutex::default(), seed, device: device.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
@@ -33,7 +39,8 @@ impl Parameters {
 
     /// Starts `name` from `value`, converted to f32; for masters from a checkpoint.
     pub fn insert(&self, name: &str, value: &Tensor) -> Result<()> {
-        let var = Var::from_tensor(&value.to_dtype(DType::F32)?.contiguous()?)?;
+        let value = value.to_dtype(DType::F32)?.contiguous()?.to_device(&self.device)?;
+        let var = Var::from_tensor(&value)?;
         self.lock().insert(name.to_string(), var);
         Ok(())
     }
@@ -73,7 +80,7 @@ impl Parameters {
 
     fn builder(self: &Arc<Self>, tracked: bool) -> VarBuilder<'static> {
         let backend = Backend { parameters: self.clone(), tracked };
-        VarBuilder::from_backend(Box::new(backend), DType::F32, Device::Cpu)
+        VarBuilder::from_backend(Box::new(backend), DType::F32, self.device.clone())
     }
 
     fn get_or_init(&self, name: &str, shape: &Shape, init: Init) -> Result<Var> {
@@ -98,7 +105,7 @@ impl Parameters {
                 self.sample(name, shape, uniform)
             }
         };
-        let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        let var = Var::from_tensor(&Tensor::from_vec(values, shape, &self.device)?)?;
         vars.insert(name.to_string(), var.clone());
         Ok(var)
     }

@@ -12,6 +12,7 @@ mod attention;
 mod elementwise;
 mod emulator;
 mod interpreter;
+mod optimizer;
 mod ternary;
 mod training;
 mod vocabulary;

@@ -125,6 +125,15 @@ pub(super) fn uninitialized<T: DeviceRepr>(
     unsafe { device.alloc::<T>(len.max(1)) }
 }
 
+/// A dense copy of what a layout sees.
+pub(super) fn gathered(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    let device = storage.device();
+    // SAFETY: the copy below writes every element.
+    let mut copy = unsafe { device.alloc_uninit(layout.shape(), storage.dtype()) }?;
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
+}
+
 /// Elements of a tensor that lie in rows, gathered if they do not.
 pub(super) enum Gathered<'a, T> {
     Borrowed(&'a CudaSlice<T>, usize),
@@ -136,16 +145,8 @@ impl<'a, T: CudaDType> Gathered<'a, T> {
     pub fn contiguous(storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
         match layout.contiguous_offsets() {
             Some((first, _)) => Ok(Self::Borrowed(storage.as_cuda_slice()?, first)),
-            None => Self::gather(storage, layout),
+            None => Ok(Self::Owned(gathered(storage, layout)?)),
         }
-    }
-
-    fn gather(storage: &CudaStorage, layout: &Layout) -> Result<Self> {
-        let device = storage.device();
-        // SAFETY: the copy below writes every element.
-        let mut copy = unsafe { device.alloc_uninit(layout.shape(), storage.dtype()) }?;
-        storage.copy_strided_src(&mut copy, 0, layout)?;
-        Ok(Self::Owned(copy))
     }
 
     pub fn memory<'b>(&'b self, stream: &'b CudaStream) -> Result<Memory<'b>>
@@ -178,7 +179,7 @@ impl<'a> RowsOf<'a> {
             Some(stride) => {
                 (Gathered::Borrowed(storage.as_cuda_slice()?, layout.start_offset()), stride)
             }
-            None => (Gathered::gather(storage, layout)?, width),
+            None => (Gathered::Owned(gathered(storage, layout)?), width),
         };
         Ok(Self { data, stride, rows, width })
     }

@@ -20,10 +20,12 @@ macro_rules! modules {
     };
 }
 
-static MODULES: [Module; 15] = modules![
+static MODULES: [Module; 17] = modules![
+    "adamw",
     "attention",
     "attention_backward",
     "dense",
+    "dropout",
     "gated",
     "gemm",
     "hadamard",

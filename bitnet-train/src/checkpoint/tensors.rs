@@ -19,7 +19,7 @@ pub struct F32View<'a> {
     /// Its dimensions.
     pub shape: &'a [usize],
     /// Its elements, row-major.
-    pub values: &'a [f32],
+    pub values: Cow<'a, [f32]>,
 }
 
 impl View for F32View<'_> {
@@ -36,7 +36,7 @@ impl View for F32View<'_> {
     }
 
     fn data_len(&self) -> usize {
-        size_of_val(self.values)
+        size_of_val(&*self.values)
     }
 }
 
@@ -100,19 +100,16 @@ impl<'a> TensorFile<'a> {
         })
     }
 
-    /// Copies an f32 tensor of exactly this shape into a slice of as many elements.
-    pub fn copy_to(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
+    /// The elements of an f32 tensor of exactly this shape.
+    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let view = self.view(name, shape)?;
-        for (value, bytes) in values.iter_mut().zip(view.data().as_chunks().0) {
-            *value = f32::from_le_bytes(*bytes);
-        }
-        Ok(())
+        let elements = view.data().as_chunks().0.iter();
+        Ok(elements.map(|bytes| f32::from_le_bytes(*bytes)).collect())
     }
 
     /// Sets a variable to an f32 tensor of exactly its shape.
     pub fn load_var(&self, name: &str, var: &Var) -> Result<()> {
-        let mut values = vec![0.; var.elem_count()];
-        self.copy_to(name, var.dims(), &mut values)?;
+        let values = self.read(name, var.dims())?;
         Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
     }
 
@@ -156,24 +153,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
         let values = [1f32, f32::MIN_POSITIVE, -0., 4., 5., f32::MAX];
-        let tensor = || [("a.b".to_owned(), F32View { shape: &[2, 3], values: &values })];
+        let tensor =
+            || [("a.b".to_owned(), F32View { shape: &[2, 3], values: Cow::from(&values[..]) })];
         write_tensors(&path, tensor(), ("updates", "7".into())).unwrap();
         let mut bytes = read(&path).unwrap();
         let file = TensorFile::parse(&path, &bytes).unwrap();
-        let mut found = [0f32; 6];
-        file.copy_to("a.b", &[2, 3], &mut found).unwrap();
-        assert_eq!(found.map(f32::to_bits), values.map(f32::to_bits));
+        let found = file.read("a.b", &[2, 3]).unwrap();
+        let bits = |values: &[f32]| Vec::from_iter(values.iter().map(|x| x.to_bits()));
+        assert_eq!(bits(&found), bits(&values));
         assert_eq!(file.metadata::<u64>("updates").unwrap(), 7);
 
-        let message = |result: Result<()>| result.unwrap_err().to_string();
-        assert!(
-            message(file.copy_to("a", &[2, 3], &mut found))
-                .ends_with("x.safetensors: tensor `a`: is missing")
-        );
-        assert!(
-            message(file.copy_to("a.b", &[3, 2], &mut found))
-                .contains("F32 [2, 3], the model has F32 [3, 2]")
-        );
+        let message = |name, shape: &[usize]| file.read(name, shape).unwrap_err().to_string();
+        assert!(message("a", &[2, 3]).ends_with("x.safetensors: tensor `a`: is missing"));
+        assert!(message("a.b", &[3, 2]).contains("F32 [2, 3], the model has F32 [3, 2]"));
         assert!(file.metadata::<u64>("format").is_err());
         bytes.pop();
         assert!(TensorFile::parse(&path, &bytes).is_err());

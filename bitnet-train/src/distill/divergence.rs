@@ -13,7 +13,7 @@ use bitnet_model::{
     kernels::{self, Kernel},
     storage::{contiguous, with_slice},
 };
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
@@ -31,7 +31,7 @@ pub struct Divergence {
 
 impl Divergence {
     /// The divergence of `student` from `teacher`, both (rows, columns) f32: a scalar that can be differentiated with
-    /// respect to `student`.
+    /// respect to `student`. The processor computes it, of copies if they are on a device.
     ///
     /// # Errors
     /// Shapes that differ, or another number of rows than there are marks.
@@ -47,8 +47,9 @@ impl Divergence {
             let marks = self.rows.len();
             return Err(Error::Input(format!("divergence: {rows} rows, {marks} marks")));
         }
-        let teacher = teacher.detach().to_dtype(DType::F32)?.contiguous()?;
-        Ok(student.contiguous()?.apply_op1(Op { divergence: self.clone(), teacher })?)
+        let op = Op { divergence: self.clone(), teacher: teacher.detach().to_dtype(DType::F32)? };
+        let copy = student.contiguous()?.to_device(&Device::Cpu)?;
+        Ok(copy.apply_op1(op)?.to_device(student.device())?)
     }
 }
 
@@ -135,7 +136,7 @@ fn log_softmax(kernel: &Kernel, row: &[f32], temperature: f32, softmax: &mut Vec
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{D, Device, Var};
+    use candle_core::{D, Var};
     use proptest::prelude::*;
 
     use super::*;

@@ -46,11 +46,11 @@ pub struct Teacher {
 
 impl Teacher {
     /// Opens `source`, a folder, a file or a Hub repo id. Float weights without a `quantization_config` run as they are.
-    /// Of its blocks the one as far up is tapped as block `layer` of a student of `layers` blocks.
+    /// Of its blocks the one as far up is tapped as block `layer` of a student of `layers` blocks. It computes on `device`.
     ///
     /// # Errors
     /// A model that cannot be loaded.
-    pub fn open(source: &str, layer: usize, layers: usize) -> Result<Self> {
+    pub fn open(source: &str, (layer, layers): (usize, usize), device: &Device) -> Result<Self> {
         let source = Source::open(source, Precision::AsFound, &Hub::from_env())?;
         let layer = corresponding(layer, layers, source.config.num_hidden_layers);
         let packed = source.config.quantization.map(BitLinears::new);
@@ -60,7 +60,7 @@ impl Teacher {
         };
         let tap = Tap::default();
         let tapped = Tapped::new(linears, layer, tap.clone());
-        Ok(Self { model: source.load_with(&tapped, &Device::Cpu)?, layer, tap })
+        Ok(Self { model: source.load_with(&tapped, device)?, layer, tap })
     }
 
     /// The network.

@@ -8,13 +8,13 @@
 //! to hide. That holds for the documents of a packed sequence as well. Positions whose label is ignored have no row of
 //! their own.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 
 use super::{divergence::Divergence, tap::States};
 use crate::{Error, Result};
 
 /// The loss of `student` against `teacher`; `rows` marks the (batch · seq) positions that count, `items` are those of the
-/// whole update.
+/// whole update. The processor computes it, of copies if the states are on a device.
 ///
 /// # Errors
 /// Widths that `heads` does not divide; sequences of different shape.
@@ -25,8 +25,10 @@ pub fn relations(
     rows: &[bool],
     items: usize,
 ) -> Result<Tensor> {
-    let mut total: Option<Tensor> = None;
+    let (mut total, device): (Option<Tensor>, _) = (None, student[0].device());
     for (student, teacher) in student.iter().zip(teacher) {
+        let (student, teacher) =
+            (&student.to_device(&Device::Cpu)?, &teacher.to_device(&Device::Cpu)?);
         let (batch, seq, _) = student.dims3()?;
         // (batch, heads, seq): the marks of a sequence, once a head.
         let marks = rows.chunks(seq.max(1)).take(batch);
@@ -42,7 +44,8 @@ pub fn relations(
             None => term,
         });
     }
-    total.ok_or_else(|| Error::Input("relations of no states".into()))
+    let total = total.ok_or_else(|| Error::Input("relations of no states".into()))?;
+    Ok(total.to_device(device)?)
 }
 
 /// `A·Aᵀ / √d` of every relation head: (batch, seq, width) → (batch · heads · seq, seq).
@@ -60,7 +63,7 @@ fn similarities(states: &Tensor, heads: usize) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 

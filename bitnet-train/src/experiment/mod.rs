@@ -11,15 +11,16 @@ use std::{
 };
 
 use bitnet_model::{config::Config, hub::Hub};
+use candle_core::Device;
 
 use crate::{
-    Result,
+    Error, Result,
     checkpoint::Best,
     dataset::{Dataset, Vocabulary},
     distributed::{Communicator, Single, rank_zero_first},
     init::Start,
     metrics,
-    recipe::Recipe,
+    recipe::{Recipe, Weights},
     trainer::{Event, Outcome, Trainer},
 };
 
@@ -41,7 +42,44 @@ pub struct Summary {
     pub parameters: usize,
 }
 
-/// [`run_as`] in a process of its own.
+/// Who computes a run, and where.
+#[derive(Debug)]
+pub struct Place {
+    /// The job that this process is a rank of.
+    pub communicator: Box<dyn Communicator>,
+    /// The device that it computes on; of several ranks the processor.
+    pub device: Device,
+}
+
+impl Default for Place {
+    /// One process on the processor.
+    fn default() -> Self {
+        Self { communicator: Box::new(Single::default()), device: Device::Cpu }
+    }
+}
+
+impl Place {
+    /// Refuses what a device does not train, before anything is read.
+    fn check(&self, recipe: &Recipe) -> Result<()> {
+        if self.device.is_cpu() {
+            return Ok(());
+        }
+        let ranks = self.communicator.size();
+        if ranks > 1 {
+            return Err(Error::Input(format!(
+                "{ranks} processes train on `cpu` only so far: start one, or leave out --device"
+            )));
+        }
+        if recipe.quantization.weights == Weights::Sign {
+            return Err(Error::Input(
+                "quantization.weights = \"sign\" is trained on `cpu` only so far: leave out --device".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// [`run_as`] in a process of its own on the processor.
 ///
 /// # Errors
 /// Those of [`run_as`].
@@ -51,23 +89,25 @@ pub fn run(
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
-    run_as(Box::new(Single::default()), recipe, resume, observe, interrupted)
+    run_as(Place::default(), recipe, resume, observe, interrupted)
 }
 
-/// Trains `recipe`, as the rank of a job that `communicator` is, to its end, or until `interrupted` is set. With `resume`,
-/// from the newest checkpoint in its output folder.
+/// Trains `recipe`, as the rank of a job and on the device that `place` is, to its end, or until `interrupted` is set. With
+/// `resume`, from the newest checkpoint in its output folder, which may come from another device.
 ///
 /// # Errors
-/// [`Error::Interrupted`](crate::Error::Interrupted) before there was anything to save; a recipe whose files cannot be read
-/// or whose output folder holds another run; a loss that is no number, with the last good checkpoint; a rank that is gone or
-/// has other weights.
+/// What the device does not compute. [`Error::Interrupted`] before there was anything to save; a recipe whose files cannot be
+/// read or whose output folder holds another run; a loss that is no number, with the last good checkpoint; a rank that is gone
+/// or has other weights.
 pub fn run_as(
-    mut communicator: Box<dyn Communicator>,
+    place: Place,
     recipe: &Recipe,
     resume: bool,
     observe: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<Summary> {
+    place.check(recipe)?;
+    let Place { mut communicator, device } = place;
     let is_first = communicator.rank() == 0;
     let mut observe_data = |progress| {
         observe(Event::Data(progress));
@@ -84,7 +124,7 @@ pub fn run_as(
         observe(Event::Records(report));
     }
     let vocabulary = dataset.vocabulary.clone();
-    let network = Network::new(recipe, &vocabulary, communicator.rank())?;
+    let network = Network::new(recipe, &vocabulary, communicator.rank(), &device)?;
     let named = network.parameters.named();
     let mut trainer = Trainer::open(recipe, dataset, named, resume, communicator)?;
     if trainer.state().step > 0 {

@@ -10,6 +10,7 @@ use bitnet_model::{
     pretrained::{self, Source},
     quant::Rounding,
 };
+use candle_core::Device;
 
 use crate::{
     Error, Result,
@@ -42,10 +43,15 @@ pub(super) struct Network {
 
 impl Network {
     /// Builds all that `recipe` says: quantizers, first weights, λ and, if there is a teacher, distillation.
-    /// With `[lora]` an adapter beside that checkpoint. `rank` is that of this process in a job.
-    pub fn new(recipe: &Recipe, vocabulary: &Vocabulary, rank: usize) -> Result<Self> {
+    /// With `[lora]` an adapter beside that checkpoint. `rank` is that of this process in a job; the network is on `device`.
+    pub fn new(
+        recipe: &Recipe,
+        vocabulary: &Vocabulary,
+        rank: usize,
+        device: &Device,
+    ) -> Result<Self> {
         if let Some(lora) = &recipe.lora {
-            return Self::adapter(recipe, lora, rank);
+            return Self::adapter(recipe, lora, rank, device);
         }
         let start = start(recipe)?;
         let config = config(recipe, vocabulary, start.as_ref());
@@ -58,7 +64,7 @@ impl Network {
             Precision::Bitnet => &qat,
             Precision::Full => &DenseLinears,
         };
-        let parameters = Parameters::new(recipe.train.seed);
+        let parameters = Parameters::on(device, recipe.train.seed);
         let layers = config.num_hidden_layers;
         let distillation = recipe.distillation.as_ref();
         let tap = Tap::default();
@@ -77,7 +83,7 @@ impl Network {
         let objective: Box<dyn Objective> = match distillation {
             Some(settings) => {
                 let layer = settings.layer(layers);
-                let teacher = Teacher::open(&settings.teacher, layer, layers)?;
+                let teacher = Teacher::open(&settings.teacher, (layer, layers), device)?;
                 let tap = (layer, tap);
                 Box::new(Distillation::new(teacher, settings, &config, tap, balance.clone())?)
             }
@@ -97,7 +103,7 @@ impl Network {
     }
 
     /// An adapter beside the model of `[init]`.
-    fn adapter(recipe: &Recipe, lora: &Lora, rank: usize) -> Result<Self> {
+    fn adapter(recipe: &Recipe, lora: &Lora, rank: usize, device: &Device) -> Result<Self> {
         let source = base(recipe)?;
         let settings = lora.adapter_config(Some(source.name.clone()))?;
         let precision = recipe.train.backward.into();
@@ -108,7 +114,7 @@ impl Network {
             keep_bytes: lora.keep_mib.saturating_mul(1 << 20),
         };
         let LoraModel { trained, frozen, parameters, step } =
-            LoraModel::load(&source, &settings, training)?;
+            LoraModel::load(&source, &settings, training, device)?;
         let config = source.config.clone();
         let noise = lora.neftune_alpha.map(|alpha| EmbeddingNoise { alpha, step: step.clone() });
         let task = LanguageModel::new(trained, frozen, Box::new(NextToken { precision }))

@@ -57,16 +57,22 @@ pub struct LoraModel {
 }
 
 impl LoraModel {
-    /// Loads `source`, with pairs as `config` says.
+    /// Loads `source` to `device`, with pairs as `config` says.
     ///
     /// # Errors
     /// Target modules or modules to save that the model does not have; a base that cannot be trained on in this mode.
-    pub fn load(source: &Source, config: &AdapterConfig, training: Training) -> Result<Self> {
+    pub fn load(
+        source: &Source,
+        config: &AdapterConfig,
+        training: Training,
+        device: &Device,
+    ) -> Result<Self> {
         let (model, Training { mode, seed, backward, keep_bytes }) = (&source.config, training);
         check_whole_modules(config, model)?;
         check_ranks(config, model)?;
-        let (parameters, step) = (Parameters::new(seed), Step::new(seed, Kept::new(keep_bytes)));
-        let checkpoint = source.checkpoint.var_builder(source.embedding_dtype(), &Device::Cpu);
+        let (parameters, step) =
+            (Parameters::on(device, seed), Step::new(seed, Kept::new(keep_bytes)));
+        let checkpoint = source.checkpoint.var_builder(source.embedding_dtype(), device);
         let tensors = WholeTensors::new(checkpoint, config.clone(), parameters.clone());
         let load = |linears: &dyn LinearFactory, tracked| -> Result<Model> {
             let vocabulary = tensors.vocabulary(model, tracked)?;

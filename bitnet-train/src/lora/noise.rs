@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitnet_model::{
+    cuda::launch::Dropout,
     kernels::{Loop, vectorized},
     threads,
 };
@@ -79,6 +80,11 @@ fn word(row: u32, column: usize) -> u32 {
     x ^ x >> 16
 }
 
+/// Words below the first are dropped, and what is left is multiplied by the second: at 2³² · rate of whole words.
+fn drop_below(rate: f64) -> (u32, f32) {
+    ((rate * 2f64.powi(32)) as u32, (1. / (1. - rate)) as f32)
+}
+
 impl Stream {
     fn row(self, token: usize) -> u32 {
         scatter(self.key ^ (self.first_token + token as u64)) as u32
@@ -86,11 +92,16 @@ impl Stream {
 
     /// Sets the part `rate` of `x`, rows of `width` values, to 0 and divides what is left by `1 − rate`.
     pub fn drop(self, rate: f64, width: usize, x: &mut [f32]) {
-        // The comparison is of whole words: at 2³² · rate.
-        let (below, scale) = ((rate * 2f64.powi(32)) as u32, (1. / (1. - rate)) as f32);
+        let (below, scale) = drop_below(rate);
         threads::for_each_chunk(x, width.max(1), |token, x| {
             vectorized(Drop { x, row: self.row(token), below, scale });
         });
+    }
+
+    /// [`drop`](Self::drop) of `rows` rows, for a device.
+    pub fn dropout(self, rate: f64, rows: usize) -> Dropout {
+        let (below, scale) = drop_below(rate);
+        Dropout { keys: (0..rows).map(|token| self.row(token)).collect(), below, scale }
     }
 
     /// Adds to `x`, rows of `width` values, noise that is uniform within `±size`.

@@ -11,6 +11,8 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+#[cfg(feature = "cuda")]
+use bitnet_model::cuda;
 use bitnet_model::{
     activations::{QuantizedActivations, SharedActivations},
     ops::{
@@ -21,7 +23,9 @@ use bitnet_model::{
     storage::{contiguous, with_slice},
     weights::TernaryWeight,
 };
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::noise::Stream;
 
@@ -64,13 +68,13 @@ pub struct Product {
     /// The result.
     pub y: Tensor,
     /// `h` (tokens, rank), left by the forward pass for the backward pass.
-    inner: Arc<OnceLock<Vec<f32>>>,
+    inner: Arc<OnceLock<Tensor>>,
 }
 
 impl Product {
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
-        let inner = self.inner.get().map_or(0, Vec::len);
+        let inner = self.inner.get().map_or(0, Tensor::elem_count);
         (self.y.elem_count() + inner) * size_of::<f32>()
     }
 }
@@ -113,7 +117,7 @@ struct LowRankProduct {
     pass: Pass,
     /// The result, if it is known; it is asked for once.
     known: Mutex<Option<Tensor>>,
-    inner: Arc<OnceLock<Vec<f32>>>,
+    inner: Arc<OnceLock<Tensor>>,
 }
 
 impl LowRankProduct {
@@ -125,6 +129,36 @@ impl LowRankProduct {
         let weight = &weights[*index];
         let quantize = || QuantizedActivations::new(x, k, product.input, weight.format());
         weight.product(input.get_or_quantize(quantize))
+    }
+
+    /// The result that is known, once.
+    fn take_known(&self) -> Option<Tensor> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The shape of the result.
+    fn shape(&self, x: &Layout, b: &Layout) -> Result<Shape> {
+        let (n, _) = b.shape().dims2()?;
+        let outer = x.dims().split_last().map_or(&[][..], |(_, outer)| outer);
+        Ok([outer, &[n]].concat().into())
+    }
+
+    /// What a device is told of it, for `rows` rows.
+    #[cfg(feature = "cuda")]
+    fn on_cuda(&self, rows: usize) -> cuda::ops::LowRankOf<'_> {
+        let base = self.base.as_ref().map(|base| cuda::ops::BaseOf {
+            weights: &base.weights,
+            index: base.index,
+            input: base.product.input,
+            bf16: base.product.backward == Precision::Bf16,
+        });
+        let Pass { dropout, backward } = self.pass;
+        cuda::ops::LowRankOf {
+            base,
+            scale: self.scale,
+            dropout: dropout.map(|(rate, stream)| stream.dropout(rate, rows)),
+            bf16: backward == Precision::Bf16,
+        }
     }
 
     /// The input with what is dropped, if anything is.
@@ -151,13 +185,9 @@ impl CustomOp3 for LowRankProduct {
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let ((rank, k), (n, _)) = (a_layout.shape().dims2()?, b_layout.shape().dims2()?);
-        let mut shape = x_layout.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = n;
-        }
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(y) = known {
-            return Ok((CpuStorage::F32(with_slice(&y, |y| Ok(y.to_vec()))?), shape.into()));
+        let shape = self.shape(x_layout, b_layout)?;
+        if let Some(y) = self.take_known() {
+            return Ok((CpuStorage::F32(with_slice(&y, |y| Ok(y.to_vec()))?), shape));
         }
         let x = contiguous::<f32>(x, x_layout)?;
         let (a, b) = (contiguous::<f32>(a, a_layout)?, contiguous::<f32>(b, b_layout)?);
@@ -171,8 +201,30 @@ impl CustomOp3 for LowRankProduct {
         let (h, b) =
             (Factor::depth_inner(rank, &inner, plain), Factor::depth_inner(rank, &b, plain));
         gemm_add((tokens, n, rank), h, b, self.scale, Precision::F32, &mut y);
+        let _ = self.inner.set(Tensor::from_vec(inner, (tokens, rank), &Device::Cpu)?);
+        Ok((CpuStorage::F32(y), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let shape = self.shape(x_layout, b_layout)?;
+        if let Some(y) = self.take_known() {
+            return Ok((cuda::ops::copy(&y)?, shape));
+        }
+        let (_, k) = a_layout.shape().dims2()?;
+        let of = self.on_cuda(x_layout.shape().elem_count() / k.max(1));
+        let inputs = [(x, x_layout), (a, a_layout), (b, b_layout)];
+        let (y, inner) = cuda::ops::low_rank(inputs, &of, shape.clone())?;
         let _ = self.inner.set(inner);
-        Ok((CpuStorage::F32(y), shape.into()))
+        Ok((y, shape))
     }
 
     bitnet_model::no_metal_fwd!(3);
@@ -189,7 +241,13 @@ impl CustomOp3 for LowRankProduct {
             bail!("{} went backward before forward", self.name())
         };
         let ((rank, k), (n, _)) = (a.dims2()?, b.dims2()?);
-        let (tokens, precision) = (inner.len() / rank.max(1), self.pass.backward);
+        let (tokens, precision) = (inner.dim(0)?, self.pass.backward);
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            let (of, wanted) = (self.on_cuda(tokens), [x, a, b].map(Tensor::track_op));
+            let gradients = cuda::ops::low_rank_gradients([x, a, b], (inner, dy), &of, wanted)?;
+            return Ok(gradients.into());
+        }
         let mut dinner = vec![0f32; tokens * rank];
         let mut db = b.track_op().then(|| vec![0f32; n * rank]);
         let mut da = a.track_op().then(|| vec![0f32; rank * k]);
@@ -202,9 +260,12 @@ impl CustomOp3 for LowRankProduct {
                 Ok(())
             })?;
             if let Some(db) = &mut db {
-                let h = Factor::index_inner(rank, inner, plain);
-                let dy = Factor::index_inner(n, dy, plain);
-                gemm((n, rank, tokens), dy, h, self.scale, precision, db);
+                with_slice::<f32, _>(inner, |h| {
+                    let h = Factor::index_inner(rank, h, plain);
+                    let dy = Factor::index_inner(n, dy, plain);
+                    gemm((n, rank, tokens), dy, h, self.scale, precision, db);
+                    Ok(())
+                })?;
             }
             if let (Some(dx), Some(base)) = (&mut dx, &self.base) {
                 let weight = std::slice::from_ref(&base.weights[base.index]);

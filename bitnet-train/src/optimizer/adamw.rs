@@ -13,15 +13,22 @@
 
 use std::{path::Path, sync::Mutex};
 
+#[cfg(feature = "cuda")]
+use bitnet_model::cuda;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor, Var, bail};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::Rates;
+use super::{Rates, moments::Moments};
 use crate::{
     Error, Result,
     checkpoint::tensors::{self, F32View, TensorFile, write_tensors},
 };
+
+/// What the moments are called in torch's state.
+const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 /// Elements updated as one task.
 const CHUNK: usize = 1 << 14;
@@ -83,12 +90,6 @@ struct Parameter {
     moments: Moments,
 }
 
-#[derive(Debug)]
-struct Moments {
-    first: Vec<f32>,
-    second: Vec<f32>,
-}
-
 impl AdamW {
     /// An optimizer of `parameters`, which must be f32 and contiguous, as every fresh [`Var`] is.
     pub fn new(parameters: &[(String, Var)], config: AdamWConfig) -> Result<Self> {
@@ -101,12 +102,11 @@ impl AdamW {
                         var.dtype()
                     )));
                 }
-                let moments = || vec![0.; var.elem_count()];
                 Ok(Parameter {
                     name: name.clone(),
                     var: var.clone(),
                     decays: config.decay.applies_to(var),
-                    moments: Moments { first: moments(), second: moments() },
+                    moments: Moments::new(var)?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -149,14 +149,12 @@ impl AdamW {
 
     /// Writes the moments as safetensors: `NAME.exp_avg` and `NAME.exp_avg_sq`, named as in torch's state.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let tensors =
-            self.parameters.iter().flat_map(|Parameter { name, var, moments, .. }| {
-                [("exp_avg", &moments.first), ("exp_avg_sq", &moments.second)].map(
-                    |(moment, values)| {
-                        (format!("{name}.{moment}"), F32View { shape: var.dims(), values })
-                    },
-                )
-            });
+        let mut tensors = Vec::with_capacity(2 * self.parameters.len());
+        for Parameter { name, var, moments, .. } in &self.parameters {
+            for (moment, values) in MOMENTS.into_iter().zip(moments.values()?) {
+                tensors.push((format!("{name}.{moment}"), F32View { shape: var.dims(), values }));
+            }
+        }
         write_tensors(path, tensors, ("updates", self.updates.to_string()))
     }
 
@@ -166,8 +164,8 @@ impl AdamW {
         let file = TensorFile::parse(path, &bytes)?;
         let updates = file.metadata("updates")?;
         for Parameter { name, var, moments, .. } in &mut self.parameters {
-            file.copy_to(&format!("{name}.exp_avg"), var.dims(), &mut moments.first)?;
-            file.copy_to(&format!("{name}.exp_avg_sq"), var.dims(), &mut moments.second)?;
+            let read = |moment| file.read(&format!("{name}.{moment}"), var.dims());
+            moments.set([read(MOMENTS[0])?, read(MOMENTS[1])?])?;
         }
         self.updates = updates;
         Ok(())
@@ -207,21 +205,16 @@ impl InplaceOp2 for AdamWOp<'_> {
         let (CpuStorage::F32(parameter), CpuStorage::F32(gradient)) = (parameter, gradient) else {
             bail!("{} needs an f32 parameter and gradient", self.name())
         };
-        if parameter_layout.shape() != gradient_layout.shape() {
-            bail!(
-                "{}: parameter {:?}, gradient {:?}",
-                self.name(),
-                parameter_layout.shape(),
-                gradient_layout.shape()
-            )
-        }
+        self.check(parameter_layout, gradient_layout)?;
         let (Some((start, end)), Some((gradient_start, gradient_end))) =
             (parameter_layout.contiguous_offsets(), gradient_layout.contiguous_offsets())
         else {
             bail!("{} needs a contiguous parameter and gradient", self.name())
         };
         let Ok(mut moments) = self.moments.lock() else { bail!("{} panicked before", self.name()) };
-        let Moments { first, second } = &mut **moments;
+        let Some([first, second]) = moments.on_cpu() else {
+            bail!("{}: the moments are on a device, the parameter is not", self.name())
+        };
         (parameter[start..end].par_chunks_mut(CHUNK))
             .zip(gradient[gradient_start..gradient_end].par_chunks(CHUNK))
             .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
@@ -231,10 +224,46 @@ impl InplaceOp2 for AdamWOp<'_> {
         Ok(())
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        parameter: &mut CudaStorage,
+        parameter_layout: &Layout,
+        gradient: &CudaStorage,
+        gradient_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        self.check(parameter_layout, gradient_layout)?;
+        let Ok(mut moments) = self.moments.lock() else { bail!("{} panicked before", self.name()) };
+        let Moments::Cuda(moments) = &mut **moments else {
+            bail!("{}: the parameter is on a device, the moments are not", self.name())
+        };
+        let (parameter, gradient) = ((parameter, parameter_layout), (gradient, gradient_layout));
+        cuda::ops::adamw(parameter, gradient, moments, self.coefficients.in_order())
+    }
+
     bitnet_model::no_metal_fwd!(in place 2);
 }
 
+impl AdamWOp<'_> {
+    /// Refuses a gradient of another shape.
+    fn check(&self, parameter: &Layout, gradient: &Layout) -> candle_core::Result<()> {
+        let (parameter, gradient) = (parameter.shape(), gradient.shape());
+        if parameter != gradient {
+            bail!("{}: parameter {parameter:?}, gradient {gradient:?}", self.name())
+        }
+        Ok(())
+    }
+}
+
 impl Coefficients {
+    /// As the kernel takes them.
+    #[cfg(feature = "cuda")]
+    fn in_order(&self) -> [f32; 8] {
+        let Self { grad_factor, keep, one_minus_beta1, beta2, one_minus_beta2, .. } = *self;
+        let Self { bias2_root, eps, step_size, .. } = *self;
+        [grad_factor, keep, one_minus_beta1, beta2, one_minus_beta2, bias2_root, eps, step_size]
+    }
+
     fn update(
         &self,
         parameter: &mut [f32],

@@ -1,5 +1,7 @@
 //! Clipping by the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does.
 
+#[cfg(feature = "cuda")]
+use bitnet_model::cuda;
 use candle_core::{Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -12,11 +14,17 @@ const LANES: usize = 8;
 
 /// The Euclidean norm of all `gradients` as one vector. Sums are f64 in a fixed order, whatever the number of threads.
 pub fn global_norm<'a>(gradients: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
-    let mut sum = 0.;
-    for gradient in gradients {
-        sum += sum_of_squares(&gradient.contiguous()?)?;
+    let sums = sums_of_squares(&Vec::from_iter(gradients))?;
+    Ok(sums.iter().fold(0., |all, sum| all + sum).sqrt())
+}
+
+/// Of each of `gradients`.
+fn sums_of_squares(gradients: &[&Tensor]) -> candle_core::Result<Vec<f64>> {
+    #[cfg(feature = "cuda")]
+    if gradients.first().is_some_and(|gradient| gradient.device().is_cuda()) {
+        return cuda::ops::sums_of_squares(gradients);
     }
-    Ok(sum.sqrt())
+    gradients.iter().map(|gradient| sum_of_squares(&gradient.contiguous()?)).collect()
 }
 
 /// What gradients of norm `norm` are multiplied by so that their norm is at most `max_norm`: torch's

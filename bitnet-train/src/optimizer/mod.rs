@@ -3,6 +3,7 @@
 
 pub mod adamw;
 pub mod clip;
+mod moments;
 pub mod schedule;
 
 pub use adamw::{AdamW, AdamWConfig, Decay, Update};

@@ -5,9 +5,11 @@
 #define BITNET_MMA_M16N8K32 1
 
 namespace {
+#include "adamw.cu"
 #include "attention.cu"
 #include "attention_backward.cu"
 #include "dense.cu"
+#include "dropout.cu"
 #include "gated.cu"
 #include "gemm.cu"
 #include "hadamard.cu"
@@ -25,6 +27,7 @@ namespace {
 extern const Kernel kernels[] = {
     KERNEL(absolute_mean),
     KERNEL(absolute_sums),
+    KERNEL(adamw),
     KERNEL(attention_block_bf16),
     KERNEL(attention_block_f16),
     KERNEL(attention_block_f32),
@@ -35,6 +38,7 @@ extern const Kernel kernels[] = {
     KERNEL(dense_product_bf16),
     KERNEL(dense_product_f16),
     KERNEL(dense_product_f32),
+    KERNEL(dropout),
     KERNEL(exponential_sums),
     KERNEL(gated_relu2),
     KERNEL(gated_relu2_backward),
@@ -60,6 +64,7 @@ extern const Kernel kernels[] = {
     KERNEL(scatter_rows),
     KERNEL(softmax_backward),
     KERNEL(softmax_minus_onehot),
+    KERNEL(squares),
     KERNEL(sum_rows),
     KERNEL(ternarize),
     KERNEL(ternary_backward),

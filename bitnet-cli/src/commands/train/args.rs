@@ -38,6 +38,8 @@ number, one that has risen and stays high, and predictions that have collapsed t
 names the last good checkpoint. The latter two can be switched off (train.stop_on_divergence, train.stop_on_collapse); [train.limits] says \
 what counts.
 
+ON A DEVICE: built with `--features cuda`, --device cuda trains there, in one process, to the processor's bits; a run may go on elsewhere.
+
 SEVERAL PROCESSES: built with `--features mpi`, `mpirun -n N bitnet train qat RECIPE` trains on N of them: train.batch_size counts the \
 windows of each, gradients are summed, the first process writes and reports. Add `--mca odls_base_sigkill_timeout 10` for a \
 model that Ctrl-C cannot save in a second; a job that lost a process goes on with --resume.

@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 
 use bitnet_train::{
-    distributed, experiment,
+    distributed,
+    experiment::{self, Place},
     trainer::{Event, Outcome},
 };
 
@@ -38,21 +39,22 @@ pub fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     if mode.print_recipe {
         return Ok(write!(io::stdout().lock(), "{}", recipe.to_toml()?)?);
     }
-    let interrupted = interrupt::flag()?;
+    let (interrupted, device) = (interrupt::flag()?, global.device()?);
     let mut display = Display::new(global);
     if let Some(count) = mode.show_data {
         return show::print(&recipe, count, &mut display, &interrupted, mode.json)
             .map_err(exit_if_interrupted);
     }
     if mode.dry_run {
-        return plan::print(&recipe, &mut display, &interrupted, mode.json)
+        return plan::print(&recipe, &device, &mut display, &interrupted, mode.json)
             .map_err(exit_if_interrupted);
     }
     let communicator = distributed::connect()?;
     let (is_first, ranks) = (communicator.rank() == 0, communicator.size());
     display.be_quiet_unless(is_first);
     let mut observe = |event: Event| display.show(event);
-    let result = experiment::run_as(communicator, &recipe, mode.resume, &mut observe, &interrupted);
+    let place = Place { communicator, device };
+    let result = experiment::run_as(place, &recipe, mode.resume, &mut observe, &interrupted);
     display.finish();
     let summary = result.map_err(|error| exit_if_interrupted(error.into()))?;
     if !is_first {

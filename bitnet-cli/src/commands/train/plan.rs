@@ -8,8 +8,14 @@ use std::{
 
 use anyhow::Context;
 use bitnet_train::{
-    batch::Batches, dataset::Content, experiment, metrics::Memory, recipe::Recipe, trainer::Event,
+    batch::Batches,
+    dataset::Content,
+    experiment::{self, Place},
+    metrics::Memory,
+    recipe::Recipe,
+    trainer::Event,
 };
+use candle_core::Device;
 use serde_json::json;
 
 use super::{display::Display, show};
@@ -30,6 +36,7 @@ const FORWARD_PART: f64 = 1. / 3.;
 /// Says to stdout what a run of `recipe` would be.
 pub fn print(
     recipe: &Recipe,
+    device: &Device,
     display: &mut Display,
     interrupted: &AtomicBool,
     json: bool,
@@ -41,7 +48,7 @@ pub fn print(
     recipe.data.cache = Some(if cache.is_dir() { cache } else { scratch.path().to_owned() });
     let recipe = &recipe;
     let mut plan = Plan::new(recipe, display, interrupted)?;
-    let trial = Trial::new(recipe, plan.steps)?;
+    let trial = Trial::new(recipe, device, plan.steps)?;
     plan.parameters = trial.parameters as u64;
     if let (Some(_), Some(memory)) = (&recipe.lora, trial.memory) {
         // Most of it is the base, as it lies in memory: what was measured says it best.
@@ -147,7 +154,7 @@ struct Trial {
 
 impl Trial {
     /// Makes the first updates of a run of `steps` without a checkpoint or an evaluation, in a folder that goes away.
-    fn new(recipe: &Recipe, steps: usize) -> anyhow::Result<Self> {
+    fn new(recipe: &Recipe, device: &Device, steps: usize) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir().context("no temporary folder for the trial")?;
         let mut recipe = recipe.clone();
         recipe.output.dir = dir.path().to_owned();
@@ -168,7 +175,9 @@ impl Trial {
                 is_enough.store(true, Ordering::Relaxed);
             }
         };
-        let parameters = experiment::run(&recipe, false, &mut observe, &is_enough)?.parameters;
+        let place = Place { device: device.clone(), ..Place::default() };
+        let summary = experiment::run_as(place, &recipe, false, &mut observe, &is_enough)?;
+        let parameters = summary.parameters;
         // The time to the first update is that of reading the data.
         let times = if times.len() > 1 { &times[1..] } else { &times[..] };
         let seconds = times.iter().sum::<f64>() / times.len() as f64;

@@ -10,10 +10,11 @@ use crate::{
     quant::{ActivationCodes, Rounding},
 };
 
+mod optimizer;
 mod training;
 mod vocabulary;
 
-pub use training::{Factor, GemmShape, Right};
+pub use training::{Dropout, Factor, GemmShape, Right};
 pub use vocabulary::{DenseRows, Element, HeadActivations, HeadMatrix, head_groups};
 
 /// Threads of a block of the kernels that take a row each (`ROW_THREADS`), and of those that take any block.

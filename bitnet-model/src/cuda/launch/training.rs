@@ -9,6 +9,8 @@ const GEMM: (u32, usize) = (256, 64);
 const TERNARIZE: (u32, usize) = (256, 8);
 /// `MEAN_CHUNK` and `MEAN_CHUNKS`.
 const MEAN: (usize, usize) = (1 << 16, 32);
+/// `DROPOUT_COLUMNS`.
+const DROPOUT_COLUMNS: usize = 1024;
 /// `BLEND_WEIGHTS`.
 const BLEND_WEIGHTS: usize = 1024;
 /// `SHARE_ROWS`.
@@ -83,6 +85,17 @@ impl GemmShape {
         let (scale, a_batch, b_batch, out_batch) = (1., 0, 0, 0);
         Self { rows, cols, depth, scale, add, bf16, stride, a_batch, b_batch, out_batch }
     }
+}
+
+/// What a kernel drops: a value is 0 if the word of its row's key and its column is below a threshold.
+#[derive(Clone, Debug)]
+pub struct Dropout {
+    /// One a row.
+    pub keys: Vec<u32>,
+    /// The threshold.
+    pub below: u32,
+    /// Multiplies the other values.
+    pub scale: f32,
 }
 
 impl Launch {
@@ -193,6 +206,25 @@ impl Launch {
 
     /// Values of the largest [`hadamard`](Self::hadamard).
     pub const HADAMARD_MOST: usize = 8192;
+
+    /// `y` of dense rows `x` of `width` values, of which some are dropped; `keys` are on the device.
+    pub fn dropout(
+        x: Address,
+        width: usize,
+        (dropout, keys): (&Dropout, Address),
+        y: Address,
+    ) -> Self {
+        let args = vec![
+            Arg::U64(x),
+            Arg::U32(dim(width)),
+            Arg::U64(keys),
+            Arg::U32(dropout.below),
+            Arg::F32(dropout.scale),
+            Arg::U64(y),
+        ];
+        let grid = [dropout.keys.len(), width.div_ceil(DROPOUT_COLUMNS), 1];
+        Self::new(("dropout", "dropout"), grid, ROW_THREADS, args)
+    }
 
     /// `dx` and `inverses` (rows) f32 of dense rows `x` and `dy`.
     pub fn rms_norm_backward(

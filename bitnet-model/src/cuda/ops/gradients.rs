@@ -44,8 +44,12 @@ impl<S: Deref<Target = Storage>> Read<'_, S> {
 
 /// A gradient.
 pub(super) fn tensor(y: CudaSlice<f32>, device: &CudaDevice, shape: &Shape) -> Tensor {
-    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(y, device.clone()));
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+    of_storage(CudaStorage::wrap_cuda_slice(y, device.clone()), shape)
+}
+
+/// A tensor that records nothing.
+pub(super) fn of_storage(storage: CudaStorage, shape: &Shape) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// Rows that lie one behind another.

@@ -10,7 +10,7 @@ use candle_core::{
 };
 
 use super::{
-    device::{Gathered, Memory, RowsOf, launch, result, uninitialized},
+    device::{Gathered, Memory, RowsOf, gathered, launch, result, uninitialized},
     launch::{
         Activations, AttentionInputs, AttentionShape, BackwardMatrix, Launch, Strides, Weights,
         band_offsets, padded,
@@ -23,6 +23,8 @@ use crate::{config::Activation, quant::ActivationCodes, weights::TernaryWeight};
 mod gradients;
 mod latent;
 mod loss;
+mod low_rank;
+mod optimizer;
 mod quantize;
 mod vocabulary;
 
@@ -32,10 +34,18 @@ pub use gradients::{
 };
 pub use latent::{latent_input_gradient, latent_product, latent_weight_gradient};
 pub use loss::{HeadLoss, HeadLossOf, head_loss};
+pub use low_rank::{BaseOf, LowRankOf, low_rank, low_rank_gradients};
+pub use optimizer::{Moments, adamw, sums_of_squares};
 pub use quantize::{blend_rows, blend_weights, hadamard};
 pub use vocabulary::{dense_product, embed, head_product, table_product};
 
 type Tensor = (CudaStorage, Shape);
+
+/// The elements of a tensor on a device, once more.
+pub fn copy(tensor: &candle_core::Tensor) -> Result<CudaStorage> {
+    let tensor = gradients::read(tensor);
+    gathered(tensor.storage()?, tensor.layout)
+}
 
 /// Rows of activations as integers.
 struct Quantized {

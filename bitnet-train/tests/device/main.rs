@@ -1,9 +1,11 @@
-//! A step of quantization-aware training on CUDA device 0 against the same step on the processor, bit for bit.
+//! Training on CUDA device 0 against the same on the processor, bit for bit: a step, and whole runs ([`runs`]).
 //!
 //! The device may be a real one, or that of `tests/ptx` (scripts/cuda_interpret.sh).
 
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // test code
+
+mod runs;
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -13,6 +15,7 @@ use bitnet_model::{
 use bitnet_train::{
     head_loss::head_loss,
     loss::IGNORED,
+    optimizer::global_norm,
     qat::QatLinears,
     qat_matmul::{QatProduct, qat_matmul},
 };
@@ -84,4 +87,18 @@ fn weights_halfway_between_codes_are_rounded_as_on_the_processor() {
         expected
     });
     assert_ne!(products[0], products[1], "the roundings differ");
+}
+
+/// Of which none, some or all values are left of whole eights, in a chunk or two; one is a view.
+#[test]
+fn norms_of_gradients_are_those_of_the_processor() {
+    let norm = |device: &Device| {
+        let gradients = [1, 7, 8, 13, 65536, 65549].map(|count| {
+            let values = Vec::from_iter((0..count).map(|i| (i as f32 * 0.7).sin()));
+            Tensor::from_vec(values, count, device).unwrap()
+        });
+        let view = gradients[5].narrow(0, 5, 33).unwrap().reshape((3, 11)).unwrap().t().unwrap();
+        global_norm(gradients.iter().chain([&view])).unwrap()
+    };
+    assert_eq!(norm(&Device::new_cuda(0).unwrap()), norm(&Device::Cpu));
 }
