@@ -35,7 +35,7 @@ MAY_USE = {
     "adapter": {"error", "checkpoint", "config", "kernels", "ops", "quant", "storage", "weights"},
     "nn": {"activations", "error", "adapter", "config", "head_weights", "kernels", "kv_cache", "ops", "packed", "pages", "quant", "rows", "storage",
            "threads", "weights"},
-    "kv_cache": {"adapter", "config", "ops"},
+    "kv_cache": {"adapter", "config", "ops", "pages"},
     "model": {"error", "adapter", "config", "kv_cache", "nn", "ops"},
     "sampler": {"error", "config", "nn"},
     "session": {"error", "kv_cache", "model", "nn", "ops", "sampler", "speculative"},

@@ -6,12 +6,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use half::{bf16, f16, vec::HalfBitsVecExt};
 
 use crate::{
     adapter::{Adaptation, RowAdapters},
     config::Config,
     ops::KvType,
+    pages,
 };
 
 /// Slots allocated at first.
@@ -211,17 +213,14 @@ impl KvCache {
             }
             let doubled = needed.max(2 * capacity).max(INITIAL_CAPACITY).min(self.max_len);
             let width = self.kv_type.width(self.head_dim);
-            let shape = (self.starts.len(), self.kv_heads, doubled, width);
-            let grow = |old: Option<&Tensor>| -> Result<Tensor> {
-                let new = Tensor::zeros(shape, self.kv_type.dtype(), &self.device)?;
-                if let Some(old) = old {
-                    new.slice_set(old, 2, 0)?;
-                }
-                Ok(new)
-            };
-            let old = layer.kv.take();
-            layer.kv =
-                Some((grow(old.as_ref().map(|kv| &kv.0))?, grow(old.as_ref().map(|kv| &kv.1))?));
+            let shape = [2, self.starts.len(), self.kv_heads, doubled, width];
+            let both = zeros(shape, self.kv_type.dtype(), &self.device)?;
+            let (keys, values) = (both.get(0)?, both.get(1)?);
+            if let Some((old_keys, old_values)) = layer.kv.take() {
+                keys.slice_set(&old_keys, 2, 0)?;
+                values.slice_set(&old_values, 2, 0)?;
+            }
+            layer.kv = Some((keys, values));
         }
         Ok(())
     }
@@ -241,6 +240,24 @@ impl KvCache {
     /// Counts `seq` tokens that every layer has appended.
     pub(crate) fn advance(&mut self, seq: usize) {
         self.len += seq;
+    }
+}
+
+/// A tensor of zeros; on the processor in large pages, as far as it fills them.
+fn zeros(shape: [usize; 5], dtype: DType, device: &Device) -> Result<Tensor> {
+    let len = shape.iter().product();
+    match (dtype, device.is_cpu()) {
+        (DType::F32, true) => Tensor::from_vec(pages::zeros::<f32>(len), &shape, device),
+        (DType::F16, true) => {
+            let zeros: Vec<f16> = pages::zeros::<u16>(len).reinterpret_into();
+            Tensor::from_vec(zeros, &shape, device)
+        }
+        (DType::BF16, true) => {
+            let zeros: Vec<bf16> = pages::zeros::<u16>(len).reinterpret_into();
+            Tensor::from_vec(zeros, &shape, device)
+        }
+        (DType::U8, true) => Tensor::from_vec(pages::zeros::<u8>(len), &shape, device),
+        _ => Tensor::zeros(&shape, dtype, device),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Memory in pages of 2 MiB, for weights that are read from end to end for every token.
+//! Memory in pages of 2 MiB, for weights, keys and values that are read from end to end for every token.
 //!
 //! A processor's prefetchers and address translation work page by page: from 2 MiB pages two threads read up to 1.9 times
 //! as fast as from 4 KiB pages. A matrix alone is often smaller than such a page, so an [`Arena`] lays many side by side.
@@ -120,6 +120,28 @@ impl Arena {
     }
 }
 
+/// `len` zeros, in large pages where they fill such and the system has them. They become memory when they are first touched, or
+/// are that already where [`keep_freed_memory`] kept some.
+pub fn zeros<T: Copy + Default>(len: usize) -> Vec<T> {
+    let mut zeros = vec![T::default(); len];
+    #[cfg(target_os = "linux")]
+    {
+        let bytes = size_of_val(&zeros[..]);
+        let before = zeros.as_ptr().cast::<u8>().align_offset(PAGE).min(bytes);
+        let whole = (bytes - before) / PAGE * PAGE;
+        // SAFETY: these pages are within the vector, and the advice changes no contents.
+        let code = unsafe {
+            let first = zeros.as_mut_ptr().cast::<u8>().add(before);
+            libc::madvise(first.cast(), whole, libc::MADV_HUGEPAGE)
+        };
+        if code != 0 {
+            let error = io::Error::last_os_error();
+            tracing::debug!("keys and values lie in small pages: {error}"); // a kernel without large ones
+        }
+    }
+    zeros
+}
+
 /// `len` zeroed bytes in pages of the usual size, to measure what large ones gain.
 ///
 /// # Errors
@@ -194,6 +216,15 @@ mod tests {
         }
         for (i, part) in parts.iter().enumerate() {
             assert!(part.iter().all(|&byte| byte == i as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn zeros_are_zero_wherever_their_pages_begin() {
+        for len in [0, 1000, PAGE / 4, PAGE, 4 * PAGE + 7] {
+            let mut values = zeros::<u32>(len);
+            assert!(values.len() == len && values.iter().all(|&x| x == 0));
+            values.fill(1); // what is kept and comes again is cleared
         }
     }
 
