@@ -7,12 +7,12 @@ use candle_nn::VarBuilder;
 
 use super::{
     Angles, LinearFactory, LinearSpec, Projections, RmsNorm, linear::project,
-    lora_linear::beside_all,
+    lora_linear::beside_all, map_on,
 };
 use crate::{
     adapter::{BlockAdaptation, RowAdapters},
     kv_cache::LayerCache,
-    ops, threads,
+    ops,
 };
 
 /// The projections of the input, in the order of their product.
@@ -142,11 +142,7 @@ impl Attention {
                     let (q, k) = (part(&q, first, len, heads)?, part(&k, first, len, kv_heads)?);
                     attend(&q, &k, &part(&v, first, len, kv_heads)?, cache)
                 };
-                let parts: Vec<_> = match x.device().is_cpu() {
-                    true => threads::map(parts.collect(), attend_part),
-                    false => parts.map(attend_part).collect(),
-                };
-                let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+                let parts = map_on(x.device(), parts, attend_part)?;
                 Tensor::cat(&parts, 1)?.reshape((batch, seq, heads * head_dim))?
             }
             Context::Own(starts) => ops::self_attention(&q, &k, &v, starts)?,

@@ -29,4 +29,19 @@ pub use rope::{Angles, RotaryEmbedding};
 pub use screened_head::ScreenedHead;
 pub use vocabulary::Vocabulary;
 
+use candle_core::{Device, Result};
+
 pub use crate::adapter::LowRank;
+use crate::threads;
+
+/// What `task` makes of each of `inputs`: side by side on the processor; one after the other on a device, whose kernels fill it.
+fn map_on<I: Send, O: Send>(
+    device: &Device,
+    inputs: impl Iterator<Item = I>,
+    task: impl Fn(I) -> Result<O> + Sync,
+) -> Result<Vec<O>> {
+    match device.is_cpu() {
+        true => threads::map(inputs.collect(), task).into_iter().collect(),
+        false => inputs.map(task).collect(),
+    }
+}

@@ -19,7 +19,10 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor};
 
-use super::lm_head::{Changed, LmHead, Logits, NEGLIGIBLE, Need, check_needs, refuse_gradients};
+use super::{
+    lm_head::{Changed, LmHead, Logits, NEGLIGIBLE, Need, check_needs, refuse_gradients},
+    map_on,
+};
 use crate::{
     head_weights::{HeadWeights, QuantizedHidden},
     kernels::{self, Kernel, ROWS, head::HeadFormat},
@@ -122,10 +125,7 @@ impl LmHead for ScreenedHead {
                     None => Ok(Logits { values: self.exact(&hidden, None)?, rescored: None }),
                 }
             };
-            match hidden.device().is_cpu() {
-                true => threads::map(rows.collect(), logits).into_iter().collect(),
-                false => rows.map(logits).collect(),
-            }
+            map_on(hidden.device(), rows, logits)
         })
     }
 }
