@@ -6,7 +6,8 @@
 use std::{hint::black_box, time::Duration};
 
 use bitnet_model::kernels::{
-    DenseWeights, Kernel, Matrix, ROWS, Tile, TileFormat, available,
+    Bf16Panels, DenseWeights, Kernel, Matrix, Order, PanelProduct, ROWS, Tile, TileFormat,
+    available,
     head::{GROUP, HeadActivations, HeadBand, HeadFormat, quantize_hidden},
     tile,
 };
@@ -148,6 +149,28 @@ fn dense(c: &mut Criterion) {
     }
 }
 
+/// Products of panels, as gradients have them: a task's rows times 384 columns, of a block of the depth.
+fn panels(c: &mut Criterion) {
+    const DEPTH: usize = 512;
+    let (rows, cols) = (48, 384);
+    let (a, b) = (floats(rows * DEPTH), floats(cols * DEPTH));
+    let mut out = vec![0.; rows * cols];
+    let shape =
+        PanelProduct { rows, cols, depth: DEPTH, scale: 1., add: false, order: Order::Rows };
+    each_kernel(c, "multiply_panels-f32", rows * cols * DEPTH, |kernel| {
+        kernel.multiply_panels(&a, &b, shape, &mut out);
+        black_box(&out)[0]
+    });
+    let Some(bf16) = Bf16Panels::new() else { return };
+    let pairs = |values: &[f32]| values[..values.len() / 2].iter().map(|x| x.to_bits()).collect();
+    let (a, b): (Vec<u32>, Vec<u32>) = (pairs(&a), pairs(&b));
+    let shape = PanelProduct { depth: DEPTH / 2, ..shape };
+    each_kernel(c, "multiply_panels-bf16", rows * cols * DEPTH, |_| {
+        bf16.multiply(&a, &b, shape, &mut out);
+        black_box(&out)[0]
+    });
+}
+
 /// Passes over one row.
 fn rows(c: &mut Criterion) {
     let x = floats(HIDDEN);
@@ -172,5 +195,5 @@ fn rows(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, ternary, head, quantize, dense, rows);
+criterion_group!(benches, ternary, head, quantize, dense, panels, rows);
 criterion_main!(benches);

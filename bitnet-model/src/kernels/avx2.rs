@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::{
     Kernel, ROWS, Tile, TileFormat, head,
     instructions::requirements,
-    peak,
+    peak, prefetch,
     simd::{LANES, Simd, routines},
 };
 
@@ -276,13 +276,6 @@ pub(super) fn fetch_ahead(tile: &Tile) {
     prefetch(std::ptr::from_ref(tile).wrapping_add(AHEAD));
 }
 
-/// Asks for the cache line of an address, which may lie outside of memory, to lie in the second-level cache.
-#[inline(always)]
-pub(super) fn prefetch<T>(at: *const T) {
-    // SAFETY: every x86-64 processor has the instruction, and it reads nothing that the program sees.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
-}
-
 /// Rows 0 to 7 and 8 to 15 of a tile.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -329,11 +322,6 @@ pub(super) struct Avx2(pub(super) ());
 impl Simd for Avx2 {
     /// Lanes 0 to 7 and 8 to 15.
     type F32 = [__m256; 2];
-
-    #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        prefetch(at);
-    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {

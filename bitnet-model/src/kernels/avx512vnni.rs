@@ -169,11 +169,6 @@ impl Simd for Avx512 {
     type F32 = __m512;
 
     #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        avx2::prefetch(at);
-    }
-
-    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         // SAFETY: `self` proves AVX-512.
         unsafe { _mm512_set1_ps(x) }

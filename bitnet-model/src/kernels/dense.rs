@@ -7,7 +7,7 @@
 use std::{array, ops::Range};
 
 use super::{
-    scalar,
+    prefetch, scalar,
     simd::{LANES, Simd},
 };
 
@@ -296,9 +296,7 @@ impl<S: Simd, T: Element> Product<'_, S, T> {
         for g in 0..groups {
             let mut w_lanes = [simd.splat(0.); C];
             for c in 0..C {
-                simd.prefetch(
-                    w[c].0.as_ptr().wrapping_add(g).cast::<T::Stored>().wrapping_add(ahead),
-                );
+                prefetch(w[c].0.as_ptr().wrapping_add(g).cast::<T::Stored>().wrapping_add(ahead));
                 w_lanes[c] = T::load(simd, &w[c].0[g]);
             }
             for r in 0..R {
@@ -429,7 +427,7 @@ fn weighted_block<S: Simd, T: Element, const R: usize, const W: usize>(
         let row = row[start..][..W * LANES].as_chunks::<LANES>().0;
         let mut lanes = [simd.splat(0.); W];
         for w in 0..W {
-            simd.prefetch(row[w].as_ptr().wrapping_add(ahead));
+            prefetch(row[w].as_ptr().wrapping_add(ahead));
             lanes[w] = T::load(simd, &row[w]);
         }
         for r in 0..R {

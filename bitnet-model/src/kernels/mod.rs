@@ -26,6 +26,7 @@ mod instructions;
 #[cfg(target_arch = "aarch64")]
 mod neondot;
 mod peak;
+mod prefetch;
 mod quantize;
 mod scalar;
 mod simd;
@@ -38,10 +39,11 @@ mod vectorized;
 
 use std::fmt;
 
+pub(crate) use self::prefetch::prefetch;
 pub use self::{
     choice::{ChoiceError, KERNEL_VARIABLE, active, choose},
     dense::{DenseWeights, Matrix},
-    gemm::{PanelProduct, PanelWidths},
+    gemm::{Order, PANEL_DEPTH, PanelProduct, PanelWidths},
     instructions::{InstructionSet, instruction_sets},
     tile::{ROWS, Tile, TileFormat},
     vectorized::{Loop, vectorized},
@@ -186,10 +188,11 @@ impl Kernel {
 
     /// `out[i · cols + j] = scale · Σ_d a[d][i] · b[d][j]`, or that added to what is there: the product of a panel's rows
     /// and a panel's columns, [so many](Self::panel_widths) at a time. All values of one depth of a panel are neighbours,
-    /// depth after depth, panel after panel; the last panels are padded with anything.
+    /// depth after depth, panel after panel, but for a left factor of [`Order::Rows`]; the last panels are padded with
+    /// anything.
     ///
     /// # Panics
-    /// If the depth is 0, the panels hold less, or `out` is not of `rows` by `cols`.
+    /// If the depth is 0, or beyond [`PANEL_DEPTH`] with [`Order::Rows`], the panels hold less, or `out` is not of `rows` by `cols`.
     pub fn multiply_panels(&self, a: &[f32], b: &[f32], product: PanelProduct, out: &mut [f32]) {
         assert!(self.panel_widths().hold((a.len(), b.len()), product), "panels of another shape");
         assert_eq!(out.len(), product.rows * product.cols, "product outside its slice");

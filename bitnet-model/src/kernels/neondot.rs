@@ -189,14 +189,6 @@ impl Simd for Neon {
     type F32 = [float32x4_t; 4];
 
     #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        // SAFETY: a prefetch reads nothing that the program sees and faults at no address.
-        unsafe {
-            asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags));
-        }
-    }
-
-    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         // SAFETY: every processor of the architecture has NEON.
         unsafe { [vdupq_n_f32(x); 4] }

@@ -19,10 +19,6 @@ pub(super) trait Simd: Copy {
     /// Sixteen lanes.
     type F32: Copy;
 
-    /// Asks for the cache line of an address that will be read soon, which may lie outside of everything: a hint.
-    #[inline(always)]
-    fn prefetch<T>(self, _at: *const T) {}
-
     /// `x` in every lane.
     fn splat(self, x: f32) -> Self::F32;
     /// Lane `l` is `x[l]`.
@@ -134,7 +130,7 @@ macro_rules! routines {
         }
         $crate::kernels::simd::Routines {
             quantize_row, quantize_head_row, finish_q8, matmul_nt, sum, sum_squares, max, multiply_panels, weighted_sums,
-            axpy, exp, softmax, panel_widths: gemm::PanelWidths::new($panel_rows, $panel_cols),
+            axpy, exp, softmax, panel_widths: gemm::PanelWidths::new($panel_rows, $panel_cols, 1),
         }
     }};
 }

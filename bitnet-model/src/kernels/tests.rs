@@ -262,6 +262,49 @@ fn weighted_sums_and_axpy_equal_naive() {
     }
 }
 
+/// Panels that end inside, in either order of the left factor.
+#[test]
+fn products_of_panels_equal_naive() {
+    let mut rng = rng();
+    for kernel in tested() {
+        let widths = kernel.panel_widths();
+        let (rows, cols) = (2 * widths.rows + 1, widths.cols + 3);
+        for depth in [1, 7, PANEL_DEPTH] {
+            let [a, b] = [rows, cols].map(|count| floats(&mut rng, count * depth));
+            let before = floats(&mut rng, rows * cols);
+            let panels = |values: &[f32], count: usize, width: usize, at: fn(_, _, _) -> usize| {
+                let row = if at(0, 1, width) == 1 { PANEL_DEPTH } else { depth };
+                let mut out = vec![f32::NAN; count.next_multiple_of(width) * row];
+                for (i, d) in (0..count).flat_map(|i| (0..depth).map(move |d| (i, d))) {
+                    out[i / width * width * row + at(i % width, d, width)] = values[i * depth + d];
+                }
+                out
+            };
+            let by_depths = |i: usize, d: usize, width: usize| d * width + i;
+            let by_rows = |i: usize, d: usize, _: usize| i * PANEL_DEPTH + d;
+            let right = panels(&b, cols, widths.cols, by_depths);
+            for (order, at) in
+                [(Order::Depths, by_depths as fn(_, _, _) -> _), (Order::Rows, by_rows)]
+            {
+                let left = panels(&a, rows, widths.rows, at);
+                for add in [false, true] {
+                    let mut out = before.clone();
+                    let product = PanelProduct { rows, cols, depth, scale: 0.7, add, order };
+                    kernel.multiply_panels(&left, &right, product, &mut out);
+                    for (place, (found, before)) in out.iter().zip(&before).enumerate() {
+                        let (i, j) = (place / cols, place % cols);
+                        let terms = a[i * depth..][..depth].iter().zip(&b[j * depth..]);
+                        let sum = terms.fold(0f32, |sum, (a, b)| a.mul_add(*b, sum));
+                        let expected = if add { sum.mul_add(0.7, *before) } else { sum * 0.7 };
+                        let what = format!("{}: {order:?}, {depth}, {add}", kernel.name());
+                        assert_eq!(found.to_bits(), expected.to_bits(), "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Every half-precision float and every integer, as a product with 1.
 #[test]
 fn stored_elements_widen_exactly() {

@@ -5,10 +5,11 @@
 
 use std::ops::Range;
 
-use crate::kernels::{self, Bf16Panels, PanelProduct};
+use crate::kernels::{self, Bf16Panels, Order, PanelProduct};
 
 mod factor;
 mod panels;
+mod scratch;
 mod tasks;
 mod ternary;
 
@@ -27,24 +28,39 @@ pub enum Precision {
     Bf16,
 }
 
-/// Values of the depth that are in panels together: a panel of the left factor then fits the first-level cache.
-const DEPTH: usize = 512;
-
-/// A part of a factor.
-pub struct Panel {
+/// A part of a factor that goes into neighbouring panels.
+pub struct Part {
     /// Rows of the left factor or columns of the right one.
     pub indices: Range<usize>,
-    /// Depths, of which the first is a multiple of 512.
+    /// Depths, of which the first is a multiple of 512, at most 512.
     pub depth: Range<usize>,
     /// Indices of a whole panel.
     pub width: usize,
+    /// In which a panel's values go.
+    pub order: Order,
+}
+
+impl Part {
+    /// The indices of each panel, and its values in those of all.
+    fn panels<'a, T>(&self, out: &'a mut [T]) -> impl Iterator<Item = (Range<usize>, &'a mut [T])> {
+        let Range { start, end } = self.indices;
+        let starts = (start..end).step_by(self.width);
+        let len = out.len() / starts.len();
+        let width = self.width;
+        starts.map(move |start| start..end.min(start + width)).zip(out.chunks_exact_mut(len))
+    }
 }
 
 /// A factor of a product, which can be brought into panels.
 pub trait Operand: Sync {
-    /// Writes the values of `panel` in the order of `panels`: of a depth (or pair of depths) all indices are neighbours. What is
-    /// beyond the indices may be anything. Must be `#[inline(always)]`.
-    fn pack<P: Panels>(&self, panels: &P, panel: Panel, out: &mut [P::Value]);
+    /// The order in which panels of it take least to make, as a left factor.
+    fn order(&self) -> Order {
+        Order::Depths
+    }
+
+    /// Writes the values of `part` as `panels` have them, panel after panel, in the part's order: [`Order::Depths`] or
+    /// [that](Self::order) of the factor. What is beyond the indices may be anything. Must be `#[inline(always)]`.
+    fn pack<P: Panels>(&self, panels: &P, part: &Part, out: &mut [P::Value]);
 }
 
 /// `out[i][j] = scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -59,7 +75,8 @@ pub fn gemm<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(PanelProduct { rows, cols, depth, scale, add: false }, a, b, precision, out);
+    let order = a.order();
+    product(PanelProduct { rows, cols, depth, scale, add: false, order }, a, b, precision, out);
 }
 
 /// `out[i][j] += scale · Σ_d a[i][d] · b[d][j]` for `rows` × `cols` outputs.
@@ -74,7 +91,8 @@ pub fn gemm_add<A: Operand, B: Operand>(
     precision: Precision,
     out: &mut [f32],
 ) {
-    product(PanelProduct { rows, cols, depth, scale, add: true }, a, b, precision, out);
+    let order = a.order();
+    product(PanelProduct { rows, cols, depth, scale, add: true, order }, a, b, precision, out);
 }
 
 fn product<A: Operand, B: Operand>(
@@ -85,8 +103,11 @@ fn product<A: Operand, B: Operand>(
     out: &mut [f32],
 ) {
     assert_eq!(out.len(), shape.rows * shape.cols, "product outside its slice");
-    if shape.depth == 0 && !shape.add {
-        out.fill(0.);
+    if shape.depth == 0 {
+        if !shape.add {
+            out.fill(0.);
+        }
+        return;
     }
     match (precision, Bf16Panels::new()) {
         (Precision::F32, _) => tasks(shape, (a, b), &F32Panels(kernels::active(), false), out),

@@ -1,10 +1,12 @@
 //! Panels of values in single precision, and of pairs of bfloat16.
 
+use bytemuck::Pod;
+
 use crate::kernels::{self, Bf16Panels, PanelProduct, PanelWidths};
 
 /// How panels are stored and multiplied.
 pub trait Panels: Sync {
-    type Value: Copy + Default + Send + Sync;
+    type Value: Pod + Default + Send + Sync;
     /// Depths in a value.
     const PAIR: usize;
     /// Indices of a panel.

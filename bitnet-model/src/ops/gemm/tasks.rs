@@ -3,15 +3,17 @@
 
 use std::ops::Range;
 
-use super::{DEPTH, Operand, Panel, panels::Panels};
+use super::{Operand, Part, panels::Panels, scratch::scratch};
 use crate::{
-    kernels::{Loop, PanelProduct, vectorized},
-    threads,
+    kernels::{Loop, Order, PANEL_DEPTH as DEPTH, PanelProduct, vectorized},
+    threads::{self, Block},
 };
 
-/// Rows whose panels a task of [`by_rows`] has in the second-level cache together: the right panels are then used often
-/// enough.
+/// Rows of a task of [`by_rows`], at most: their panels stay in the second-level cache, and are enough to use the right ones
+/// often.
 const LEFT_ROWS: usize = 48;
+/// Right panels that a thread makes together, from whole cache lines even of bytes.
+const RIGHT_PANELS: usize = 2;
 /// Columns of a task of [`by_columns`], at least and at most: their panels and the sums of some hundred rows fit the
 /// second-level cache.
 const COLS: (usize, usize) = (64, 256);
@@ -21,7 +23,7 @@ const ROWS: usize = 4096;
 const GROUP: usize = 384;
 /// Values of the left factor that are in panels together, which all tasks read.
 const LEFT: usize = 4 << 20;
-/// Tasks a thread should have, for all to finish together.
+/// Tasks of [`by_columns`] that a thread should have, for all to finish together.
 const TASKS: usize = 4;
 
 /// The blocks of a part of the depth that begins with one.
@@ -29,28 +31,15 @@ fn blocks(depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     depth.clone().step_by(DEPTH).map(move |start| start..depth.end.min(start + DEPTH))
 }
 
-/// Values of a panel of `width` indices.
-fn len<P: Panels>(depth: usize, width: usize) -> usize {
-    depth.div_ceil(P::PAIR) * width
-}
-
-/// The panel that begins `from` behind the first of some indices.
-fn pack<O: Operand, P: Panels>(
-    panels: &P,
-    operand: &O,
-    (from, all): (usize, Range<usize>),
-    (depth, width): (&Range<usize>, usize),
-    out: &mut [P::Value],
-) {
-    let first = all.start + from;
-    let panel = Panel { indices: first..all.end.min(first + width), depth: depth.clone(), width };
-    vectorized(Pack { panels, operand, panel, out });
+/// Brings a part of a factor into panels.
+fn pack<O: Operand, P: Panels>(panels: &P, operand: &O, part: Part, out: &mut [P::Value]) {
+    vectorized(Pack { panels, operand, part, out });
 }
 
 struct Pack<'a, O, P: Panels> {
     panels: &'a P,
     operand: &'a O,
-    panel: Panel,
+    part: Part,
     out: &'a mut [P::Value],
 }
 
@@ -59,7 +48,7 @@ impl<O: Operand, P: Panels> Loop for Pack<'_, O, P> {
 
     #[inline(always)]
     fn run(self) {
-        self.operand.pack(self.panels, self.panel, self.out);
+        self.operand.pack(self.panels, &self.part, self.out);
     }
 }
 
@@ -70,41 +59,38 @@ pub(super) fn by_rows<A: Operand, B: Operand, P: Panels>(
     panels: &P,
     out: &mut [f32],
 ) {
-    let PanelProduct { cols, depth, .. } = shape;
+    let PanelProduct { cols, depth, order, .. } = shape;
     let (widths, threads) = (panels.widths(), threads::count());
     let right_panels = cols.div_ceil(widths.cols);
-    let mut right =
-        vec![P::Value::default(); right_panels * len::<P>(DEPTH.min(depth), widths.cols)];
-    let group_rows = LEFT_ROWS.next_multiple_of(widths.rows);
-    let groups = shape.rows.div_ceil(group_rows);
-    let task_rows = match groups.div_ceil(threads * TASKS) {
-        // Few rows: equal parts, whole panels each.
-        0 | 1 => shape.rows.div_ceil(threads).max(1).next_multiple_of(widths.rows),
-        groups => groups * group_rows,
-    };
-    for block in blocks(0..depth) {
-        let panel_len = len::<P>(block.len(), widths.cols);
-        let right = &mut right[..right_panels * panel_len];
-        threads::for_each_chunk(right, panel_len, |panel, out| {
-            pack(panels, &b, (panel * widths.cols, 0..cols), (&block, widths.cols), out);
-        });
-        let right = &*right;
-        threads::for_each_chunk(out, task_rows * cols, |task, out| {
-            let panel_len = len::<P>(block.len(), widths.rows);
-            let mut left = vec![P::Value::default(); group_rows / widths.rows * panel_len];
-            for (group, out) in out.chunks_mut(group_rows * cols).enumerate() {
-                let (first, rows) = (task * task_rows + group * group_rows, out.len() / cols);
-                let left = &mut left[..rows.div_ceil(widths.rows) * panel_len];
-                for (panel, out) in left.chunks_exact_mut(panel_len).enumerate() {
-                    let indices = first..first + rows;
-                    pack(panels, &a, (panel * widths.rows, indices), (&block, widths.rows), out);
-                }
-                let add = shape.add || block.start > 0;
-                let depth = block.len().div_ceil(P::PAIR);
-                panels.multiply(left, right, PanelProduct { rows, depth, add, ..shape }, out);
-            }
-        });
-    }
+    // Equal parts, as many for each thread, of whole panels.
+    let tasks = shape.rows.div_ceil(threads * LEFT_ROWS) * threads;
+    let task_rows = shape.rows.div_ceil(tasks).next_multiple_of(widths.rows);
+    let most = DEPTH.min(depth).div_ceil(P::PAIR);
+    scratch(right_panels * widths.cols * most, |right: &mut [P::Value]| {
+        for block in blocks(0..depth) {
+            let values = block.len().div_ceil(P::PAIR);
+            let panel_len = values * widths.cols;
+            let right = &mut right[..right_panels * panel_len];
+            threads::for_each_chunk(right, RIGHT_PANELS * panel_len, |task, out| {
+                let first = task * RIGHT_PANELS * widths.cols;
+                let indices = first..cols.min(first + RIGHT_PANELS * widths.cols);
+                let (depth, width) = (block.clone(), widths.cols);
+                pack(panels, &b, Part { indices, depth, width, order: Order::Depths }, out);
+            });
+            let right = &*right;
+            threads::for_each_chunk(out, task_rows * cols, |task, out| {
+                let (first, rows) = (task * task_rows, out.len() / cols);
+                let panel_len = widths.left_len(order, values);
+                scratch(rows.div_ceil(widths.rows) * panel_len, |left: &mut [P::Value]| {
+                    let (indices, depth) = (first..first + rows, block.clone());
+                    pack(panels, &a, Part { indices, depth, width: widths.rows, order }, left);
+                    let add = shape.add || block.start > 0;
+                    let product = PanelProduct { rows, depth: values, add, ..shape };
+                    panels.multiply(left, right, product, out);
+                });
+            });
+        }
+    });
 }
 
 /// Tasks have columns, and the panels of the left factor in common: for results that are wider than high. A task brings its
@@ -116,61 +102,94 @@ pub(super) fn by_columns<A: Operand, B: Operand, P: Panels>(
     panels: &P,
     out: &mut [f32],
 ) {
-    let PanelProduct { cols, depth, .. } = shape;
+    let PanelProduct { cols, depth, order, .. } = shape;
     let (widths, threads) = (panels.widths(), threads::count());
     let width = (cols / (threads * TASKS)).clamp(COLS.0, COLS.1).next_multiple_of(widths.cols);
     let cuts: Vec<usize> = (0..cols).step_by(width).chain([cols]).collect();
     // Few columns: tasks have some of the rows each.
     let parts = (2 * threads).div_ceil(cuts.len() - 1);
+    let most = DEPTH.min(depth).div_ceil(P::PAIR);
     for (chunk, out) in out.chunks_mut(ROWS * cols).enumerate() {
         let (first_row, rows) = (chunk * ROWS, out.len() / cols);
         let task_rows = rows.div_ceil(parts).next_multiple_of(widths.rows);
-        let left_len = rows.div_ceil(widths.rows) * len::<P>(DEPTH, widths.rows);
-        let span_len = (LEFT / left_len).max(1) * DEPTH;
-        for start in (0..depth).step_by(span_len) {
-            let span = start..depth.min(start + span_len);
-            let mut left = vec![P::Value::default(); span.len().div_ceil(DEPTH) * left_len];
-            for (block, left) in blocks(span.clone()).zip(left.chunks_mut(left_len)) {
-                let panel_len = len::<P>(block.len(), widths.rows);
-                let left = &mut left[..rows.div_ceil(widths.rows) * panel_len];
-                let indices = first_row..first_row + rows;
-                threads::for_each_chunk(left, panel_len, |panel, out| {
-                    let at = (panel * widths.rows, indices.clone());
-                    pack(panels, &a, at, (&block, widths.rows), out);
-                });
-            }
-            threads::for_each_block(out, task_rows, &cuts, |(row, j), mut out| {
-                let (rows, cols) = (out.rows(), cuts[j + 1] - cuts[j]);
-                let mut sums = vec![0f32; rows * cols];
-                let add = shape.add || start > 0;
-                if add {
-                    sums.chunks_mut(cols).enumerate().for_each(|(r, sums)| {
-                        sums.copy_from_slice(out.row(r));
+        let left_panels = rows.div_ceil(widths.rows);
+        let left_len = left_panels * widths.left_len(order, most);
+        let blocks_of_span = (LEFT / left_len).clamp(1, depth.div_ceil(DEPTH));
+        for start in (0..depth).step_by(blocks_of_span * DEPTH) {
+            let span = start..depth.min(start + blocks_of_span * DEPTH);
+            scratch(span.len().div_ceil(DEPTH) * left_len, |left: &mut [P::Value]| {
+                for (block, left) in blocks(span.clone()).zip(left.chunks_mut(left_len)) {
+                    let panel_len = widths.left_len(order, block.len().div_ceil(P::PAIR));
+                    let left = &mut left[..left_panels * panel_len];
+                    let group = LEFT_ROWS / widths.rows;
+                    threads::for_each_chunk(left, group * panel_len, |task, out| {
+                        let first = first_row + task * group * widths.rows;
+                        let indices = first..(first_row + rows).min(first + group * widths.rows);
+                        let (depth, width) = (block.clone(), widths.rows);
+                        pack(panels, &a, Part { indices, depth, width, order }, out);
                     });
                 }
-                let most = len::<P>(DEPTH.min(span.len()), widths.cols);
-                let mut right = vec![P::Value::default(); cols.div_ceil(widths.cols) * most];
-                for (block, left) in blocks(span.clone()).zip(left.chunks(left_len)) {
-                    let panel_len = len::<P>(block.len(), widths.cols);
-                    let right = &mut right[..cols.div_ceil(widths.cols) * panel_len];
-                    for (panel, out) in right.chunks_mut(panel_len).enumerate() {
-                        let at = (panel * widths.cols, cuts[j]..cuts[j] + cols);
-                        pack(panels, &b, at, (&block, widths.cols), out);
-                    }
-                    let left_panel = len::<P>(block.len(), widths.rows);
-                    let left = &left[row / widths.rows * left_panel..];
-                    let group = left_panel * (GROUP / widths.rows);
-                    let (depth, add) = (block.len().div_ceil(P::PAIR), add || block.start > start);
-                    for (left, sums) in left.chunks(group).zip(sums.chunks_mut(GROUP * cols)) {
-                        let rows = sums.len() / cols;
-                        let product = PanelProduct { rows, cols, depth, add, ..shape };
-                        panels.multiply(left, right, product, sums);
-                    }
-                }
-                for (r, sums) in sums.chunks(cols).enumerate() {
-                    out.row(r).copy_from_slice(sums);
-                }
+                let (left, add) = (&*left, shape.add || start > 0);
+                threads::for_each_block(out, task_rows, &cuts, |(row, j), out| {
+                    let task =
+                        ColumnTask { shape: PanelProduct { add, ..shape }, panels, left, left_len };
+                    task.run(&b, span.clone(), (row, cuts[j]..cuts[j + 1]), out);
+                });
             });
         }
+    }
+}
+
+/// What tasks of some columns have in common.
+struct ColumnTask<'a, P: Panels> {
+    shape: PanelProduct,
+    panels: &'a P,
+    /// Panels of the left factor, block of the depth after block.
+    left: &'a [P::Value],
+    left_len: usize,
+}
+
+impl<P: Panels> ColumnTask<'_, P> {
+    /// A block of the result, which begins at a row.
+    fn run<B: Operand>(
+        &self,
+        b: &B,
+        span: Range<usize>,
+        (row, columns): (usize, Range<usize>),
+        mut out: Block<'_, f32>,
+    ) {
+        let PanelProduct { add, order, .. } = self.shape;
+        let (panels, widths) = (self.panels, self.panels.widths());
+        let (rows, cols) = (out.rows(), columns.len());
+        let right_panels = cols.div_ceil(widths.cols);
+        let most = DEPTH.min(span.len()).div_ceil(P::PAIR);
+        scratch(rows * cols, |sums: &mut [f32]| {
+            if add {
+                sums.chunks_mut(cols).enumerate().for_each(|(r, sums)| {
+                    sums.copy_from_slice(out.row(r));
+                });
+            }
+            scratch(right_panels * widths.cols * most, |right: &mut [P::Value]| {
+                for (block, left) in blocks(span.clone()).zip(self.left.chunks(self.left_len)) {
+                    let values = block.len().div_ceil(P::PAIR);
+                    let right = &mut right[..right_panels * widths.cols * values];
+                    let (indices, width) = (columns.clone(), widths.cols);
+                    let part = Part { indices, depth: block.clone(), width, order: Order::Depths };
+                    pack(panels, b, part, right);
+                    let left_panel = widths.left_len(order, values);
+                    let left = &left[row / widths.rows * left_panel..];
+                    let group = left_panel * (GROUP / widths.rows);
+                    let add = add || block.start > span.start;
+                    for (left, sums) in left.chunks(group).zip(sums.chunks_mut(GROUP * cols)) {
+                        let rows = sums.len() / cols;
+                        let shape = PanelProduct { rows, cols, depth: values, add, ..self.shape };
+                        panels.multiply(left, right, shape, sums);
+                    }
+                }
+            });
+            for (r, sums) in sums.chunks(cols).enumerate() {
+                out.row(r).copy_from_slice(sums);
+            }
+        });
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Operand, Panel, panels::Panels};
+use super::{Operand, Part, panels::Panels};
 use crate::{
     kernels::tile::{ROWS, Tile, TileFormat},
     weights::TernaryWeight,
@@ -15,8 +15,21 @@ pub struct TernaryRows<'a>(pub &'a TernaryWeight);
 
 impl Operand for TernaryRows<'_> {
     #[inline(always)]
-    fn pack<P: Panels>(&self, panels: &P, panel: Panel, out: &mut [P::Value]) {
-        let Panel { indices, depth, width } = panel;
+    fn pack<P: Panels>(&self, panels: &P, part: &Part, out: &mut [P::Value]) {
+        for (indices, out) in part.panels(out) {
+            self.panel(panels, (indices, &part.depth, part.width), out);
+        }
+    }
+}
+
+impl TernaryRows<'_> {
+    #[inline(always)]
+    fn panel<P: Panels>(
+        &self,
+        panels: &P,
+        (indices, depth, width): (Range<usize>, &Range<usize>, usize),
+        out: &mut [P::Value],
+    ) {
         let (weight, format) = (self.0, self.0.format());
         let cols = format.cols();
         let tiles = indices.start / cols..indices.end.div_ceil(cols);
