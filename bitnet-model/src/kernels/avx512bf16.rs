@@ -56,10 +56,10 @@ fn sums<A: LeftPanel<u32> + ?Sized>(a: &A, b: &[[[u32; LANES]; C]]) -> [[__m512;
             // SAFETY: sixteen pairs are 64 bytes.
             lanes[c] = unsafe { _mm512_loadu_si512(b[c].as_ptr().cast()) };
         }
-        for r in 0..R {
+        for (r, acc) in acc.iter_mut().enumerate() {
             let x = _mm512_set1_epi32(a.value(depth, r).cast_signed());
             for c in 0..C {
-                acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pairs(x), pairs(lanes[c]));
+                acc[c] = _mm512_dpbf16_ps(acc[c], pairs(x), pairs(lanes[c]));
             }
         }
     }

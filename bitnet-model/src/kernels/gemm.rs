@@ -100,10 +100,10 @@ fn sums<S: Simd, A: LeftPanel<f32> + ?Sized, const R: usize, const C: usize>(
         for c in 0..C {
             lanes[c] = simd.load(&b[c]);
         }
-        for r in 0..R {
+        for (r, acc) in acc.iter_mut().enumerate() {
             let x = simd.splat(a.value(depth, r));
             for c in 0..C {
-                acc[r][c] = simd.mul_add(x, lanes[c], acc[r][c]);
+                acc[c] = simd.mul_add(x, lanes[c], acc[c]);
             }
         }
     }
