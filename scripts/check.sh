@@ -108,13 +108,13 @@ two_ranks() {
     ((status == 77)) || return "$status" # 77: passed over, and said so
 }
 
-# NVIDIA's compiler from PyPI compiles the kernels. (scripts/cuda_types.sh, by hand, checks the Rust code around them.)
+# NVIDIA's compiler from PyPI compiles the kernels, and rustc checks what launches them.
 cuda_compiles() {
     if ! timeout 600 scripts/cuda_toolkit.sh; then
-        echo "   *** SKIPPED: CUDA's compiler cannot be had from PyPI, so its kernels were NOT compiled ***"
+        echo "   *** SKIPPED: CUDA's compiler cannot be had from PyPI, so neither its kernels nor its feature were compiled ***"
         return
     fi
-    scripts/cuda_check.sh
+    scripts/cuda_check.sh && scripts/cuda_types.sh
 }
 
 # Without it, tests/build.rs leaves the tests of the CUDA kernels out.
@@ -139,7 +139,7 @@ step "damaged files and requests" mutated_inputs
 step "files and requests that libFuzzer makes" fuzzed_inputs
 step "two ranks over MPI" two_ranks
 step "documentation" documentation
-step "CUDA kernels" cuda_compiles
+step "CUDA kernels and their feature" cuda_compiles
 step "the README's first command" first_command
 step "speed, in ratios" python3 scripts/ratio_gate.py "${CARGO_TARGET_DIR:-target}/release/bitnet"
 step "the notebook" notebook_executes
