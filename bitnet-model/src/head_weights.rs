@@ -200,7 +200,7 @@ impl HeadWeights {
             for row in (cuts[j]..end).step_by(ROWS) {
                 kernel.head_product(self.band(row / ROWS), x, out);
                 for (token, out) in out.iter().enumerate() {
-                    y.extend(token, &out[..ROWS.min(end - row)]);
+                    y.extend(token, &out[..ROWS.min(end - row)], |x| *x);
                 }
             }
         })

@@ -13,13 +13,14 @@ use crate::cuda::resident::{Resident, StackCopy};
 use crate::{
     activations::QuantizedActivations,
     kernels::{
-        self, Kernel,
+        self, Kernel, Loop,
         tile::{self, MAX_TILE_COLS, ROWS, Tile, TileFormat},
+        vectorized,
     },
     packed::{self, PackedError, PackedSource},
     pages::{Arena, Pages},
     quant::{ActivationCodes, WeightCodes, WeightQuantizer},
-    threads,
+    threads::{self, Unwritten},
 };
 
 /// A ternary matrix (out_features, in_features): codes in the tiles of a [`TileFormat`], and one scale.
@@ -355,11 +356,28 @@ pub(crate) fn matmul(
             let tiles = weight.band(first_band + row / ROWS);
             kernel.ternary_dots(weight.format, tiles, x, x_sums, sums);
             let rows = ROWS.min(cuts[j + 1] - cuts[j] - row);
-            for (token, (sums, scale)) in sums.iter().zip(scales.iter()).enumerate() {
-                y.extend(token, &sums.map(|sum| sum as f32 * scale)[..rows]);
-            }
+            vectorized(Rescale { sums, scales, rows, y });
         }
     })
+}
+
+/// The next columns of `y`, `rows` of them, from the sums of each token.
+struct Rescale<'a, 'b> {
+    sums: &'a [[i32; ROWS]],
+    scales: &'a [f32],
+    rows: usize,
+    y: &'a mut Unwritten<'b, f32>,
+}
+
+impl Loop for Rescale<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (token, (sums, scale)) in self.sums.iter().zip(self.scales).enumerate() {
+            self.y.extend(token, &sums[..self.rows], |sum| *sum as f32 * scale);
+        }
+    }
 }
 
 /// Cuts stacked matrices into tasks: the columns of `y` at which they begin, and the matrix and first band of each.

@@ -187,6 +187,6 @@ fn matmul<'a>(
         let width = cuts[j + 1] - cuts[j];
         let mut out = vec![0f32; tokens * width];
         kernel.matmul_nt(x, weight(cuts[j]..cuts[j + 1]), &mut out, width);
-        out.chunks(width).enumerate().for_each(|(i, out)| block.extend(i, out));
+        out.chunks(width).enumerate().for_each(|(i, out)| block.extend(i, out, |x| *x));
     })
 }

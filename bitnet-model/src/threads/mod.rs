@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(matrix, expected);
         let written = written_blocks(3, 2, &[0, 3, 5], |(row, j), block| {
             for i in 0..block.rows() {
-                (0..3 - j).for_each(|_| block.extend(i, &[10 * row + j]));
+                (0..3 - j).for_each(|_| block.extend(i, &[10 * row + j], |x| *x));
             }
         });
         assert_eq!(written, expected.as_flattened());
@@ -300,8 +300,10 @@ mod tests {
         for (len, other) in [(2, 3), (4, 3), (3, 0)] {
             let run = || {
                 written_blocks(2, 1, &[0, 3], |(row, _), block| {
-                    block.extend(0, &vec![0u8; if row == 1 { len } else { 3 }]);
-                    block.extend(0, &vec![0u8; if row == 1 { other } else { 0 }]);
+                    let len = if row == 1 { len } else { 3 };
+                    block.extend(0, &vec![0u8; len], |x| *x);
+                    let other = if row == 1 { other } else { 0 };
+                    block.extend(0, &vec![0u8; other], |x| *x);
                 })
             };
             assert_eq!(panic::catch_unwind(run).is_ok(), len + other == 3, "{len} {other}");

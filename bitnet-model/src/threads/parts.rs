@@ -256,25 +256,23 @@ impl<T: Copy> Unwritten<'_, T> {
         self.block.rows
     }
 
-    /// Writes the next columns of a row.
+    /// Writes the next columns of a row, each made of an element of `from`.
     ///
     /// # Panics
     /// If there is no such row, or it has fewer columns left.
-    #[inline]
-    pub fn extend(&mut self, row: usize, values: &[T]) {
+    #[inline(always)]
+    pub fn extend<A>(&mut self, row: usize, from: &[A], value: impl Fn(&A) -> T) {
         let written = &mut self.written[row];
         let left = self.block.cols - *written;
-        assert!(values.len() <= left, "{} values for {left} columns", values.len());
+        assert!(from.len() <= left, "{} values for {left} columns", from.len());
         // SAFETY: row < rows, so this is within the block.
         let to = unsafe { self.block.first.add(row * self.block.stride + *written) };
-        // SAFETY: `values.len()` columns from `to` on are within the block, which is ours alone and apart from `values`.
-        unsafe {
-            match <&[T; 16]>::try_from(values) {
-                // A few instructions, where a copy of any length is a call.
-                Ok(sixteen) => to.cast::<[T; 16]>().write_unaligned(*sixteen),
-                Err(_) => to.copy_from_nonoverlapping(values.as_ptr(), values.len()),
-            }
+        // SAFETY: `from.len()` columns from `to` on are within the block, which is ours alone.
+        let write = |(i, from)| unsafe { to.add(i).write(value(from)) };
+        match <&[A; 16]>::try_from(from) {
+            Ok(sixteen) => sixteen.iter().enumerate().for_each(write), // a store
+            Err(_) => from.iter().enumerate().for_each(write),
         }
-        *written += values.len();
+        *written += from.len();
     }
 }
