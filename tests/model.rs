@@ -10,7 +10,7 @@ use bitnet_model::{
     kernels::TileFormat,
     model::Model,
     nn::{BitLinear, BitLinears, Context, DenseLinears, LinearFactory},
-    ops::KvType,
+    ops::{KvType, gemm::Precision},
     quant::{self, Rounding},
     sampler::{Sampler, SamplingParams},
     score::{ScoreRequest, loglikelihood},
@@ -249,7 +249,8 @@ fn packed_weights_pass_gradients_through() {
     let model = fixture.model();
     let x = Var::randn(0f32, 1., (1, 5, fixture.config.hidden_size), &Device::Cpu).unwrap();
     let angles = model.angles(&[0, 1, 2, 3, 4], 1).unwrap();
-    let y = model.blocks()[0].forward(x.as_tensor(), &angles, Context::Own(&[])).unwrap();
+    let own = Context::Own { starts: &[], backward: Precision::F32 };
+    let y = model.blocks()[0].forward(x.as_tensor(), &angles, own).unwrap();
     let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
     let grad = flat(grads.get(x.as_tensor()).unwrap());
     assert!(grad.iter().all(|g| g.is_finite()) && grad.iter().any(|&g| g != 0.));

@@ -14,7 +14,7 @@ use crate::{
         Angles, Block, Context, DenseEmbedding, DenseLinear, LinearFactory, LmHead, Logits, Need,
         RmsNorm, RotaryEmbedding, Vocabulary,
     },
-    ops::KvType,
+    ops::{KvType, gemm::Precision},
 };
 
 /// A decoder-only language model. Immutable and shared; state lives in a [`KvCache`].
@@ -254,7 +254,7 @@ impl Model {
         for (index, block) in self.blocks.iter().enumerate() {
             let context = match &mut cache {
                 Some(cache) => Context::Cache(cache.layer(index)),
-                None => Context::Own(starts),
+                None => Context::Own { starts, backward: Precision::F32 },
             };
             x = block.forward(&x, angles, context)?;
         }

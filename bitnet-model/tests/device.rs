@@ -205,7 +205,7 @@ fn attention_is_that_of_the_processor() {
     }
     check("of its own tokens", |device| {
         let (q, k) = (tensor(&[2, 5, 4, 16], 16, device), tensor(&[2, 5, 2, 16], 17, device));
-        ops::self_attention(&q, &k, &view(&[2, 5, 32], 18, device), &[])
+        ops::self_attention(&q, &k, &view(&[2, 5, 32], 18, device), &[], Precision::F32)
     });
 }
 
@@ -311,13 +311,13 @@ fn gradients_of_all_ops_are_those_of_the_processor() {
     let starts = [0, 0, 2, 2, 0, 0, 0, 5];
     for starts in [&starts[..], &[]] {
         check_gradients("own tokens", &[&[2, 4, 4, 8], &[2, 4, 2, 8], &[2, 4, 16]], |vars| {
-            ops::self_attention(&vars[0], &vars[1], &vars[2], starts)
+            ops::self_attention(&vars[0], &vars[1], &vars[2], starts, Precision::F32)
         });
     }
     // More queries than a block of the backward pass has; those of the second one do not see the first keys.
     let starts: Vec<usize> = (0..135).map(|i| if i < 120 { 0 } else { 120 }).collect();
     check_gradients("documents", &[&[1, 135, 2, 4], &[1, 135, 1, 4], &[1, 135, 4]], |vars| {
-        ops::self_attention(&vars[0], &vars[1], &vars[2], &starts)
+        ops::self_attention(&vars[0], &vars[1], &vars[2], &starts, Precision::F32)
     });
     check_gradients("a context", &[&[1, 130, 2, 4], &[1, 1, 133, 4], &[1, 1, 133, 4]], |vars| {
         ops::attention(&vars[0], &vars[1], &vars[2], &[])

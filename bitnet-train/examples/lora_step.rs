@@ -50,8 +50,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         LoraModel::load(&source, &config, training, &Device::Cpu)?;
     report("loaded");
     let named = parameters.named();
-    let task =
-        LanguageModel::new(trained, frozen, Box::new(NextToken { precision })).recompute(true);
+    let task = LanguageModel::new(trained, frozen, Box::new(NextToken { precision }))
+        .backward(precision)
+        .recompute(true);
     let task = LoraTask::new(task, step, 0);
     let config = AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: Decay::Matrices };
     let mut adamw = AdamW::new(&named, config)?;

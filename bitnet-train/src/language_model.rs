@@ -8,7 +8,9 @@
 
 use std::sync::Arc;
 
-use bitnet_model::{config::PROJECTIONS, model::Model, nn::Context, quant::WeightQuantizer};
+use bitnet_model::{
+    config::PROJECTIONS, model::Model, nn::Context, ops::gemm::Precision, quant::WeightQuantizer,
+};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, backend::BackendStorage};
@@ -29,6 +31,7 @@ pub struct LanguageModel {
     model: Model,
     frozen: Arc<Model>,
     objective: Box<dyn Objective>,
+    backward: Precision,
     recompute: bool,
     quantizer: Option<WeightQuantizer>,
     noise: Option<EmbeddingNoise>,
@@ -60,8 +63,14 @@ impl LanguageModel {
     /// `model` is loaded from the variables that are trained, `frozen` shares their memory and records nothing.
     pub fn new(model: Model, frozen: Model, objective: Box<dyn Objective>) -> Self {
         let frozen = Arc::new(frozen);
+        let (backward, recompute) = (Precision::F32, false);
         let (quantizer, noise, prompts) = (None, None, None);
-        Self { model, frozen, objective, recompute: false, quantizer, noise, prompts }
+        Self { model, frozen, objective, backward, recompute, quantizer, noise, prompts }
+    }
+
+    /// In which precision attention's gradients are multiplied: single without this.
+    pub fn backward(self, backward: Precision) -> Self {
+        Self { backward, ..self }
     }
 
     /// Whether blocks are computed again in the backward pass, which takes a third more time and saves most of the
@@ -91,7 +100,7 @@ impl Task for LanguageModel {
         self.objective.prepare(batch)?;
         let tokens = tokens(batch, &self.model)?;
         let angles = self.model.document_angles(&tokens, &batch.starts)?;
-        let context = || Context::Own(&batch.starts);
+        let context = || Context::Own { starts: &batch.starts, backward: self.backward };
         let embedded = self.model.embed(&tokens)?;
         let mut inputs: Vec<(Input, Option<Tensor>)> = Vec::new();
         let mut x = embedded.detach();

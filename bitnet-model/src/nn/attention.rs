@@ -12,7 +12,7 @@ use super::{
 use crate::{
     adapter::{BlockAdaptation, RowAdapters},
     kv_cache::LayerCache,
-    ops,
+    ops::{self, gemm::Precision},
 };
 
 /// The projections of the input, in the order of their product.
@@ -43,9 +43,14 @@ pub enum Context<'a> {
         /// Of the tokens.
         adapters: RowAdapters<'a>,
     },
-    /// One another: token `i` of the flattened (batch, seq) sees the positions of its row from `starts[i]` to its own,
-    /// all of them from 0 if there are no starts.
-    Own(&'a [usize]),
+    /// One another.
+    Own {
+        /// Token `i` of the flattened (batch, seq) sees the positions of its row from `starts[i]` to its own, all of them from
+        /// 0 if there are no starts.
+        starts: &'a [usize],
+        /// Of the gradients' products.
+        backward: Precision,
+    },
 }
 
 impl<'a> Context<'a> {
@@ -54,7 +59,7 @@ impl<'a> Context<'a> {
         match self {
             Self::Cache(cache) => cache.adapters(),
             Self::Sequences { adapters, .. } => *adapters,
-            Self::Own(_) => RowAdapters::NONE,
+            Self::Own { .. } => RowAdapters::NONE,
         }
     }
 }
@@ -145,7 +150,7 @@ impl Attention {
                 let parts = map_on(x.device(), parts, attend_part)?;
                 Tensor::cat(&parts, 1)?.reshape((batch, seq, heads * head_dim))?
             }
-            Context::Own(starts) => ops::self_attention(&q, &k, &v, starts)?,
+            Context::Own { starts, backward } => ops::self_attention(&q, &k, &v, starts, backward)?,
         };
         let [y] = project((&*self.o_proj, [O]), &y, self.sub_norm.as_ref(), adapters)?;
         Ok(y)

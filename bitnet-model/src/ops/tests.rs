@@ -3,8 +3,8 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use super::{
-    KvType, attention, dense_matmul, gated, rms_norm, rope, self_attention, ternary_matmul,
-    ternary_matmul_part,
+    KvType, attention, dense_matmul, gated, gemm::Precision, rms_norm, rope, self_attention,
+    ternary_matmul, ternary_matmul_part,
 };
 use crate::{
     activations::SharedActivations, config::Activation, kernels::TileFormat, quant::Rounding,
@@ -183,7 +183,7 @@ fn self_attention_is_attention_over_the_own_tokens() {
     let q = random(&[batch, seq, heads, dim]);
     let (k, v) = (random(&[batch, seq, kv_heads, dim]), random(&[batch, seq, kv_heads * dim]));
     for starts in [Vec::new(), [vec![0; 40], vec![40; 90]].concat().repeat(batch)] {
-        let own = || self_attention(&q, &k, &v, &starts);
+        let own = || self_attention(&q, &k, &v, &starts, Precision::F32);
         let cached = || {
             let v = v.reshape((batch, seq, kv_heads, dim))?.transpose(1, 2)?;
             attention(&q, &k.transpose(1, 2)?, &v, &starts)?.reshape((batch, seq, heads * dim))
@@ -191,8 +191,72 @@ fn self_attention_is_attention_over_the_own_tokens() {
         assert_eq!(flat(&own().unwrap()), flat(&cached().unwrap()));
         assert_same(&[&q, &k, &v], own, cached);
     }
-    assert!(self_attention(&q, &v, &v, &[]).is_err());
-    assert!(self_attention(&q, &k, &v, &[0; 3]).is_err());
+    assert!(self_attention(&q, &v, &v, &[], Precision::F32).is_err());
+    assert!(self_attention(&q, &k, &v, &[0; 3], Precision::F32).is_err());
+}
+
+/// Against double precision, one head. With `u` the roundings of two factors a product has an error of at most `u·Σ|terms|`;
+/// that of `dp` goes on to `ds`, times `p`, and from there to `dq` and `dk`. Sums of 140 terms in single precision, and
+/// probabilities of it, add far less than the tenth of a rounding that `u` has more than two.
+#[test]
+fn gradients_of_attention_in_bfloat16_are_within_their_roundings() {
+    let (seq, dim) = (140, 8);
+    let u = 2.1 * 2f64.powi(-8); // bfloat16 has eight bits
+    let [q, k] = [0; 2].map(|_| random(&[1, seq, 1, dim]));
+    let v = random(&[1, seq, dim]);
+    let dy = Tensor::randn(0f32, 1., (1, seq, dim), &Device::Cpu).unwrap();
+    let run = |precision| {
+        let y = self_attention(&q, &k, &v, &[], precision).unwrap();
+        (flat(&y), (y * &dy).unwrap().sum_all().unwrap().backward().unwrap())
+    };
+    let ((y, single), (rounded_y, grads)) = (run(Precision::F32), run(Precision::Bf16));
+    assert_eq!(y, rounded_y);
+    for x in [&q, &k, &v] {
+        assert_ne!(flat(single.get(x).unwrap()), flat(grads.get(x).unwrap()));
+    }
+    let [q, k, v, dy, dq, dk, dv] = [
+        q.as_tensor(),
+        k.as_tensor(),
+        v.as_tensor(),
+        &dy,
+        grads.get(&q).unwrap(),
+        grads.get(&k).unwrap(),
+        grads.get(&v).unwrap(),
+    ]
+    .map(|x| Vec::from_iter(flat(x).into_iter().map(f64::from)));
+    let row = |x: &[f64], i: usize| Vec::from(&x[i * dim..][..dim]);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let size = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum::<f64>();
+    let scale = 1. / (dim as f64).sqrt();
+    // Value and bound of each gradient.
+    let [mut want_q, mut want_k, mut want_v] = [(); 3].map(|()| vec![(0f64, 0f64); seq * dim]);
+    let add = |(sum, bound): &mut (f64, f64), (a, off): (f64, f64), b: f64| {
+        *sum += a * b;
+        *bound += (off + u * (a.abs() + off)) * b.abs();
+    };
+    for i in 0..seq {
+        let (q, dy) = (row(&q, i), row(&dy, i));
+        let e = Vec::from_iter((0..=i).map(|j| (dot(&q, &row(&k, j)) * scale).exp()));
+        let total: f64 = e.iter().sum();
+        let p = Vec::from_iter(e.iter().map(|e| e / total));
+        let dp = Vec::from_iter((0..=i).map(|j| dot(&dy, &row(&v, j))));
+        let off = Vec::from_iter((0..=i).map(|j| u * size(&dy, &row(&v, j))));
+        let (mean, mean_off) = (dot(&p, &dp), dot(&p, &off));
+        for j in 0..=i {
+            let ds = (p[j] * (dp[j] - mean) * scale, p[j] * (off[j] + mean_off) * scale);
+            for d in 0..dim {
+                add(&mut want_q[i * dim + d], ds, k[j * dim + d]);
+                add(&mut want_k[j * dim + d], ds, q[d]);
+                add(&mut want_v[j * dim + d], (p[j], 0.), dy[d]);
+            }
+        }
+    }
+    for (what, found, want) in [("q", dq, want_q), ("k", dk, want_k), ("v", dv, want_v)] {
+        for (i, (found, (want, bound))) in found.iter().zip(want).enumerate() {
+            let off = (found - want).abs();
+            assert!(off <= bound + 1e-6, "d{what}[{i}]: {found} is not {want} ± {bound:e}");
+        }
+    }
 }
 
 /// Documents of more and of fewer keys than a block has, packed into rows: outputs have the bits that they have alone,

@@ -94,6 +94,7 @@ impl Network {
             Precision::Full => None,
         };
         let task = LanguageModel::new(model, frozen, objective)
+            .backward(recipe.train.backward.into())
             .recompute(recipe.train.recompute_blocks)
             .quantizer(quantizer)
             .prompts(Prompts::open(recipe, &config)?);
@@ -118,6 +119,7 @@ impl Network {
         let config = source.config.clone();
         let noise = lora.neftune_alpha.map(|alpha| EmbeddingNoise { alpha, step: step.clone() });
         let task = LanguageModel::new(trained, frozen, Box::new(NextToken { precision }))
+            .backward(precision)
             .recompute(recipe.train.recompute_blocks)
             .noise(noise)
             .prompts(Prompts::open(recipe, &config)?);

@@ -85,6 +85,7 @@ impl Attention {
                 let queries = Queries {
                     visible: &visible,
                     begin,
+                    precision: self.backward,
                     stride: heads * head_dim,
                     kv_stride: strides.position,
                 };
@@ -154,6 +155,8 @@ struct Queries<'a> {
     visible: &'a [(usize, usize)],
     /// The first key that one of them sees.
     begin: usize,
+    /// Of all products but `q·kᵀ`: the probabilities are those of the forward pass.
+    precision: Precision,
     /// Elements from one query to the next, and from one key to the next.
     stride: usize,
     kv_stride: usize,
@@ -170,15 +173,16 @@ impl Queries<'_> {
         let count = self.visible.len();
         let head_dim = dq.len() / count;
         let keys = dk.len() / head_dim;
-        const F32: Precision = Precision::F32;
+        let precision = self.precision;
         let (mut p, mut ds) = (vec![0f32; count * keys], vec![0f32; count * keys]);
         let shape = (count, keys, head_dim);
         let (queries, upstream) = (
             Factor::depth_inner(self.stride, q, plain),
             Factor::depth_inner(self.stride, dy, plain),
         );
-        gemm(shape, queries, Factor::depth_inner(self.kv_stride, k, plain), scale, F32, &mut p);
-        gemm(shape, upstream, Factor::depth_inner(self.kv_stride, v, plain), 1., F32, &mut ds); // dp
+        let of = |x| Factor::depth_inner(self.kv_stride, x, plain);
+        gemm(shape, queries, of(k), scale, Precision::F32, &mut p);
+        gemm(shape, upstream, of(v), 1., precision, &mut ds); // dp
         let kernel = kernels::active();
         for ((p, ds), (start, seen)) in
             p.chunks_mut(keys).zip(ds.chunks_mut(keys)).zip(self.visible)
@@ -201,7 +205,7 @@ impl Queries<'_> {
             Factor::depth_inner(keys, &ds, plain),
             Factor::index_inner(self.kv_stride, k, plain),
             1.,
-            F32,
+            precision,
             dq,
         );
         let shape = (keys, head_dim, count);
@@ -209,7 +213,7 @@ impl Queries<'_> {
             Factor::index_inner(self.stride, q, plain),
             Factor::index_inner(self.stride, dy, plain),
         );
-        gemm_add(shape, Factor::index_inner(keys, &ds, plain), queries, 1., F32, dk);
-        gemm_add(shape, Factor::index_inner(keys, &p, plain), upstream, 1., F32, dv);
+        gemm_add(shape, Factor::index_inner(keys, &ds, plain), queries, 1., precision, dk);
+        gemm_add(shape, Factor::index_inner(keys, &p, plain), upstream, 1., precision, dv);
     }
 }

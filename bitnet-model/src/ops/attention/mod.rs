@@ -22,6 +22,7 @@ pub use self::{key_values::KvType, own::self_attention};
 use crate::cuda;
 use crate::{
     kernels,
+    ops::gemm::Precision,
     storage::{contiguous, with_slice},
 };
 
@@ -33,12 +34,14 @@ use crate::{
 /// before is padding, or another document; an empty `starts` means that all see from 0. A query that starts behind
 /// itself is padding and gets zeros. The bits of a query depend on the positions that it sees alone.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, starts: &[usize]) -> Result<Tensor> {
-    q.apply_op3(k, v, Attention { starts: starts.to_vec() })
+    q.apply_op3(k, v, Attention { starts: starts.to_vec(), backward: Precision::F32 })
 }
 
 struct Attention {
     /// First visible position of every query, (batch, seq) row-major; empty: 0.
     starts: Vec<usize>,
+    /// Of the products of the gradients.
+    backward: Precision,
 }
 
 /// The sizes all parts of the op share, checked once.

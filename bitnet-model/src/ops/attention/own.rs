@@ -12,14 +12,21 @@ use super::{
 };
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::{kernels, storage::contiguous};
+use crate::{kernels, ops::gemm::Precision, storage::contiguous};
 
 /// Attends `q` (batch, seq, heads, head_dim) over `k` (batch, seq, kv_heads, head_dim) and `v`
 /// (batch, seq, kv_heads · head_dim), all f32: (batch, seq, heads · head_dim). What
 /// [`attention`](super::attention()) computes when the context is the queries' own tokens, with the same bits, and without
-/// bringing keys and values into the order of a cache.
-pub fn self_attention(q: &Tensor, k: &Tensor, v: &Tensor, starts: &[usize]) -> Result<Tensor> {
-    q.apply_op3(k, v, SelfAttention(Attention { starts: starts.to_vec() }))
+/// bringing keys and values into the order of a cache. `backward` is the precision of the products of the gradients, on the
+/// CPU: but for those that make the probabilities again, which stay what they were.
+pub fn self_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    starts: &[usize],
+    backward: Precision,
+) -> Result<Tensor> {
+    q.apply_op3(k, v, SelfAttention(Attention { starts: starts.to_vec(), backward }))
 }
 
 struct SelfAttention(Attention);
