@@ -27,6 +27,12 @@ run lr-3e-4 scratch --peak-lr 3e-4
 run lr-3e-3 scratch --peak-lr 3e-3
 run lr-1e-2 scratch --peak-lr 1e-2 --set train.stop_on_divergence=false --set train.stop_on_collapse=false
 run distilled scratch --teacher "$runs/full/latent" --set data.tokenizer="$PWD/$runs/full/tokenizer.json"
+for seed in 159 160; do
+    run "b158-$seed" scratch --set train.seed=$seed
+done
+for seed in 158 159 160; do
+    run "bf16-$seed" scratch --set train.seed=$seed --backward bf16
+done
 run warmup-linear conversion
 run warmup-abrupt conversion --lambda-steps 0
 run warmup-sigmoid conversion --set quantization.lambda_schedule=sigmoid

@@ -131,8 +131,11 @@ impl Source {
             files.sort();
             return Ok(files);
         }
-        if self.path.exists() || !pattern.contains(['*', '?', '[']) {
+        if self.path.exists() {
             return Ok(vec![self.path.clone()]);
+        }
+        if !pattern.contains(['*', '?', '[']) {
+            return Err(self.refuse("is not there; put the texts in that place, or name others"));
         }
         let found = glob::glob_with(&pattern, MATCH)
             .map_err(|error| self.refuse(format!("is no pattern: {error}")))?;

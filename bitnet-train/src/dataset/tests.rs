@@ -145,3 +145,17 @@ fn a_split_is_disjoint_and_seeded() {
     let message = Dataset::open(&recipe).unwrap_err().to_string();
     assert!(message.contains("`data.validation_split`: leaves 200 documents"), "{message}");
 }
+
+#[test]
+fn texts_that_are_not_there_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for path in ["corpus.txt", "none/*.txt"] {
+        let recipe = recipe(dir.path(), &BOTH.replace("corpus.txt", path));
+        let message = Dataset::open(&recipe).unwrap_err().to_string();
+        assert!(
+            message.contains(path)
+                && message.contains("is there") | message.contains("is not there"),
+            "{message}"
+        );
+    }
+}
