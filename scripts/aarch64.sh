@@ -15,7 +15,8 @@ root=${BITNET_AARCH64_ROOT:-$HOME/.cache/bitnet-aarch64/debian}
 target=aarch64-unknown-linux-gnu
 packages=(cargo rustc gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstd-rust-dev:arm64 qemu-user)
 tests=(-p bitnet-model -p bitnet-tests --lib --test parity --test model)
-timed=hostile_templates_end_with_an_error # which must end within seconds that an emulator does not keep to
+# Must end within seconds that an emulator does not keep to; asks the system what is in memory, which the emulator answers with 0.
+left_out=(--skip hostile_templates_end_with_an_error --skip large_pages_are_those_of_the_mapping)
 
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2 && exit 1; }
 
@@ -71,7 +72,7 @@ trap 'rm -f "$log"' EXIT
 summary=() failed=0
 for cpu in max cortex-a72; do
     printf '\n== as %s\n' "$cpu"
-    cargo_test "$cpu" --no-fail-fast -- --skip "$timed" "$@" 2>&1 | tee "$log" || failed=1
+    cargo_test "$cpu" --no-fail-fast -- "${left_out[@]}" "$@" 2>&1 | tee "$log" || failed=1
     while read -r line; do
         summary+=("$cpu: $line")
     done < <(awk '/^ +Running / { sub(/^ +Running /, ""); name = $0 } /^test result: / { sub(/^test result: /, ""); print name ": " $0 }' "$log")
