@@ -135,6 +135,7 @@ impl Source {
             return Ok(vec![self.path.clone()]);
         }
         if !pattern.contains(['*', '?', '[']) {
+            self.path.try_exists().map_err(Error::io(&self.path))?;
             return Err(self.refuse("is not there; put the texts in that place, or name others"));
         }
         let found = glob::glob_with(&pattern, MATCH)

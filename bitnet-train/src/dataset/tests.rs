@@ -149,13 +149,13 @@ fn a_split_is_disjoint_and_seeded() {
 #[test]
 fn texts_that_are_not_there_are_named() {
     let dir = tempfile::tempdir().unwrap();
-    for path in ["corpus.txt", "none/*.txt"] {
+    for (path, reason) in [
+        ("corpus.txt", "is not there; put the texts in that place"),
+        ("none/*.txt", "no file of text or records is there"),
+        ("recipe.toml/corpus.txt", "Not a directory"),
+    ] {
         let recipe = recipe(dir.path(), &BOTH.replace("corpus.txt", path));
         let message = Dataset::open(&recipe).unwrap_err().to_string();
-        assert!(
-            message.contains(path)
-                && message.contains("is there") | message.contains("is not there"),
-            "{message}"
-        );
+        assert!(message.contains(path) && message.contains(reason), "{message}");
     }
 }

@@ -55,10 +55,11 @@ impl Network {
         }
         let start = start(recipe)?;
         let config = config(recipe, vocabulary, start.as_ref());
+        let backward = recipe.train.backward.into();
         let lambda = Lambda::default();
         let qat = QatLinears::new(Rounding::HalfEven)
             .with_scheme(recipe.quantization.scheme())
-            .with_backward(recipe.train.backward.into())
+            .with_backward(backward)
             .with_lambda(lambda.clone());
         let linears: &dyn LinearFactory = match recipe.model.precision {
             Precision::Bitnet => &qat,
@@ -87,14 +88,14 @@ impl Network {
                 let tap = (layer, tap);
                 Box::new(Distillation::new(teacher, settings, &config, tap, balance.clone())?)
             }
-            None => Box::new(NextToken { precision: recipe.train.backward.into() }),
+            None => Box::new(NextToken { precision: backward }),
         };
         let quantizer = match recipe.model.precision {
             Precision::Bitnet => recipe.quantization.scheme().weight(Rounding::HalfEven),
             Precision::Full => None,
         };
         let task = LanguageModel::new(model, frozen, objective)
-            .backward(recipe.train.backward.into())
+            .backward(backward)
             .recompute(recipe.train.recompute_blocks)
             .quantizer(quantizer)
             .prompts(Prompts::open(recipe, &config)?);
